@@ -1,0 +1,252 @@
+"""The turn table: one row a turn, one Arrow/Parquet schema, a conversation never split over two files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from iterative_ppo.errors import StoreError, TurnTableError, did_you_mean
+from iterative_ppo.files import write_bytes
+from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn, part_of
+
+SCHEMA_VERSION = 1
+OUTCOME_PREFIX = "outcome_"
+
+_BEFORE = [
+    ("conversation_id", pa.string(), False),
+    ("turn", pa.int32(), False),
+    ("customer_id", pa.string(), False),
+    ("business_id", pa.string(), True),
+    ("context", pa.string(), True),
+    ("customer_message", pa.string(), True),
+    ("outcome", pa.float64(), False),
+]
+_AFTER = [
+    ("suggestion", pa.string(), True),
+    ("suggestion_status", pa.string(), True),
+    ("business_message", pa.string(), True),
+    ("adoption", pa.string(), True),
+    ("behaviour_logprob", pa.float64(), True),
+    ("policy_version", pa.string(), True),
+    ("arm", pa.string(), True),
+    ("persona", pa.string(), True),
+    ("part", pa.string(), False),
+    ("timestamp", pa.timestamp("us", tz="UTC"), True),
+]
+
+
+def outcome_columns(outcomes: Iterable[str]) -> list[str]:
+    """Column names of the named outcomes: `outcome_purchase` for `purchase`."""
+    return [f"{OUTCOME_PREFIX}{name}" for name in outcomes]
+
+
+def turn_schema(outcomes: Mapping[str, float]) -> pa.Schema:
+    """The Arrow schema. `outcomes` maps each named outcome to its weight in R, which column `outcome` holds."""
+    named = [(column, pa.float64(), False) for column in outcome_columns(outcomes)]
+    fields = [pa.field(name, kind, nullable=null) for name, kind, null in [*_BEFORE, *named, *_AFTER]]
+    metadata = {"iterative_ppo_schema": str(SCHEMA_VERSION), "outcome_weights": json.dumps(dict(outcomes))}
+    return pa.schema(fields, metadata=metadata)
+
+
+def to_frame(
+    conversations: Iterable[Conversation],
+    outcomes: Mapping[str, float],
+    evidence_share: float,
+    split_by: str = "customer",
+) -> pd.DataFrame:
+    """Conversations as turn-table rows.
+
+    `split_by` names the id ("customer" or "business") whose hash decides the data part. Raises TurnTableError where a
+    turn has another number of outcomes than `outcomes` names.
+    """
+    weights = np.array(list(outcomes.values()))
+    rows: list[tuple[Any, ...]] = []
+    for talk in conversations:
+        unit = talk.customer_id if split_by == "customer" else talk.business_id or talk.customer_id
+        part = part_of(unit, evidence_share)
+        for number, turn in enumerate(talk.turns, start=1):
+            if len(turn.outcomes) != len(weights):
+                raise TurnTableError(
+                    f"conversation {talk.conversation_id}, turn {number}: {len(turn.outcomes)} outcomes, expected "
+                    f"{len(weights)} ({', '.join(outcomes)})"
+                )
+            action = turn.suggestion
+            rows.append(
+                (
+                    talk.conversation_id,
+                    number,
+                    talk.customer_id,
+                    talk.business_id,
+                    talk.context,
+                    turn.customer_message,
+                    float(np.dot(weights, turn.outcomes)),
+                    *turn.outcomes,
+                    action.text if action else None,
+                    action.status if action else None,
+                    turn.business_message,
+                    turn.adoption,
+                    action.logprob if action else None,
+                    talk.policy_version,
+                    talk.arm,
+                    talk.persona,
+                    part,
+                    turn.timestamp,
+                )
+            )
+    return conform(pd.DataFrame(rows, columns=turn_schema(outcomes).names), outcomes)
+
+
+def conform(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
+    """Cast a frame to the schema's columns, order and types (a round trip through Arrow).
+
+    Raises TurnTableError, naming the column (and its nearest known name), where one is missing or does not cast.
+    """
+    schema = turn_schema(outcomes)
+    for name in schema.names:
+        if name not in frame.columns:
+            extra = [c for c in frame.columns if c not in schema.names]
+            raise TurnTableError(f"column {name!r} is missing{did_you_mean(name, extra)}; found {list(frame.columns)}")
+    nullable = pa.schema([field.with_nullable(True) for field in schema], metadata=schema.metadata)
+    columns = []
+    for field in nullable:
+        try:
+            columns.append(pa.Array.from_pandas(frame[field.name], type=field.type, safe=True))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise TurnTableError(f"column {field.name!r}: expected {field.type}, {error}") from None
+    return _to_pandas(pa.Table.from_arrays(columns, schema=nullable))
+
+
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    frame = table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow", na_value=pd.NA)}.get)
+    return frame.reset_index(drop=True)
+
+
+def write(frame: pd.DataFrame, path: Path, outcomes: Mapping[str, float]) -> None:
+    """Write rows, sorted by conversation and turn, to one Parquet file, atomically.
+
+    Raises TurnTableError where a non-null column holds a null: such rows belong in quarantine, not in the table.
+    """
+    schema = turn_schema(outcomes)
+    ordered = conform(frame, outcomes).sort_values(["conversation_id", "turn"], kind="stable", ignore_index=True)
+    try:
+        table = pa.Table.from_pandas(ordered, schema=schema, preserve_index=False).replace_schema_metadata(
+            schema.metadata
+        )
+        table.validate(full=True)
+        for field in schema:
+            if not field.nullable and table[field.name].null_count:
+                raise TurnTableError(f"{path}: column {field.name!r} holds nulls; quarantine those conversations first")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise TurnTableError(f"{path}: {error}") from None
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def read(path: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
+    """Read a file, or all Parquet files below a directory, in name order.
+
+    Raises StoreError where there is none, it is damaged, or a newer version of this program wrote it; TurnTableError
+    where a column is missing or a conversation is split over two files.
+    """
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if not files:
+        raise StoreError(f"{path}: no turn table there (expected a Parquet file or a folder of them)")
+    frames = [_read_one(file, outcomes) for file in files]
+    seen: dict[str, Path] = {}
+    for file, frame in zip(files, frames, strict=True):
+        for conversation_id in frame["conversation_id"].dropna().unique():
+            if conversation_id in seen:
+                raise TurnTableError(f"conversation {conversation_id!r} is in both {seen[conversation_id]} and {file}")
+            seen[conversation_id] = file
+    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+
+
+def _read_one(file: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
+    try:
+        table = pq.read_table(file, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(f"{file}: not a readable Parquet file ({error})") from None
+    version = int((table.schema.metadata or {}).get(b"iterative_ppo_schema", b"0"))
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{file}: written with schema {version}, this program knows up to {SCHEMA_VERSION}; install a newer one"
+        )
+    try:
+        return conform(_to_pandas(table), outcomes)
+    except TurnTableError as error:
+        raise TurnTableError(f"{file}: {error}") from None
+
+
+def conversations(frame: pd.DataFrame) -> Iterator[Conversation]:
+    """The rows as Conversation objects, in table order. Rows of a conversation must be adjacent and in order."""
+    names = [c for c in frame.columns if c.startswith(OUTCOME_PREFIX)]
+    columns = {c: _python_values(frame[c]) for c in frame.columns}
+    ids = columns["conversation_id"]
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and ids[end] == ids[start]:
+            continue
+        turns = tuple(_turn(columns, names, row) for row in range(start, end))
+        first = {name: columns[name][start] for name in _CONVERSATION_COLUMNS}
+        yield Conversation(turns=turns, **first)
+        start = end
+
+
+_CONVERSATION_COLUMNS = (
+    "conversation_id",
+    "customer_id",
+    "business_id",
+    "context",
+    "policy_version",
+    "arm",
+    "persona",
+)
+
+
+def _python_values(column: pd.Series) -> list[Any]:
+    values: list[Any] = column.astype(object).where(column.notna(), None).tolist()
+    return values
+
+
+def _turn(columns: Mapping[str, Sequence[Any]], names: Sequence[str], row: int) -> Turn:
+    status = columns["suggestion_status"][row]
+    action = Suggestion(columns["suggestion"][row], status, columns["behaviour_logprob"][row]) if status else None
+    stamp = columns["timestamp"][row]
+    return Turn(
+        customer_message=columns["customer_message"][row],
+        outcomes=tuple(columns[name][row] for name in names),
+        suggestion=action,
+        business_message=columns["business_message"][row],
+        adoption=columns["adoption"][row],
+        timestamp=stamp.to_pydatetime().astimezone(UTC) if isinstance(stamp, pd.Timestamp) else None,
+    )
+
+
+def actions(frame: pd.DataFrame) -> np.ndarray:
+    """(N,) bool: rows whose suggestion may train Q and the policy (suggested or abstained, not missing, not terminal)."""
+    return frame["suggestion_status"].isin(["suggested", "abstained"]).to_numpy()
+
+
+def last_rows(frame: pd.DataFrame) -> np.ndarray:
+    """(N,) bool: the last row of each conversation, for a frame sorted by conversation and turn."""
+    ids = frame["conversation_id"].to_numpy(dtype=object)
+    return np.append(ids[1:] != ids[:-1], True) if len(ids) else np.zeros(0, bool)
+
+
+def concat(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Several turn tables, one after another."""
+    return pd.concat(frames, ignore_index=True)
+
+
+def utc_now() -> datetime:
+    """The present moment, in UTC."""
+    return datetime.now(UTC)
