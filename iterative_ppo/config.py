@@ -70,6 +70,8 @@ class SourceConfig(Frozen):
 class SimulatorConfig(Frozen):
     corpus_conversations: int = Count
     """Conversations of the scripted agent that pi_0 is fine-tuned on."""
+    corpus_skill: float = Share
+    """How often that agent does the right thing."""
     copying_share: float = Share
     """Share of the corpus that is a short curriculum in copying slot values."""
     conversations: int = Count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def conform(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
     for field in nullable:
         try:
             columns.append(pa.Array.from_pandas(frame[field.name], type=field.type, safe=True))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
             raise TurnTableError(f"column {field.name!r}: expected {field.type}, {error}") from None
     return _to_pandas(pa.Table.from_arrays(columns, schema=nullable))
 
@@ -157,7 +157,7 @@ def read(path: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
     Raises StoreError where there is none, it is damaged, or a newer version of this program wrote it; TurnTableError
     where a column is missing or a conversation is split over two files.
     """
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*.parquet") if not _hidden(f, path))
     if not files:
         raise StoreError(f"{path}: no turn table there (expected a Parquet file or a folder of them)")
     frames = [_read_one(file, outcomes) for file in files]
@@ -168,6 +168,11 @@ def read(path: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
                 raise TurnTableError(f"conversation {conversation_id!r} is in both {seen[conversation_id]} and {file}")
             seen[conversation_id] = file
     return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+
+
+def _hidden(file: Path, root: Path) -> bool:
+    """Below a dot folder: a draft that a killed run left."""
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _read_one(file: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
@@ -240,13 +245,3 @@ def last_rows(frame: pd.DataFrame) -> np.ndarray:
     """(N,) bool: the last row of each conversation, for a frame sorted by conversation and turn."""
     ids = frame["conversation_id"].to_numpy(dtype=object)
     return np.append(ids[1:] != ids[:-1], True) if len(ids) else np.zeros(0, bool)
-
-
-def concat(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Several turn tables, one after another."""
-    return pd.concat(frames, ignore_index=True)
-
-
-def utc_now() -> datetime:
-    """The present moment, in UTC."""
-    return datetime.now(UTC)

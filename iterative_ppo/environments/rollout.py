@@ -1,0 +1,74 @@
+"""Batched conversations: every open conversation of a round takes its next turn together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn
+
+
+class Session(Protocol):
+    """A conversation under way."""
+
+    turns: list[Turn]
+    closed: bool
+
+    @property
+    def state(self) -> State: ...
+
+    def step(self, suggestion: Suggestion) -> None: ...
+
+
+class Environment(Protocol):
+    """Where conversations happen: a simulator here, live traffic elsewhere."""
+
+    def start(self, conversations: int, seed: int) -> Sequence[Session]: ...
+
+    def business_of(self, k: int) -> str: ...
+
+
+class Sampler(Protocol):
+    """The part of a policy that a conversation needs."""
+
+    def sample(self, states: Sequence[State], seed: int) -> list[Suggestion]: ...
+
+
+def play(policy: Sampler, sessions: Sequence[Session], seed: int, progress: Callable[[int], None] | None = None) -> None:
+    """Advance all sessions to their end; `progress` is told how many have closed so far."""
+    turn = 0
+    while open_ := [session for session in sessions if not session.closed]:
+        if progress:
+            progress(len(sessions) - len(open_))
+        suggestions = policy.sample([session.state for session in open_], seed=seed * 1000 + turn)
+        for session, suggestion in zip(open_, suggestions, strict=True):
+            session.step(suggestion)
+        turn += 1
+    if progress:
+        progress(len(sessions))
+
+
+def collect(
+    policy: Sampler,
+    environment: Environment,
+    conversations: int,
+    seed: int,
+    policy_version: str,
+    arm: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Conversation]:
+    """Line 4 of Algorithm 1: deploy `policy` on new customers and log what happened."""
+    sessions = environment.start(conversations, seed)
+    play(policy, sessions, seed, progress)
+    prefix = f"{policy_version}-{arm or 'collect'}-{seed}"
+    return [
+        Conversation(
+            conversation_id=f"{prefix}-{k:06d}",
+            turns=tuple(session.turns),
+            customer_id=f"customer-{prefix}-{k:06d}",
+            business_id=environment.business_of(k),
+            policy_version=policy_version,
+            arm=arm,
+        )
+        for k, session in enumerate(sessions)
+    ]

@@ -1,0 +1,117 @@
+"""Token sequences as padded batches: shuffled, near in length, each sequence paying about its own length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+
+from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.rendering import Encoded, Renderer, Span
+
+
+@dataclass(frozen=True)
+class EncodedTable:
+    """A turn table as token sequences. `rows` is the table's length: spans name rows of it."""
+
+    sequences: list[Encoded]
+    rows: int
+    truncated_turns: int = 0
+    unshared: int = field(default=0)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence.tokens) for sequence in self.sequences)
+
+
+def encode_table(frame: pd.DataFrame, renderer: Renderer) -> EncodedTable:
+    """Encode every conversation of a turn table (sorted by conversation and turn)."""
+    sequences: list[Encoded] = []
+    row = truncated = unshared = 0
+    for conversation in turn_table.conversations(frame):
+        encoded, cut = renderer.encode(conversation, row)
+        sequences += encoded
+        truncated += cut
+        unshared += len(encoded) > 1
+        row += len(conversation.turns)
+    return EncodedTable(sequences, row, truncated, unshared)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences and flat indices of their spans.
+
+    tokens (B, T); for the S spans of the batch: sequence (S,), start (S,), end (S,), row (S,), trains (S,).
+    """
+
+    tokens: torch.Tensor
+    sequence: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    row: np.ndarray
+    trains: np.ndarray
+
+
+def collate(sequences: Sequence[Encoded], pad: int) -> Batch:
+    """Pad on the right, so that causal attention needs no mask for the real tokens."""
+    width = max(len(sequence.tokens) for sequence in sequences)
+    tokens = np.full((len(sequences), width), pad, dtype=np.int64)
+    spans: list[tuple[int, Span]] = []
+    for k, sequence in enumerate(sequences):
+        tokens[k, : len(sequence.tokens)] = sequence.tokens
+        spans += [(k, span) for span in sequence.spans]
+    columns = np.array([(k, s.start, s.end, s.row, s.trains) for k, s in spans], dtype=np.int64).reshape(-1, 5)
+    k, start, end, row, trains = columns.T
+    return Batch(torch.from_numpy(tokens), k, start, end, row, trains.astype(bool))
+
+
+def response_positions(batch: Batch, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat positions of the spans' response tokens: (which span, sequence, position), each (N,)."""
+    lengths = batch.end[spans] - batch.start[spans]
+    span = np.repeat(spans, lengths)
+    offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return span, batch.sequence[span], batch.start[span] + offset
+
+
+def training_batches(
+    sequences: Sequence[Encoded], batch_size: int, epochs: float, pad: int, rng: np.random.Generator
+) -> Iterator[Batch]:
+    """`epochs` (also a fraction) of shuffled batches. Neighbours in length share a batch, the batches come in any order."""
+    steps = step_count(len(sequences), batch_size, epochs)
+    while steps > 0:
+        for chosen in _shuffled(sequences, batch_size, rng):
+            if steps == 0:
+                return
+            yield collate([sequences[i] for i in chosen], pad)
+            steps -= 1
+
+
+def step_count(sequences: int, batch_size: int, epochs: float) -> int:
+    """Number of batches in `epochs` passes."""
+    return math.ceil(epochs * math.ceil(sequences / batch_size)) if sequences else 0
+
+
+def _shuffled(sequences: Sequence[Encoded], batch_size: int, rng: np.random.Generator) -> Iterable[np.ndarray]:
+    order = rng.permutation(len(sequences))
+    lengths = np.array([len(sequence.tokens) for sequence in sequences])
+    window = 16 * batch_size
+    batches: list[np.ndarray] = []
+    for begin in range(0, len(order), window):
+        near = order[begin : begin + window]
+        near = near[np.argsort(lengths[near], kind="stable")]
+        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def inference_batches(sequences: Sequence[Encoded], tokens: int, pad: int) -> Iterator[Batch]:
+    """All sequences once, longest first, at most about `tokens` padded tokens a batch."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens))
+    begin = 0
+    while begin < len(order):
+        size = max(1, tokens // len(sequences[order[begin]].tokens))
+        yield collate([sequences[i] for i in order[begin : begin + size]], pad)
+        begin += size

@@ -1,0 +1,101 @@
+"""A tiny policy made from a corpus: a tokenizer trained on its messages and a small model with fresh weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from iterative_ppo.config import PolicyConfig
+from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
+from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.rendering import MARKERS
+
+# The usual .02 leaves attention of so narrow a model flat: copying a word from the prompt was then not learnt in time.
+INITIALIZER_RANGE = 0.1
+PAD, EOS, UNKNOWN = "<|pad|>", "<|eos|>", "<|unk|>"
+
+
+def messages(conversations: Iterable[Conversation]) -> Iterable[str]:
+    """Every text in some conversations that a tokenizer should know."""
+    for talk in conversations:
+        if talk.context:
+            yield talk.context
+        for turn in talk.turns:
+            suggested = turn.suggestion.text if turn.suggestion else None
+            yield from (text for text in (turn.customer_message, suggested, turn.business_message) if text)
+
+
+def train_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTokenizerBase:
+    """A word tokenizer (whole words and marks, unknown ones share a token) or a byte-level BPE that knows every text."""
+    special = [PAD, EOS, UNKNOWN, config.abstain, *MARKERS.values()]
+    if config.tokenizer == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation(behavior="isolated")]
+        )
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=config.vocabulary, special_tokens=special, show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocabulary,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[config.abstain, *MARKERS.values()],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, config: PolicyConfig, seed: int) -> PreTrainedModel:
+    """A small causal LM with fresh weights. Its positions cover a whole prompt and response."""
+    positions = config.max_prompt_tokens + config.max_response_tokens
+    sizes = {
+        "gpt2": {
+            "n_embd": config.hidden_size,
+            "n_inner": 2 * config.hidden_size,
+            "n_layer": config.layers,
+            "n_head": config.heads,
+            "n_positions": positions,
+            "activation_function": "relu",
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+        "llama": {
+            "hidden_size": config.hidden_size,
+            "intermediate_size": 2 * config.hidden_size,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.heads,
+            "max_position_embeddings": positions,
+            "tie_word_embeddings": True,
+        },
+    }[config.architecture]
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model_config = AutoConfig.for_model(
+        config.architecture, vocab_size=len(tokenizer), initializer_range=INITIALIZER_RANGE, **sizes, **ids
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(model_config)
+
+
+def build_policy(conversations: Iterable[Conversation], config: PolicyConfig, seed: int) -> LanguagePolicy:
+    """An untrained tiny policy whose tokenizer knows the corpus."""
+    tokenizer = train_tokenizer(messages(conversations), config)
+    return LanguagePolicy(build_model(tokenizer, config, seed), tokenizer, PolicySettings.of(config))

@@ -1,0 +1,197 @@
+"""A state as the prompt that the policy sees, and a conversation as one token sequence where rendering is append-only.
+
+In the markers' form a conversation reads: context, customer, suggestion, end of sequence, business, customer, ...
+With a chat template the assistant's messages are the suggestions; the user's tell what was sent and answered.
+Either way the tokens of s_{i+1} should begin with those of s_i, a_i and the end of sequence; `encode` checks it and
+falls back to a sequence a turn where a template or truncation breaks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from iterative_ppo.errors import ModelError
+from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MARKERS = {
+    "context": "<|context|>",
+    "customer": "<|customer|>",
+    "suggestion": "<|suggestion|>",
+    "business": "<|business|>",
+    "verbatim": "<|verbatim|>",
+    "missing": "<|missing|>",
+    "no_reply": "<|no_reply|>",
+}
+_PLAIN = {
+    "context": "Context: ",
+    "customer": "\nCustomer: ",
+    "suggestion": "\nSuggestion: ",
+    "business": "\nBusiness: ",
+    "verbatim": "(the suggestion as it is)",
+    "missing": "(not recorded)",
+    "no_reply": "(no reply)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of a state, and how many of its oldest turns were left out to fit."""
+
+    tokens: tuple[int, ...]
+    truncated_turns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a turn lies in a sequence: the response (with its end of sequence) is tokens[start:end].
+
+    V(s) is read at start - 1, Q(s, a) at end - 1. `trains` is False where the suggestion was not logged.
+    """
+
+    row: int
+    start: int
+    end: int
+    trains: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One token sequence with the turns it holds; all turns of a conversation where prefixes can be shared."""
+
+    tokens: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+
+class Renderer:
+    """Turns states and suggestions into token ids for one tokenizer.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer with an end of sequence; its chat template is used where it has one.
+        max_prompt_tokens: longer prompts lose their oldest turns; the loss is counted.
+        max_response_tokens: longest response, end of sequence included.
+        abstain: the response that means no suggestion.
+
+    Raises ModelError where the tokenizer has no end of sequence.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_response_tokens: int, abstain: str
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token; set eos_token")
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_tokens = max_prompt_tokens + max_response_tokens
+        self.abstain = abstain
+        self.eos: int = tokenizer.eos_token_id
+        vocabulary = tokenizer.get_vocab()
+        self._labels = {name: token if token in vocabulary else _PLAIN[name] for name, token in MARKERS.items()}
+        self._cache: dict[str, tuple[int, ...]] = {}
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text without special tokens, remembered."""
+        if text not in self._cache:
+            self._cache[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._cache[text]
+
+    def response(self, suggestion: Suggestion) -> tuple[int, ...]:
+        """Token ids of an action, end of sequence included. An unlogged one has a stand-in, which never trains."""
+        return (*self._action(suggestion), self.eos)
+
+    def _action(self, suggestion: Suggestion) -> tuple[int, ...]:
+        if suggestion.status == "missing":
+            return self.ids(self._labels["missing"])
+        return self.ids(self.abstain if suggestion.status == "abstained" else suggestion.text or "")
+
+    def prompt(self, state: State) -> Prompt:
+        """The prompt of a state, without its oldest turns where it would be too long."""
+        for skipped in range(len(state.history) + 1):
+            tokens = self._state(State(state.history[skipped:], state.customer_message, state.context))
+            if len(tokens) <= self.max_prompt_tokens:
+                return Prompt(tokens, skipped)
+        return Prompt(tokens[-self.max_prompt_tokens :], len(state.history))
+
+    def _state(self, state: State) -> tuple[int, ...]:
+        return self._chat(state) if self.tokenizer.chat_template else self._marked(state)
+
+    def _marked(self, state: State) -> tuple[int, ...]:
+        label = {name: self.ids(text) for name, text in self._labels.items()}
+        tokens: list[int] = []
+        if state.context is not None:
+            tokens += label["context"] + self.ids(state.context)
+        for turn in state.history:
+            tokens += label["customer"] + self.ids(turn.customer_message or "") + label["suggestion"]
+            tokens += self.response(_action_of(turn)) + label["business"]
+            tokens += self.ids(self._sent(turn))
+        tokens += label["customer"] + self.ids(state.customer_message) + label["suggestion"]
+        return tuple(tokens)
+
+    def _sent(self, turn: Turn) -> str:
+        if turn.business_message is None:
+            return self._labels["no_reply"]
+        return self._labels["verbatim"] if turn.adoption == "verbatim" else turn.business_message
+
+    def _chat(self, state: State) -> tuple[int, ...]:
+        messages: list[dict[str, str]] = []
+        heard = f"{_PLAIN['context']}{state.context}\n" if state.context is not None else ""
+        for turn in state.history:
+            messages.append({"role": "user", "content": f"{heard}Customer: {turn.customer_message or ''}"})
+            messages.append({"role": "assistant", "content": self._spoken(_action_of(turn))})
+            heard = f"Business: {self._sent(turn)}\n"
+        messages.append({"role": "user", "content": f"{heard}Customer: {state.customer_message}"})
+        text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _spoken(self, suggestion: Suggestion) -> str:
+        if suggestion.status == "missing":
+            return self._labels["missing"]
+        return self.abstain if suggestion.status == "abstained" else suggestion.text or ""
+
+    def encode(self, conversation: Conversation, first_row: int = 0) -> tuple[list[Encoded], int]:
+        """All turns with an action as token sequences, and the number of turns that truncation took from prompts.
+
+        Args:
+            first_row: table row of the conversation's first turn; spans name rows from there.
+        """
+        turns = [i for i, turn in enumerate(conversation.turns) if not turn.terminal]
+        pieces, truncated = [], 0
+        for i in turns:
+            prompt = self.prompt(conversation.state(i))
+            truncated += prompt.truncated_turns
+            action = _action_of(conversation.turns[i])
+            pieces.append((first_row + i, prompt.tokens, self.response(action), action.status != "missing"))
+        return (shared(pieces, self.max_tokens) or [single(*piece) for piece in pieces]), truncated
+
+
+def _action_of(turn: Turn) -> Suggestion:
+    assert turn.suggestion is not None, "a terminal turn has no action"
+    return turn.suggestion
+
+
+def single(row: int, prompt: tuple[int, ...], response: tuple[int, ...], trains: bool) -> Encoded:
+    """One turn as a sequence of its own."""
+    return Encoded(prompt + response, (Span(row, len(prompt), len(prompt) + len(response), trains),))
+
+
+def shared(
+    pieces: Sequence[tuple[int, tuple[int, ...], tuple[int, ...], bool]], max_tokens: int
+) -> list[Encoded] | None:
+    """All turns as one sequence, or None where some prompt does not continue the turn before it."""
+    if not pieces:
+        return []
+    _, prompt, response, _ = pieces[-1]
+    whole = prompt + response
+    if len(whole) > max_tokens:
+        return None
+    spans = []
+    for row, prompt, response, trains in pieces:
+        end = len(prompt) + len(response)
+        if whole[: len(prompt)] != prompt or whole[len(prompt) : end] != response:
+            return None
+        spans.append(Span(row, len(prompt), end, trains))
+    return [Encoded(whole, tuple(spans))]

@@ -1,0 +1,145 @@
+"""One record of a team's own log, read as a turn; what cannot be right is refused with its file, row and field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pandas as pd
+
+from iterative_ppo.config import DataConfig
+from iterative_ppo.mdp.conversation import (
+    ADOPTIONS,
+    MISSING,
+    SUGGESTION_STATUSES,
+    Adoption,
+    Suggestion,
+    Turn,
+    adoption_of,
+)
+from iterative_ppo.mdp.turn_table import outcome_columns
+from iterative_ppo.sources.log import BadDialogueError, encodable, short
+from iterative_ppo.sources.rows import Row
+
+REQUIRED = ("conversation_id", "turn", "customer_message", "suggestion", "business_message")
+OF_CONVERSATION = ("customer_id", "business_id", "context", "policy_version", "arm", "persona")
+OPTIONAL = (*OF_CONVERSATION, "suggestion_status", "adoption", "behaviour_logprob", "timestamp", "outcome")
+
+
+def turn_of(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> Turn:
+    """A record as a turn: terminal where its outcome is not 0, or where the customer said nothing any more.
+
+    Raises BadDialogueError where a field has another type, is out of its range or contradicts another.
+    """
+    heard, sent = text(row, "customer_message"), text(row, "business_message")
+    found, time, action = _outcomes(row, outcomes, data), _time(row), _suggestion(row)
+    adoption = _adoption(row, action, sent, data.edited_at_least)
+    if any(found):
+        return Turn(heard, found, timestamp=time)
+    if heard is not None:
+        return Turn(heard, found, action, sent, adoption, time)
+    if sent is not None or action.status != "missing":
+        raise refused(row, "customer_message", 'null ends a conversation, yet something follows; write "" instead')
+    return Turn(None, found, timestamp=time)
+
+
+def refused(row: Row, field: str | None, problem: str) -> BadDialogueError:
+    """The error that sets aside the conversation of a record."""
+    return BadDialogueError(problem, field, row.number, row.file)
+
+
+def text(row: Row, field: str) -> str | None:
+    """A text or null. Raises BadDialogueError for anything else."""
+    value = _given(row, field)
+    if value is not None and not (isinstance(value, str) and encodable(value)):
+        raise refused(row, field, f"expected text or null, found {short(value)}")
+    return value
+
+
+def identity(row: Row, field: str) -> str | None:
+    """An id, which may be logged as a number, as text. Raises BadDialogueError for anything else."""
+    value = row.values.get(field)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text(row, field)
+
+
+def number(row: Row, field: str) -> float | None:
+    """A finite number, or null. Raises BadDialogueError for anything else."""
+    value = _given(row, field)
+    if value is None:
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise refused(row, field, f"expected a number, found {short(value)}")
+    return found
+
+
+def _given(row: Row, field: str) -> Any:
+    if field in REQUIRED and field not in row.values:
+        raise refused(row, field, "missing; write null where there is nothing")
+    return row.values.get(field)
+
+
+def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tuple[float, ...]:
+    """The named outcomes, null being 0. A single one may stand in column `outcome`, as it is and not yet weighted."""
+    names = outcome_columns(outcomes)
+    columns = [name if name in row.values or len(names) > 1 else "outcome" for name in names]
+    for column in columns:
+        if column not in row.values:
+            raise refused(row, column, "missing; write null where there is nothing")
+    found = tuple(number(row, column) or 0.0 for column in columns)
+    total = sum(weight * value for weight, value in zip(outcomes.values(), found, strict=True))
+    for column, value in [*zip(columns, found, strict=True), ("outcome", total)]:
+        if not data.outcome_low <= value <= data.outcome_high:
+            raise refused(row, column, f"expected {data.outcome_low:g} to {data.outcome_high:g}, found {value:g}")
+    return found
+
+
+def _suggestion(row: Row) -> Suggestion:
+    words, status = text(row, "suggestion"), _one_of(row, "suggestion_status", SUGGESTION_STATUSES)
+    if status == "abstained" and words is None:
+        words = ""
+    inferred = "missing" if words is None else "suggested" if words else "abstained"
+    if status not in (None, inferred):
+        raise refused(row, "suggestion_status", f"{status!r} does not go with suggestion {short(words)}")
+    logprob = number(row, "behaviour_logprob")
+    if logprob is not None and (logprob > 0 or words is None):
+        raise refused(row, "behaviour_logprob", "expected at most 0, and null where no suggestion was logged")
+    return MISSING if words is None else Suggestion(words, "suggested" if words else "abstained", logprob)
+
+
+def _adoption(row: Row, action: Suggestion, sent: str | None, edited_at_least: float) -> Adoption | None:
+    """The log's own adoption or, for a text that was suggested, by similarity to what was sent."""
+    logged: Adoption | None = _one_of(row, "adoption", ADOPTIONS)
+    if logged is not None and (logged == "no_reply") != (sent is None):
+        raise refused(row, "adoption", f"{logged!r} does not go with business_message {short(sent)}")
+    if logged is not None or sent is None:
+        return logged or "no_reply"
+    return adoption_of(action.text or "", sent, edited_at_least) if action.status == "suggested" else None
+
+
+def _one_of(row: Row, field: str, known: Sequence[str]) -> Any:
+    value = row.values.get(field)
+    if value is not None and value not in known:
+        raise refused(row, field, f"expected {', '.join(known)} or null, found {short(value)}")
+    return value
+
+
+def _time(row: Row) -> datetime | None:
+    value = row.values.get("timestamp")
+    if isinstance(value, pd.Timestamp):
+        value = value.to_pydatetime(warn=False)  # the turn table has microseconds
+    try:
+        time = datetime.fromisoformat(value) if isinstance(value, str) else value
+        if time is None:
+            return None
+        return datetime.astimezone(time if time.tzinfo else time.replace(tzinfo=UTC), UTC)
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        example = "expected ISO 8601 such as 2025-01-31T12:00:00Z"
+        raise refused(row, "timestamp", f"{example}, found {short(value)}") from None

@@ -1,0 +1,147 @@
+"""A team's own log with the turn table's columns: one record a turn, in the order in which things were said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from iterative_ppo.config import DataConfig
+from iterative_ppo.errors import SourceError, did_you_mean
+from iterative_ppo.mdp.conversation import Conversation, Turn
+from iterative_ppo.mdp.turn_table import outcome_columns
+from iterative_ppo.sources.log import OPEN, BadDialogueError, ImportedLog, SetAside, set_aside, short
+from iterative_ppo.sources.record import OF_CONVERSATION, OPTIONAL, REQUIRED, identity, number, refused, turn_of
+from iterative_ppo.sources.rows import Row, Rows, read_rows
+
+Talk = tuple[list[Row], list[Turn]]
+"""The records of a conversation and the turns that they say, the same number of both."""
+
+
+def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) -> ImportedLog:
+    """Import a Parquet, CSV or JSON Lines file, or a folder of them.
+
+    Required columns: those in `record.REQUIRED` and `outcome_<name>` of each outcome (or just `outcome`, where there
+    is one). Optional ones have the turn table's names. Defaults: `suggestion_status` by the suggestion (null missing,
+    "" is abstained), `adoption` by similarity, `customer_id` the conversation's id. Times are ISO 8601, in UTC where
+    they do not say. In CSV, nothing between two commas is null and "" is the empty text; some writers, pandas among
+    them, do not tell the two apart, and then Parquet or JSON Lines is the better choice.
+
+    A conversation ends where its outcome is not 0, and what follows is left out (`extra["dropped_turns"]` counts it);
+    or with a row whose customer_message is null; or by a silence, up to the log's newest time, that is longer than
+    `data.outcome_window_hours`. A log without any times is taken to be past it. Others are set aside as "open: ...".
+
+    Args:
+        outcomes: named outcomes and their weights in R.
+        data: the range of outcomes, the window and the similarity from which an answer counts as edited.
+
+    Raises SourceError where a file or a column is missing or damaged. A bad row sets its whole conversation aside.
+    """
+    rows = _read(path, outcome_columns(outcomes))
+    log = ImportedLog([], _one_each(rows.unreadable))
+    talks = _talks(rows, outcomes, data, log)
+    newest = max((turn.timestamp for _, turns in talks for turn in turns if turn.timestamp), default=None)
+    for records, turns in talks:
+        try:
+            closed = _closed(records, turns, newest, timedelta(hours=data.outcome_window_hours))
+            log.conversations.append(_conversation(records, turns, closed))
+        except BadDialogueError as bad:
+            log.set_aside.append(set_aside(identity(records[0], "conversation_id"), records[0].file, bad))
+    return log
+
+
+def _read(path: Path, columns: list[str]) -> Rows:
+    if len(columns) > 1:
+        return read_rows(path, [*REQUIRED, *columns], OPTIONAL)
+    rows = read_rows(path, REQUIRED, [*OPTIONAL, *columns])
+    named = {name for row in rows.rows for name in row.values}
+    if not named & {"outcome", *columns}:
+        hint = did_you_mean(columns[0], named)
+        raise SourceError(f"{path}: expected a column {columns[0]!r} or 'outcome'{hint}; found {sorted(named)}")
+    return rows
+
+
+def _one_each(unreadable: Iterable[SetAside]) -> list[SetAside]:
+    """The first problem of each conversation, and all those whose conversation is unknown."""
+    first: dict[str | int, SetAside] = {}
+    for place, aside in enumerate(unreadable):
+        first.setdefault(place if aside.conversation_id is None else aside.conversation_id, aside)
+    return list(first.values())
+
+
+def _talks(rows: Rows, outcomes: Mapping[str, float], data: DataConfig, log: ImportedLog) -> list[Talk]:
+    """Each conversation's records and turns; those of which a record is bad, or unreadable, are set aside."""
+    spoilt = {aside.conversation_id for aside in rows.unreadable}
+    good = []
+    for name, records in _grouped(rows.rows, log).items():
+        if name in spoilt:
+            continue
+        try:
+            turns = [turn_of(row, outcomes, data) for row in records]
+            _check_order(records, turns)
+            good.append((records, turns))
+        except BadDialogueError as bad:
+            log.set_aside.append(set_aside(name, records[0].file, bad))
+    return good
+
+
+def _grouped(rows: Iterable[Row], log: ImportedLog) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        try:
+            name = identity(row, "conversation_id")
+            if not name:
+                raise refused(row, "conversation_id", "expected an id, found none")
+            groups.setdefault(name, []).append(row)
+        except BadDialogueError as bad:
+            log.set_aside.append(set_aside(None, row.file, bad))
+    return groups
+
+
+def _check_order(records: Sequence[Row], turns: Sequence[Turn]) -> None:
+    latest: datetime | None = None
+    for place, (row, turn) in enumerate(zip(records, turns, strict=True), start=1):
+        if number(row, "turn") != place:
+            raise refused(row, "turn", f"expected {place}, found {short(row.values.get('turn'))}")
+        if turn.timestamp and latest and turn.timestamp < latest:
+            raise refused(row, "timestamp", "earlier than the turn before it")
+        latest = turn.timestamp or latest
+        for name in OF_CONVERSATION:
+            if identity(row, name) not in (None, identity(records[0], name)):
+                raise refused(row, name, "not the same as in the conversation's first row")
+
+
+def _closed(records: list[Row], turns: list[Turn], newest: datetime | None, window: timedelta) -> tuple[Turn, ...]:
+    """Turns 1..T+1. Raises BadDialogueError where the conversation is open, or its turns do not follow each other."""
+    end = next((i for i, turn in enumerate(turns) if turn.terminal), None)
+    if end is None:
+        said = [*turns, _silence(records[-1], turns, newest, window)]
+    elif end + 1 < len(turns) and not any(turns[end].outcomes):
+        raise refused(records[end], "customer_message", 'null before the last row; a message without text is ""')
+    else:
+        said = turns[: end + 1]
+    if len(said) == 1:
+        raise refused(records[0], None, "no transition: the conversation ends in its first row")
+    for row, turn, following in zip(records, said, said[1:], strict=False):
+        if turn.business_message is None and following.customer_message is not None:
+            problem = "null although the customer wrote again; join what the customer says in a row into one turn"
+            raise refused(row, "business_message", problem)
+    return tuple(said)
+
+
+def _silence(row: Row, turns: Sequence[Turn], newest: datetime | None, window: timedelta) -> Turn:
+    """The terminal row of a conversation that was left. Raises BadDialogueError where it is still open."""
+    last = max((turn.timestamp for turn in turns if turn.timestamp), default=None)
+    if newest is not None and last is None:
+        raise refused(row, "timestamp", f"{OPEN}no outcome, and without a time its silence is unknown")
+    if newest is not None and last is not None and newest - last <= window:
+        raise refused(row, "timestamp", f"{OPEN}no outcome, and silent for {newest - last}, not longer than {window}")
+    return Turn(None, (0.0,) * len(turns[-1].outcomes), timestamp=last)
+
+
+def _conversation(records: Sequence[Row], turns: Sequence[Turn], closed: tuple[Turn, ...]) -> Conversation:
+    name = str(identity(records[0], "conversation_id"))
+    about = {field: identity(records[0], field) for field in OF_CONVERSATION}
+    customer = about.pop("customer_id") or name
+    extra = {"dropped_turns": str(max(0, len(turns) - len(closed)))}
+    return Conversation(name, closed, customer, **about, extra=extra)

@@ -1,0 +1,208 @@
+"""One loader for every way in: defaults, a partial params file, overrides; and every mistake named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from iterative_ppo.config import DEFAULTS, Config, load_config
+from iterative_ppo.errors import ConfigError
+
+
+def leaves(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    """{"a.b": value} of a nested mapping; the outcomes' names are values, not keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and key != "outcomes"
+        flat |= leaves(value, f"{at}{key}.") if nested else {f"{at}{key}": value}
+    return flat
+
+
+ALL = leaves(yaml.safe_load(DEFAULTS.read_text(encoding="utf-8")))
+
+
+def params(folder: Path, text: str) -> Path:
+    """A user's params file."""
+    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    return folder / "mine.yaml"
+
+
+# --- what loads ------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_load_and_are_all_of_params_yaml() -> None:
+    assert leaves(load_config().model_dump(mode="json")) == ALL
+
+
+def test_no_default_is_written_in_the_code() -> None:
+    """params.yaml is the one home of defaults: every key is required there."""
+    for key in ALL:
+        values = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        del section[name]
+        with pytest.raises(ValidationError, match=name):
+            Config.model_validate(values)
+
+
+def test_a_partial_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    path = params(tmp_path, "seed: 7\nimprove:\n  ppo:\n    clip: 0.1\ndata:\n  root: elsewhere\n")
+    changed = {"seed": 7, "improve.ppo.clip": 0.1, "data.root": "elsewhere"}
+    assert leaves(load_config(path).model_dump(mode="json")) == ALL | changed
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
+def test_a_file_without_keys_is_the_defaults(tmp_path: Path, text: str) -> None:
+    assert load_config(params(tmp_path, text)) == load_config()
+
+
+def test_the_outcomes_are_the_users_own(tmp_path: Path) -> None:
+    path = params(tmp_path, "outcomes:\n  contact: 0.5\n  requirements: 1\n")
+    assert load_config(path).outcomes == {"contact": 0.5, "requirements": 1.0}
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = params(tmp_path, "gamma: 0.8\nq:\n  epochs: 2\n")
+    config = load_config(path, ["gamma=0.7"])
+    assert (config.gamma, config.q.epochs, config.seed) == (0.7, 2.0, 0)
+    assert load_config(path, ["gamma=0.7", "gamma=0.6"]).gamma == 0.6
+
+
+@pytest.mark.parametrize(
+    "overrides", [["q.epochs=3", "gate.max_kl=1e-3", "data.remote="], {"q.epochs": 3, "gate.max_kl": 1e-3}, []]
+)
+def test_overrides_are_strings_or_a_mapping(overrides: Any) -> None:
+    config = load_config(None, overrides)
+    assert (config.q.epochs, config.gate.max_kl) == ((3.0, 0.001) if overrides else (ALL["q.epochs"], 5.0))
+    assert config.data.remote is None
+
+
+def test_override_values_are_yaml() -> None:
+    config = load_config(
+        None, ["q.warm_start=false", "outcomes={a: 1, b: -0.5}", "policy.abstain='='", "source.path=a=b"]
+    )
+    assert (config.q.warm_start, config.policy.abstain) == (False, "=")
+    assert config.outcomes == {"a": 1.0, "b": -0.5} and config.source.path == Path("a=b")
+
+
+def test_the_defaults_are_not_changed_by_what_is_laid_over_them() -> None:
+    load_config(None, {"q.epochs": 99, "outcomes": {"x": 1.0}})
+    assert leaves(load_config().model_dump(mode="json")) == ALL
+
+
+def test_a_config_is_frozen() -> None:
+    config = load_config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.gamma = 0.5
+    with pytest.raises(ValidationError, match="frozen"):
+        config.improve.ppo.clip = 0.5
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+UNKNOWN = [
+    ("gama: 0.9", "gama", "gamma"),
+    ("data:\n  rot: x", "data.rot", "root"),
+    ("improve:\n  ppo:\n    clipp: 0.1", "improve.ppo.clipp", "clip"),
+    ("abtests: {}", "abtests", "abtest"),
+]
+
+
+@pytest.mark.parametrize(("text", "key", "near"), UNKNOWN)
+def test_an_unknown_key_is_named_with_its_nearest_neighbour(tmp_path: Path, text: str, key: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"mine\.yaml: unknown key '{key}' \(did you mean '{near}'\?\)"):
+        load_config(params(tmp_path, text))
+
+
+def test_an_unknown_key_in_an_override_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"override 'q\.epoch': unknown key 'q\.epoch' \(did you mean 'epochs'\?\)"):
+        load_config(None, ["q.epoch=1"])
+
+
+WRONG = [
+    ("gamma", "high"),
+    ("gamma", "1"),
+    ("gamma", "0"),
+    ("gamma", ".nan"),
+    ("seed", "1.5"),
+    ("source.kind", "csv"),
+    ("policy.layers", "0"),
+    ("policy.base_model", "12"),
+    ("improve.ppo.clip", "-0.1"),
+    ("improve.ppo", "4"),
+    ("data", "here"),
+    ("data.evidence_share", "1.5"),
+    ("outcomes", "purchase"),
+    ("outcomes", "{}"),
+    ("outcomes", "{purchase: much}"),
+    ("outcomes", "{purchase: .nan}"),
+    ("outcomes", "{purchase: .inf}"),
+    ("q.epochs", ".inf"),
+    ("rounds.converged_below", ".nan"),
+    ("data.root", "2024-13-45"),
+]
+"""The last of these is what YAML takes for a date that does not exist."""
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_a_wrong_value_is_refused_by_key_in_file_and_override(tmp_path: Path, key: str, value: str) -> None:
+    text = value
+    for part in reversed(key.split(".")):
+        text = f"{{{part}: {text}}}"
+    with pytest.raises(ConfigError, match=r"mine\.yaml") as in_file:
+        load_config(params(tmp_path, text))
+    with pytest.raises(ConfigError) as overridden:
+        load_config(None, [f"{key}={value}"])
+    named = key.rsplit(".", maxsplit=1)[-1] if value != "2024-13-45" else "YAML"
+    for error in (in_file, overridden):
+        assert named in str(error.value)
+        assert len(str(error.value)) < 300 + len(str(tmp_path)), "a line, not the whole configuration"
+
+
+def test_the_range_of_outcomes_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="outcome_low must be below outcome_high") as error:
+        load_config(params(tmp_path, "data:\n  outcome_low: 2\n"))
+    assert "quarantine_share" not in str(error.value)
+
+
+BROKEN = [
+    (b"gamma: [", "not valid YAML"),
+    (b"a: b: c", "not valid YAML"),
+    (b"\x00", "not valid YAML"),
+    (b"- 1\n- 2\n", "expected a mapping of sections, found list"),
+    (b"gamma", "expected a mapping of sections, found str"),
+    (b"\xff\xfe\xff", "cannot be read as UTF-8"),
+    (b"data:\n", "data is a section, expected keys below it, got None"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN, ids=[message for _, message in BROKEN])
+def test_what_is_no_params_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"mine\.yaml: {message}") as error:
+        load_config(tmp_path / "mine.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mine\.yaml: no such params file; `ippo init` writes one"):
+        load_config(tmp_path / "mine.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["gamma", "=1", "", "gamma=["])
+def test_an_override_that_is_none_is_named(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"^override '") as error:
+        load_config(None, [override])
+    assert "\n" not in str(error.value), "the command line prints errors as one line"
+
+
+def test_a_config_error_has_its_exit_code() -> None:
+    assert ConfigError.exit_code == 2

@@ -1,0 +1,725 @@
+"""Importers: hand-made logs for every rule and every kind of bad input, and the figures of the public logs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.errors import ConfigError, SourceError
+from iterative_ppo.mdp.conversation import Conversation, Turn
+from iterative_ppo.mdp.turn_table import conversations, read, to_frame, write
+from iterative_ppo.sources import SOURCES, ImportedLog, SetAside, import_log, importer
+from iterative_ppo.sources.craigslist import import_craigslist
+from iterative_ppo.sources.log import read_json
+from iterative_ppo.sources.star import import_star
+from iterative_ppo.sources.table import import_table
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+CONFIG = load_config()
+ONE = {"purchase": 1.0}
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path}: the public logs are not here")
+    return path
+
+
+def only(log: ImportedLog) -> Conversation:
+    assert not log.set_aside
+    assert len(log.conversations) == 1
+    return log.conversations[0]
+
+
+def the_bad(log: ImportedLog, good: int = 1) -> SetAside:
+    assert len(log.conversations) == good
+    assert len(log.set_aside) == 1
+    return log.set_aside[0]
+
+
+def actions(log: ImportedLog) -> list[Turn]:
+    return [turn for talk in log.conversations for turn in talk.turns if not turn.terminal]
+
+
+def check_invariants(log: ImportedLog) -> None:
+    for talk in log.conversations:
+        *before, last = talk.turns
+        assert before
+        assert last.terminal
+        assert (last.business_message, last.adoption) == (None, None)
+        assert any(last.outcomes) or last.customer_message is None
+        for turn in before:
+            assert turn.suggestion is not None
+            assert turn.customer_message is not None
+            assert not any(turn.outcomes)
+
+
+# --- STAR ---------------------------------------------------------------------------------------------------------
+
+RESPONSES = {
+    "hello": "Hi!",
+    "pick": "Table {table_name:s} at {time:d} o'clock, id {booking_id:d}.",
+    "done": "Booked at {place:s}.",
+}
+
+
+def user(text: str, time: int = 1) -> dict[str, Any]:
+    return {"Agent": "User", "Action": "utter", "Text": text, "UnixTime": time}
+
+
+def asked(draft: str = "a draft") -> dict[str, Any]:
+    return {"Agent": "Wizard", "Action": "request_suggestions", "Text": draft, "UnixTime": 1}
+
+
+def picks(label: str, *options: str, text: str, item: dict[str, Any] | None = None) -> dict[str, Any]:
+    event = {"Agent": "Wizard", "Action": "pick_suggestion", "ActionLabel": label, "Text": text, "UnixTime": 1}
+    return {**event, "ActionLabelOptions": list(options), **({"PrimaryItem": item} if item else {})}
+
+
+def types(text: str) -> dict[str, Any]:
+    return {"Agent": "Wizard", "Action": "utter", "Text": text}
+
+
+def returns(message: str, key: str = "Message", api: str = "table_book") -> dict[str, Any]:
+    return {"Agent": "KnowledgeBase", "Action": "return_item", "APIName": api, "Item": {key: message}}
+
+
+GUIDE = {"Agent": "UserGuide", "Action": "instruct", "Text": "LEAK", "UnixTime": 1}
+HELLO = [user("hi"), asked(), picks("hello", "hello", "pick", text="Hi!")]
+
+
+def dialogue(events: list[Any], name: int = 1, **changes: Any) -> dict[str, Any]:
+    scenario = {"WizardCapabilities": [{"Task": "table_book"}], "UserTask": "LEAK"}
+    ids = {"DialogueID": name, "AnonymizedUserWorkerID": "u1", "AnonymizedWizardWorkerID": "w1"}
+    return {**ids, "Events": events, "Scenario": scenario, "CompletionLevel": "LEAK", **changes}
+
+
+@pytest.fixture
+def star(tmp_path: Path) -> Callable[..., ImportedLog]:
+    def run(*dialogues: Any) -> ImportedLog:
+        task = tmp_path / "tasks" / "table_book"
+        task.mkdir(parents=True)
+        (task / "responses.json").write_text(json.dumps(RESPONSES))
+        (tmp_path / "dialogues").mkdir()
+        for number, one in enumerate(dialogues):
+            content = one if isinstance(one, bytes) else json.dumps(one).encode()
+            (tmp_path / "dialogues" / f"{number}.json").write_bytes(content)
+        log = import_star(tmp_path)
+        check_invariants(log)
+        return log
+
+    return run
+
+
+def test_star_ends_with_the_users_message_before_the_first_success(star: Callable[..., ImportedLog]) -> None:
+    after = [returns("Ride booked."), types("Done!"), user("bye", 5), types("bye")]
+    talk = only(star(dialogue([GUIDE, *HELLO, user("a table", 3), returns("Reservation Confirmed"), *after])))
+    assert [(turn.customer_message, turn.outcomes) for turn in talk.turns] == [("hi", (0.0,)), ("a table", (1.0,))]
+    assert (talk.conversation_id, talk.customer_id, talk.business_id) == ("1", "u1", "w1")
+    assert (talk.context, talk.extra) == ("table book", {"dropped_turns": "1"})
+    assert talk.turns[-1].timestamp == datetime(1970, 1, 1, 0, 0, 3, tzinfo=UTC)
+    assert "LEAK" not in repr(talk)
+    assert "a draft" not in repr(talk)
+
+
+@pytest.mark.parametrize(
+    ("event", "won"),
+    [
+        (returns("Reservation Confirmed", "ReservationStatus"), True),
+        (returns("Your event has been successfully scheduled."), True),
+        (returns("It was successfuly scheduled. Bring a passport."), True),
+        (returns("It was succesfuly scheduled."), True),
+        (returns("Reservation Failed"), False),
+        (returns("Reservation Confirmed", api="another_api"), False),
+        (returns("Reservation Confirmed", "Note"), False),
+        ({**returns(""), "Item": None}, False),
+        (types("Reservation Confirmed"), False),
+    ],
+)
+def test_star_success_is_the_tasks_own_confirmation(
+    star: Callable[..., ImportedLog], event: dict[str, Any], won: bool
+) -> None:
+    assert only(star(dialogue([*HELLO, user("book it"), event]))).turns[-1].outcomes == (float(won),)
+
+
+def test_star_without_success_ends_with_nobodys_message(star: Callable[..., ImportedLog]) -> None:
+    talk = only(star(dialogue([*HELLO, user("hello?", 7)])))
+    assert [turn.customer_message for turn in talk.turns] == ["hi", None]
+    assert talk.turns[-1].outcomes == (0.0,)
+
+
+def test_star_tells_the_four_statuses_apart(star: Callable[..., ImportedLog]) -> None:
+    item = {"APIName": "table_book", "TableName": "Oak", "Time": "9 pm", "id": 7}
+    other = picks("hello", "pick", "hello", text="Hi!", item=item)
+    own, custom = [asked(), types("Well")], picks("custom", "custom", text="Hm")
+    log = star(dialogue([*HELLO, user("b"), other, user("c"), *own, user("d"), custom]))
+    got = [(t.suggestion.text, t.suggestion.status, t.adoption) for t in only(log).turns[:-1] if t.suggestion]
+    assert got == [
+        ("Hi!", "suggested", "verbatim"),
+        ("Table Oak at 9 pm, id 7.", "suggested", "rejected"),
+        (None, "missing", "rejected"),
+        (None, "missing", None),
+    ]
+    assert [turn.business_message for turn in only(log).turns[:-1]] == ["Hi!", "Hi!", "Well", "Hm"]
+
+
+def test_star_renders_what_it_can(star: Callable[..., ImportedLog]) -> None:
+    def over(option: str) -> list[Any]:
+        return [user("x"), picks("hello", option, "hello", text="Hi!")]
+
+    seen = [user("x"), picks("bye", "bye", text="Goodbye.")]
+    log = star(dialogue([*over("done"), *over("bye"), *over("never_seen"), *seen]))
+    got = [(turn.suggestion.text, turn.suggestion.status) for turn in actions(log) if turn.suggestion]
+    assert got[0] == ("Booked at .", "suggested")  # a slot without a value
+    assert got[1] == ("Goodbye.", "suggested")  # no template, but it was picked elsewhere
+    assert got[2] == (None, "missing")
+
+
+def test_star_joins_consecutive_messages_and_allows_the_wizard_to_open(star: Callable[..., ImportedLog]) -> None:
+    talk = only(star(dialogue([types("Welcome"), user("a"), user("b"), types("c"), types("d")])))
+    assert [turn.customer_message for turn in talk.turns] == ["", "a\nb", None]
+    assert [turn.business_message for turn in talk.turns] == ["Welcome", "c\nd", None]
+
+
+def changed(event: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {key: value for key, value in {**event, **changes}.items() if value != "absent"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "field", "row", "words"),
+    [
+        (dialogue([*HELLO, changed(user("x"), Agent=None)], 2), "Agent", 4, "found None"),
+        (dialogue([*HELLO, changed(user("x"), Agent="Bot")], 2), "Agent", 4, "'Bot'"),
+        (dialogue([*HELLO, changed(user("x"), Action="sing")], 2), "Action", 4, "'sing'"),
+        (dialogue([*HELLO, changed(user("x"), Text="absent")], 2), "Text", 4, "missing"),
+        (dialogue([*HELLO, user("half \ud800")], 2), "Text", 4, "half a character"),
+        (dialogue([*HELLO, "x"], 2), "Agent", 4, "missing"),
+        (dialogue([user("x", 9), *HELLO], 2), "UnixTime", 2, "earlier"),
+        (dialogue([*HELLO, user("x", "noon")], 2), "UnixTime", 4, "'noon'"),  # type: ignore[arg-type]
+        (dialogue([*HELLO, picks("a", text="x")], 2), "ActionLabelOptions", 4, "options"),
+        (dialogue([GUIDE], 2), "Events", None, "no user turn"),
+        (dialogue([user("x")], 2), None, None, "no transition"),
+        (dialogue([user("x"), returns("Ride booked")], 2), None, None, "no transition"),
+        (dialogue("x", 2), "Events", None, "expected list"),  # type: ignore[arg-type]
+        (dialogue(HELLO, 2, AnonymizedUserWorkerID=None), "AnonymizedUserWorkerID", None, "expected str"),
+        (dialogue(HELLO, 2, Scenario={}), "Scenario.WizardCapabilities", None, "missing"),
+        (dialogue(HELLO, 2, Scenario={"WizardCapabilities": []}), "Scenario.WizardCapabilities", None, "one task"),
+        (dialogue(HELLO, 1), "DialogueID", None, "duplicate"),
+        (changed(dialogue(HELLO), DialogueID="absent"), "DialogueID", None, "missing"),
+        ([], "DialogueID", None, "missing"),
+    ],
+)
+def test_star_sets_a_bad_dialogue_aside(
+    star: Callable[..., ImportedLog], bad: Any, field: str | None, row: int | None, words: str
+) -> None:
+    aside = the_bad(star(dialogue(HELLO), bad))
+    assert (aside.field, aside.row) == (field, row)
+    for part in (str(aside.file), words, field or "", "" if row is None else f"row {row}"):
+        assert part in aside.reason
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"DialogueID": 2, "Eve', "truncated"),
+        (b'{"Text": "caf\xe9"}', "UTF-8"),
+        (b" \n", "empty"),
+        (b"{]", "column 2"),
+    ],
+)
+def test_star_sets_an_unreadable_file_aside(star: Callable[..., ImportedLog], content: bytes, words: str) -> None:
+    aside = the_bad(star(dialogue(HELLO), content))
+    assert aside.conversation_id == "1"
+    assert words in aside.reason
+    assert aside.file.name == "1.json"
+
+
+def test_star_needs_its_folders(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="dialogues/ and tasks/"):
+        import_star(tmp_path)
+    task = tmp_path / "tasks" / "table_book"
+    task.mkdir(parents=True)
+    with pytest.raises(SourceError, match=r"dialogues.*expected a folder"):
+        import_star(tmp_path)
+    (tmp_path / "dialogues").mkdir()
+    with pytest.raises(SourceError, match=r"end in \.json"):
+        import_star(tmp_path)
+    (task / "responses.json").write_text("[]")
+    with pytest.raises(SourceError, match="mapping of option names"):
+        import_star(tmp_path)
+
+
+# --- CraigslistBargain ------------------------------------------------------------------------------------------
+
+BUYER, SELLER = 0, 1
+
+
+def event(agent: Any, action: str = "message", data: Any = None, time: Any = None) -> dict[str, Any]:
+    return {"agent": agent, "action": action, "data": data, "time": time, "start_time": None}
+
+
+def says(agent: int, text: str, time: Any = None) -> dict[str, Any]:
+    return event(agent, data=text, time=time)
+
+
+def side(role: str, target: int) -> dict[str, Any]:
+    item = {"Title": "Bike", "Category": "bike", "Price": 100}
+    return {"personal": {"Role": role, "Target": target, "Bottomline": None}, "item": item}
+
+
+def haggle(events: list[Any], reward: Any = 0, name: str = "C_1", **changes: Any) -> dict[str, Any]:
+    scenario = {"post_id": "p1", "kbs": [side("buyer", 77), side("seller", 90)]}
+    return {
+        "uuid": name,
+        "scenario": scenario,
+        "outcome": {"reward": reward, "offer": None},
+        "events": events,
+        **changes,
+    }
+
+
+TALK = [says(BUYER, "hi", "1.5"), says(SELLER, "hey", "2.5")]
+
+
+@pytest.fixture
+def craigslist(tmp_path: Path) -> Callable[..., ImportedLog]:
+    def run(*dialogues: Any) -> ImportedLog:
+        (tmp_path / "dev.json").write_text(json.dumps(dialogues))
+        log = import_craigslist(tmp_path)
+        check_invariants(log)
+        return log
+
+    return run
+
+
+def messages(talk: Conversation) -> list[tuple[str | None, str | None]]:
+    return [(turn.customer_message, turn.business_message) for turn in talk.turns]
+
+
+def test_craigslist_suggests_what_was_sent(craigslist: Callable[..., ImportedLog]) -> None:
+    more = [says(BUYER, "70?"), event(BUYER, "offer", {"price": 70.0}), event(SELLER, "offer", {"price": None})]
+    talk = only(craigslist(haggle([*TALK, *more])))
+    assert messages(talk) == [("hi", "hey"), ("70?\n<offer $70.0>", "<offer>"), (None, None)]
+    for turn in talk.turns[:-1]:
+        assert turn.suggestion is not None
+        assert (turn.suggestion.text, turn.suggestion.status) == (turn.business_message, "suggested")
+        assert turn.adoption == "verbatim"
+    assert (talk.customer_id, talk.business_id) == ("p1", None)
+    assert talk.turns[0].timestamp == datetime(1970, 1, 1, 0, 0, 1, 500000, tzinfo=UTC)
+
+
+def test_craigslist_shows_the_seller_its_own_target_only(craigslist: Callable[..., ImportedLog]) -> None:
+    talk = only(craigslist(haggle(TALK)))
+    assert talk.context == "Bike (category bike), list price $100, the seller hopes for $90"
+    assert "77" not in repr(talk)
+
+
+def test_craigslist_empty_first_message_is_not_the_end(craigslist: Callable[..., ImportedLog]) -> None:
+    talk = only(craigslist(haggle([says(SELLER, "hey"), says(BUYER, "hi"), says(SELLER, "so?")])))
+    assert messages(talk) == [("", "hey"), ("hi", "so?"), (None, None)]
+    assert talk.state(0).customer_message == ""
+
+
+@pytest.mark.parametrize(
+    ("closing", "last"),
+    [
+        ([says(BUYER, "ok"), event(BUYER, "accept")], "ok\n<accept>"),
+        ([event(BUYER, "offer", {"price": 5}), event(SELLER, "accept")], "<offer $5>"),
+        ([says(BUYER, "ok"), says(SELLER, "deal"), event(SELLER, "accept")], "ok"),
+        ([event(BUYER, "accept"), says(SELLER, "thanks"), says(BUYER, "bye")], "<accept>"),
+        ([says(BUYER, "a"), event(SELLER, "offer", "?"), event(SELLER, "accept"), event(BUYER, "accept")], "<accept>"),
+    ],
+)
+def test_craigslist_sale_is_credited_at_the_accept(
+    craigslist: Callable[..., ImportedLog], closing: list[Any], last: str
+) -> None:
+    talk = only(craigslist(haggle([*TALK, *closing], 1)))
+    assert (talk.turns[-1].customer_message, talk.turns[-1].outcomes) == (last, (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("closing", "sent"),
+    [
+        ([says(BUYER, "5?"), event(SELLER, "reject"), says(SELLER, "no"), says(BUYER, "ok")], ["hey", "<reject>"]),
+        ([event(BUYER, "quit"), says(SELLER, "wait")], ["hey"]),
+        ([event(BUYER, "offer", None), event(SELLER, "accept"), says(BUYER, "b")], ["hey", "<accept>"]),
+    ],
+)
+def test_craigslist_without_sale_ends_with_the_first_closing_event(
+    craigslist: Callable[..., ImportedLog], closing: list[Any], sent: list[str]
+) -> None:
+    talk = only(craigslist(haggle([*TALK, *closing])))
+    assert [turn.business_message for turn in talk.turns] == [*sent, None]
+    assert (talk.turns[-1].customer_message, talk.turns[-1].outcomes) == (None, (0.0,))
+
+
+@pytest.mark.parametrize(
+    ("bad", "field", "words"),
+    [
+        (haggle([*TALK, says(None, "x")], name="C_2"), "events[2].agent", "found None"),  # type: ignore[arg-type]
+        (haggle([*TALK, says(2, "x")], name="C_2"), "events[2].agent", "found 2"),
+        (haggle([*TALK, says(BUYER, "x", "0.5")], name="C_2"), "events[2].time", "earlier"),
+        (haggle([*TALK, says(BUYER, "x", "soon")], name="C_2"), "events[2].time", "'soon'"),
+        (haggle([*TALK, event(BUYER)], name="C_2"), "events[2].data", "expected str"),
+        (haggle([*TALK, event(BUYER, "dance")], name="C_2"), "events[2].action", "'dance'"),
+        (haggle([*TALK, None], name="C_2"), "events[2].agent", "missing"),
+        (haggle(TALK, 2, "C_2"), "outcome.reward", "expected 0 or 1"),
+        (haggle(TALK, None, "C_2"), "outcome.reward", "expected int"),
+        (haggle(TALK, 1, "C_2"), "events", "nobody accepted"),
+        (haggle(TALK, name="C_2", scenario={"post_id": "p"}), "scenario.kbs", "missing"),
+        (haggle(TALK, name="C_2", scenario={"post_id": "p", "kbs": [side("buyer", 1)]}), "scenario.kbs", "one seller"),
+        (haggle([says(BUYER, "x")], name="C_2"), None, "no transition"),
+        (haggle([], name="C_2"), None, "no transition"),
+        (haggle(TALK, name="C_1"), "uuid", "duplicate"),
+        (None, "uuid", "missing"),
+    ],
+)
+def test_craigslist_sets_a_bad_dialogue_aside(
+    craigslist: Callable[..., ImportedLog], bad: Any, field: str | None, words: str
+) -> None:
+    aside = the_bad(craigslist(haggle(TALK), bad))
+    assert (aside.field, aside.row) == (field, 2)
+    for part in ("dev.json, row 2", words, field or ""):
+        assert part in aside.reason
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[{", "truncated"),
+        (b"[]", "list of dialogues"),
+        (b"{}", "list of dialogues"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"", "empty"),
+    ],
+)
+def test_craigslist_refuses_a_bad_file(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "dev.json").write_bytes(content)
+    with pytest.raises(SourceError, match=words):
+        import_craigslist(tmp_path / "dev.json")
+
+
+def test_craigslist_wants_exactly_one_file(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="there are none"):
+        import_craigslist(tmp_path)
+    with pytest.raises(SourceError, match="no such file"):
+        import_craigslist(tmp_path / "dev.json")
+    for name in ("dev.json", "train.json"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(SourceError, match="exactly one"):
+        import_craigslist(tmp_path)
+
+
+def test_damaged_json_names_the_place(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1,\n "b" 2, "c": 3}')
+    with pytest.raises(SourceError, match=r"a\.json, line 2, column 6"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(SourceError, match="nested too deeply"):
+        read_json(tmp_path / "a.json")
+
+
+# --- A team's own table -----------------------------------------------------------------------------------------
+
+
+def record(turn: int = 1, **changes: Any) -> dict[str, Any]:
+    row = {"conversation_id": "a", "turn": turn, "customer_message": "hi", "suggestion": "Hello there!"}
+    return changed({**row, "business_message": "Hello there!", "outcome": 0.0}, **changes)
+
+
+def ended(turn: int = 2, **changes: Any) -> dict[str, Any]:
+    return record(turn, **{"customer_message": None, "suggestion": None, "business_message": None, **changes})
+
+
+def paid(turn: int = 2, **changes: Any) -> dict[str, Any]:
+    return ended(turn, **{"customer_message": "paid", "outcome": 1.0, **changes})
+
+
+GOOD = [record(conversation_id="good"), paid(conversation_id="good")]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Callable[..., ImportedLog]:
+    def run(*rows: Any, outcomes: dict[str, float] = ONE, config: Config = CONFIG) -> ImportedLog:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+        log = import_table(tmp_path / "log.jsonl", outcomes, config.data)
+        check_invariants(log)
+        return log
+
+    return run
+
+
+def test_table_reads_a_conversation(table: Callable[..., ImportedLog]) -> None:
+    talk = only(table(record(), paid()))
+    first, last = talk.turns
+    assert (first.customer_message, first.business_message, first.adoption) == ("hi", "Hello there!", "verbatim")
+    assert last == Turn("paid", (1.0,))
+    assert (talk.customer_id, talk.business_id) == ("a", None)
+
+
+def test_table_infers_status_and_adoption(table: Callable[..., ImportedLog]) -> None:
+    sent = ["hello  There!", "Hello there, you!", "No.", None]
+    rows = [record(i, business_message=text or "x") for i, text in enumerate(sent, start=1)]
+    rows[3] |= {"suggestion": None}
+    rows += [record(5, suggestion=""), record(6, suggestion="", business_message=None), ended(7)]
+    got = [(t.suggestion.text, t.suggestion.status, t.adoption) for t in actions(table(*rows)) if t.suggestion]
+    assert [adoption for _, _, adoption in got] == ["verbatim", "edited", "rejected", None, None, "no_reply"]
+    assert got[3][:2] == (None, "missing")
+    assert got[4][:2] == ("", "abstained")
+
+
+def test_table_keeps_what_is_logged(table: Callable[..., ImportedLog]) -> None:
+    about = {"customer_id": 7, "business_id": "b", "context": "shop", "policy_version": "3", "arm": "champion"}
+    said = {"suggestion_status": "suggested", "adoption": "edited", "behaviour_logprob": -2.5}
+    rows = [record(**about, **said, timestamp="2025-01-31T12:00:00+02:00"), paid(timestamp="2025-01-31T11:00:00")]
+    talk = only(table(*rows))
+    assert (talk.customer_id, talk.business_id, talk.context) == ("7", "b", "shop")
+    assert (talk.policy_version, talk.arm, talk.persona) == ("3", "champion", None)
+    first = talk.turns[0]
+    assert first.suggestion is not None
+    assert (first.adoption, first.suggestion.logprob) == ("edited", -2.5)
+    assert [turn.timestamp for turn in talk.turns] == [datetime(2025, 1, 31, hour, tzinfo=UTC) for hour in (10, 11)]
+
+
+def test_table_drops_what_follows_an_outcome(table: Callable[..., ImportedLog]) -> None:
+    talk = only(table(record(), paid(suggestion="Thanks", business_message="Thanks"), record(3), ended(4)))
+    assert len(talk.turns) == 2
+    assert talk.extra == {"dropped_turns": "2"}
+
+
+def test_table_takes_interleaved_conversations_and_named_outcomes(table: Callable[..., ImportedLog]) -> None:
+    def both(row: dict[str, Any], purchase: Any, contact: Any) -> dict[str, Any]:
+        return changed(row, outcome="absent", outcome_purchase=purchase, outcome_contact=contact)
+
+    rows = [both(record(conversation_id=name), 0, None) for name in "ab"]
+    rows += [both(paid(conversation_id=name), name == "a", 1) for name in "ab"]
+    log = table(*rows, outcomes={"purchase": 0.5, "contact": 0.25})
+    assert [talk.turns[-1].outcomes for talk in log.conversations] == [(1.0, 1.0), (0.0, 1.0)]
+    with pytest.raises(SourceError, match="'outcome_contact' is missing"):
+        table(*GOOD, outcomes={"contact": 0.5, "purchase": 0.5})
+
+
+def test_table_without_times_takes_silence_for_the_end(table: Callable[..., ImportedLog]) -> None:
+    talk = only(table(record(), record(2, business_message=None)))
+    assert [turn.terminal for turn in talk.turns] == [False, False, True]
+    assert talk.turns[1].adoption == "no_reply"
+    assert talk.turns[-1] == Turn(None, (0.0,))
+
+
+def test_table_counts_open_conversations(table: Callable[..., ImportedLog]) -> None:
+    times = {"left": "2025-01-01T00:00:00Z", "open": "2025-01-03T00:00:00Z", "new": "2025-01-05T00:00:00Z"}
+    rows = [record(conversation_id=name, timestamp=time) for name, time in times.items()]
+    log = table(*rows, ended(conversation_id="new", timestamp=None), record(conversation_id="timeless"))
+    assert [talk.conversation_id for talk in log.conversations] == ["left", "new"]
+    assert [aside.conversation_id for aside in log.set_aside] == ["open", "timeless"]
+    assert all(aside.still_open and aside.reason.startswith("open: ") for aside in log.set_aside)
+    assert "log.jsonl, row 2, field 'timestamp'" in log.set_aside[0].reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "field", "row", "words"),
+    [
+        ([record(), paid(3)], "turn", 4, "expected 2, found 3"),
+        ([record(), record(), paid()], "turn", 4, "expected 2"),
+        ([record("one")], "turn", 3, "expected a number"),  # type: ignore[arg-type]
+        ([record(turn="absent")], "turn", 3, "missing"),  # type: ignore[arg-type]
+        ([record(conversation_id=None)], "conversation_id", 3, "found none"),
+        ([record(customer_message=5)], "customer_message", 3, "expected text or null"),
+        ([record(customer_message="\ud800")], "customer_message", 3, "expected text"),
+        ([record(customer_message=None), paid()], "customer_message", 3, "something follows"),
+        ([record(), ended(), paid(3)], "customer_message", 4, "null before the last row"),
+        ([record(business_message=None), paid()], "business_message", 3, "join"),
+        ([record(suggestion_status="offered")], "suggestion_status", 3, "'offered'"),
+        ([record(suggestion_status="missing")], "suggestion_status", 3, "does not go with"),
+        ([record(adoption="liked")], "adoption", 3, "'liked'"),
+        ([record(adoption="no_reply")], "adoption", 3, "does not go with"),
+        ([record(behaviour_logprob=0.5)], "behaviour_logprob", 3, "at most 0"),
+        ([record(outcome=2)], "outcome", 3, "expected 0 to 1, found 2"),
+        ([record(outcome=float("nan"))], "outcome", 3, "expected a number"),
+        ([record(outcome=10**400)], "outcome", 3, "expected a number"),
+        ([record(outcome="absent")], "outcome", 3, "missing"),
+        ([record(timestamp="yesterday")], "timestamp", 3, "ISO 8601"),
+        ([record(timestamp=5)], "timestamp", 3, "ISO 8601"),
+        ([record(timestamp="2025-01-02"), paid(timestamp="2025-01-01")], "timestamp", 4, "earlier"),
+        ([record(customer_id="x"), paid(customer_id="y")], "customer_id", 4, "not the same"),
+        ([paid(1)], None, 3, "no transition"),
+        ([record(), '{"conversation_id": "a", "turn": 2, "outc'], None, 4, "one JSON object a line"),
+        (["[1]"], None, 3, "found [1]"),
+    ],
+)
+def test_table_sets_the_conversation_of_a_bad_row_aside(
+    table: Callable[..., ImportedLog], rows: list[Any], field: str | None, row: int, words: str
+) -> None:
+    aside = the_bad(table(*GOOD, *rows))
+    assert (aside.field, aside.row) == (field, row)
+    assert not aside.still_open
+    for part in (f"log.jsonl, row {row}", words, field or ""):
+        assert part in aside.reason
+
+
+def test_table_csv_tells_null_from_empty(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    header = "conversation_id,turn,customer_message,suggestion,business_message,outcome,timestamp\n"
+    rows = (
+        'a,1,"hi,\nyou",,"x",0,2025-01-01T00:00:00Z\n\na,2,NA,"",y,0,\na,3,,,,0,\nb,1,a,b\nb,2,,,,0,\n007,1,a,b,c,0,\n'
+    )
+    file.write_text(header + rows + "007,2,d,,,1,\n", encoding="utf-8-sig")
+    log = import_table(file, ONE, CONFIG.data)
+    check_invariants(log)
+    first, second = log.conversations
+    assert [turn.suggestion.status for turn in first.turns if turn.suggestion] == ["missing", "abstained"]
+    assert [turn.customer_message for turn in first.turns] == ["hi,\nyou", "NA", None]
+    assert second.conversation_id == "007"
+    aside = the_bad(log, good=2)
+    assert (aside.conversation_id, aside.row) == ("b", 4)
+    assert "expected 7 columns, found 4" in aside.reason
+
+
+def test_table_reads_a_folder_and_its_own_turn_table(tmp_path: Path) -> None:
+    source = tmp_path / "log"
+    source.mkdir()
+    (source / "b.jsonl").write_text("\n".join(json.dumps(row) for row in GOOD))
+    rows = [record(timestamp="2025-01-01"), ended(timestamp=None)]
+    pd.DataFrame(rows).astype({"turn": "int32", "timestamp": "datetime64[ns]"}).to_parquet(source / "a.parquet")
+    log = import_table(source, ONE, CONFIG.data)
+    assert [talk.conversation_id for talk in log.conversations] == ["a", "good"]
+    assert type(log.conversations[0].turns[0].timestamp) is datetime
+    write(to_frame(log.conversations, ONE, 0.15), tmp_path / "turns.parquet", ONE)
+    again = import_table(tmp_path / "turns.parquet", ONE, CONFIG.data)
+    assert not again.set_aside
+    assert [talk.turns for talk in again.conversations] == [talk.turns for talk in log.conversations]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"suggestion": "absent", "sugestion": "x"}, r"'suggestion' is missing \(did you mean 'sugestion'\?\)"),
+        ({"adoptoin": "edited"}, r"unknown column 'adoptoin' \(did you mean 'adoption'\?\)"),
+        ({"outcome": "absent", "outcome_contact": 1}, r"expected a column 'outcome_purchase' or 'outcome'"),
+    ],
+)
+def test_table_names_the_nearest_column(table: Callable[..., ImportedLog], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        table(record(**changes), paid(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("log.jsonl", b"", "empty"),
+        ("log.jsonl", b'[\n{"a": 1}', "missing"),
+        ("log.jsonl", b"[1]\n[2", "no readable row; the first problem"),
+        ("log.jsonl", b'{"a": "\xff"}', "byte 7: expected UTF-8"),
+        ("log.csv", b"conversation_id,turn\n", "no readable row"),
+        ("log.csv", b"a,a\n1,2\n", "same name"),
+        ("log.csv", b"a,b\n1,\xe9\n", "byte 6: expected UTF-8"),
+        ("log.parquet", b"PAR1 cut", "expected a Parquet file"),
+        ("log.parquet", b"", "expected a Parquet file"),
+        ("log.xlsx", b"x", "expected a file that ends in .parquet, .csv, .jsonl"),
+    ],
+)
+def test_table_refuses_a_bad_file(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=words):
+        import_table(tmp_path / name, ONE, CONFIG.data)
+
+
+def test_table_needs_something_there(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="there are none"):
+        import_table(tmp_path, ONE, CONFIG.data)
+    with pytest.raises(SourceError, match="no such file"):
+        import_table(tmp_path / "log.csv", ONE, CONFIG.data)
+
+
+# --- By name ----------------------------------------------------------------------------------------------------
+
+
+def test_sources_by_name(tmp_path: Path) -> None:
+    assert list(SOURCES) == ["star", "craigslist", "table"]
+    with pytest.raises(SourceError, match=r"'stars' \(did you mean 'star'\?\)"):
+        importer("stars")
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(row) for row in GOOD))
+    config = load_config(overrides={"source.kind": "table", "source.path": str(tmp_path)})
+    assert only(import_log(config)).conversation_id == "good"
+    with pytest.raises(ConfigError, match=r"source\.path"):
+        import_log(load_config(overrides={"source.kind": "star"}))
+    with pytest.raises(SourceError, match="unknown source 'renovation'"):
+        import_log(CONFIG)
+    two = load_config(overrides={"outcomes": {"purchase": 1.0, "contact": 0.5}})
+    for name in ("star", "craigslist"):
+        with pytest.raises(ConfigError, match="exactly one"):
+            SOURCES[name](tmp_path, two)
+
+
+# --- The public logs --------------------------------------------------------------------------------------------
+
+
+def won(log: ImportedLog) -> int:
+    return sum(talk.turns[-1].outcomes == (1.0,) for talk in log.conversations)
+
+
+def no_transition(log: ImportedLog, outcome: int) -> int:
+    return sum(
+        f"no transition: nothing was answered before the end (outcome {outcome})" in s.reason for s in log.set_aside
+    )
+
+
+@pytest.mark.shared
+def test_star_figures() -> None:
+    log = SOURCES["star"](shared("star"), CONFIG)
+    check_invariants(log)
+    assert len(log.conversations) + len(log.set_aside) == 2081
+    assert sum("no user turn" in aside.reason for aside in log.set_aside) == 132
+    assert (no_transition(log, 0), no_transition(log, 1)) == (64, 4)
+    assert (won(log), won(log) + no_transition(log, 1)) == (1293, 1297)
+    assert (
+        sum(int(talk.extra["dropped_turns"]) for talk in log.conversations) == 2465
+    )  # of 2,481; the others are set aside
+    statuses = Counter((t.suggestion.status, t.adoption) for t in actions(log) if t.suggestion)
+    assert statuses == {
+        ("suggested", "verbatim"): 6909,
+        ("suggested", "rejected"): 905,
+        ("missing", "rejected"): 1332,
+        ("missing", None): 118,
+    }
+    assert statuses.total() == 9264
+
+
+@pytest.mark.shared
+def test_star_keeps_leaks_out() -> None:
+    path = shared("star")
+    for talk in import_star(path).conversations[:200]:
+        raw = read_json(path / "dialogues" / f"{talk.conversation_id}.json")
+        told = {event["Text"] for event in raw["Events"] if event["Agent"] == "UserGuide"}
+        assert not any(text in repr(talk) for text in told)
+        assert talk.context == raw["Scenario"]["WizardCapabilities"][0]["Task"].replace("_", " ")
+
+
+@pytest.mark.shared
+def test_craigslist_figures() -> None:
+    log = SOURCES["craigslist"](shared("craigslist"), CONFIG)
+    check_invariants(log)
+    assert len(log.conversations) + len(log.set_aside) == 643
+    assert len(actions(log)) == 2342
+    assert (won(log), won(log) + no_transition(log, 1), len(log.set_aside)) == (453, 461, 10)
+    assert {(t.suggestion.status, t.adoption) for t in actions(log) if t.suggestion} == {("suggested", "verbatim")}
+    assert all(turn.suggestion.text for turn in actions(log) if turn.suggestion)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["star", "craigslist"])
+def test_public_logs_go_through_the_turn_table(name: str, tmp_path: Path) -> None:
+    log = SOURCES[name](shared(name), CONFIG)
+    write(to_frame(log.conversations, ONE, 0.15), tmp_path / "turns.parquet", ONE)
+    again = {talk.conversation_id: talk.turns for talk in conversations(read(tmp_path / "turns.parquet", ONE))}
+    assert again == {talk.conversation_id: talk.turns for talk in log.conversations}
