@@ -9,17 +9,18 @@ from typing import Protocol, TypeVar
 
 Policy = TypeVar("Policy")
 Data = TypeVar("Data")
+Data_contra = TypeVar("Data_contra", contravariant=True)
 Q = TypeVar("Q")
 Prompts = TypeVar("Prompts")
 
 
-class ImprovementSteps(Protocol[Policy, Data, Q, Prompts]):
+class ImprovementSteps(Protocol[Policy, Data_contra, Q, Prompts]):
     """Lines 5 to 7: what one round of policy iteration is made of."""
 
-    def fit_q(self, policy: Policy, data: Data) -> Q:
+    def fit_q(self, policy: Policy, data: Data_contra) -> Q:
         """Line 5: a Q-function for `policy` by policy evaluation on its conversations."""
 
-    def prompts(self, policy: Policy, data: Data) -> Prompts:
+    def prompts(self, policy: Policy, data: Data_contra) -> Prompts:
         """Line 6: the single-turn prompts that `policy` uses for the states in `data`."""
 
     def improve(self, policy: Policy, prompts: Prompts, q: Q) -> Policy:
@@ -39,7 +40,9 @@ class Steps(ImprovementSteps[Policy, Data, Q, Prompts], Protocol[Policy, Data, Q
         """Line 9: whether Q_i, fitted on `data`, has converged, or the budget is spent."""
 
 
-def policy_iteration_step(policy: Policy, data: Data, steps: ImprovementSteps[Policy, Data, Q, Prompts]) -> tuple[Q, Policy]:
+def policy_iteration_step(
+    policy: Policy, data: Data, steps: ImprovementSteps[Policy, Data, Q, Prompts]
+) -> tuple[Q, Policy]:
     """Lines 5 to 7: evaluate pi_i on its own conversations, then improve it one turn at a time. Returns (Q_i, pi_{i+1})."""
     q = steps.fit_q(policy, data)
     prompts = steps.prompts(policy, data)

@@ -20,7 +20,7 @@ Count = Field(ge=1)
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Frozen):
@@ -217,7 +217,7 @@ class Config(Frozen):
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:
-    """Defaults, then the user's params file, then overrides.
+    """Defaults, then the profile of the source, then the user's params file, then overrides.
 
     Args:
         path: a params.yaml that may hold any subset of the keys; None means the defaults alone.
@@ -226,21 +226,35 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
     Raises ConfigError with the file, the key, what was expected and, for an unknown key, the nearest known one.
     """
     defaults = _read_yaml(DEFAULTS)
-    values = defaults
-    if path is not None:
-        values = _merge(values, _read_yaml(path), defaults, str(path), ())
-    for key, value in _pairs(overrides):
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        values = _merge(values, nested, defaults, f"override {key!r}", ())
+    profiles = defaults.pop("profiles")
+    layers = [] if path is None else [(_read_yaml(path), str(path))]
+    layers += [(_nested(key, value), f"override {key!r}") for key, value in _pairs(overrides)]
+    for layer, where in layers:
+        profiles = _merge(profiles, layer.pop("profiles", {}), profiles, where, ("profiles",))
+    kind = _laid_over(defaults, layers)["source"]["kind"]
+    profile = profiles.get(kind, {}) if isinstance(kind, str) else {}
+    values = _laid_over(defaults, [(profile, f"profile {kind!r}"), *layers])
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "params"
-        given = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+        given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         raise ConfigError(f"{path or DEFAULTS.name}: {where}: {first['msg']}{given}") from None
+
+
+def _laid_over(defaults: dict[str, Any], layers: Iterable[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+    values = defaults
+    for layer, where in layers:
+        values = _merge(values, layer, defaults, where, ())
+    return values
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
 
 
 def _pairs(overrides: Mapping[str, Any] | Iterable[str]) -> Iterable[tuple[str, Any]]:
@@ -253,8 +267,8 @@ def _pairs(overrides: Mapping[str, Any] | Iterable[str]) -> Iterable[tuple[str, 
             raise ConfigError(f"override {text!r}: expected section.key=value")
         try:
             yield key.strip(), yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {text!r}: the value is not YAML ({error})") from None
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"override {text!r}: the value is not YAML ({' '.join(str(error).split())})") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -264,7 +278,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such params file; `ippo init` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,16 +56,32 @@ def whole_directory(path: Path) -> Iterator[Path]:
     try:
         draft.chmod(0o755)
         yield draft
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            path.replace(old / "content")
+        if not path.exists():
             draft.replace(path)
-            shutil.rmtree(old)
-        else:
-            draft.replace(path)
-    except BaseException:
+        elif not _exchange(draft, path):
+            _replace_in_two_steps(draft, path)
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step: Linux's renameat2 with RENAME_EXCHANGE. False where there is no such thing."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2
+    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _replace_in_two_steps(draft: Path, path: Path) -> None:
+    """Elsewhere: an error puts the old directory back, a kill between the steps leaves it in `.<name>.old.*`."""
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    path.replace(old / "content")
+    try:
+        draft.replace(path)
+    except BaseException:
+        (old / "content").replace(path)
         raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def fingerprint(*values: Any) -> str:
@@ -71,12 +89,15 @@ def fingerprint(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def content_hash(path: Path) -> str:
-    """A short hash of a file's bytes, or of all files below a directory with their relative names."""
+def content_hash(path: Path, leave_out: str | None = None) -> str:
+    """A short hash of a file's bytes, or of all files below a directory (but those named `leave_out`) with their names."""
+    if not path.exists():
+        raise StoreError(f"{path}: not found")
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != leave_out)
     for file in files:
-        digest.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
+        name = file.relative_to(path).as_posix() if path.is_dir() else ""
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as source:
             while block := source.read(1 << 20):
                 digest.update(block)

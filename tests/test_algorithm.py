@@ -146,7 +146,7 @@ def test_four_rounds_of_20k_conversations_reach_95_percent_of_the_possible_gain(
 
 
 def test_each_round_is_better_than_the_one_before() -> None:
-    steps = Watched(conversations=5000, max_rounds=4)
+    steps = Watched(conversations=3000, max_rounds=3)
     last = iterative_ppo(steps)
     values = [CHAIN.value(policy, GAMMA) for policy in [*(policy for policy, _ in steps.seen), last]]
     assert np.diff(values).min() > 0 and values[0] == pytest.approx(UNIFORM)
@@ -166,7 +166,7 @@ def test_with_exact_evaluation_and_greedy_improvement_it_is_policy_iteration() -
 @pytest.mark.parametrize("improvement", [greedy_improvement, epsilon_greedy_improvement])
 def test_the_other_improvements_gain_much_of_it_too(improvement: Improvement) -> None:
     """Less than the KL-regularised one: what is hardly sampled is hardly known (the paper's action coverage)."""
-    steps = TabularSteps(conversations=5000, improvement=improvement, max_rounds=3)
+    steps = TabularSteps(conversations=5000, improvement=improvement, max_rounds=2)
     assert 0.4 < gained(iterative_ppo(steps)) < 0.97
 
 

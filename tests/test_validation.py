@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import TurnTableError, ValidationStopped
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, Suggestion, Turn
-from iterative_ppo.mdp.turn_table import concat, to_frame
+from iterative_ppo.mdp.turn_table import to_frame
 from iterative_ppo.mdp.turn_table import read as read_table
 from iterative_ppo.mdp.turn_table import write as write_table
 from tasks.turn_checks import checks, grouped
@@ -181,7 +181,7 @@ def verdict(config: Config) -> Verdict:
         frames.append(one.change(table(config, one.talk(name))))
         frames.append(table(config, (buys if number % 2 else leaves)(f"good {number}")))
     returning = table(config, buys("returning"))
-    frame = concat([returning.iloc[:2], *frames, returning.iloc[2:]])
+    frame = pd.concat([returning.iloc[:2], *frames, returning.iloc[2:]], ignore_index=True)
     return Verdict(frame, validate(frame, config))
 
 

@@ -58,11 +58,12 @@ def improve_policy(
     current: Round,
     behaviour: np.ndarray,
     q: QModel,
+    prompts: ppo.Prompts,
     config: Config,
     seed: int,
     progress: Progress | None = None,
 ) -> Improvement:
-    """Lines 6 and 7: the logged pass, then PPO on the states of the fit part.
+    """Line 7: the logged pass on the fit part, then PPO on the prompts.
 
     Args:
         behaviour: (N,) log-probs of the logged actions as sampled, NaN where unknown.
@@ -73,7 +74,6 @@ def improve_policy(
     usable = current.fit & np.isfinite(values.q)
     data = LoggedData(current.encoded, advantage, np.where(usable, behaviour, np.nan))
     student, logged_curve = improve_on_log(policy, data, config.improve.logged, seed, progress)
-    prompts = ppo.prompts_of(current.encoded.sequences, np.flatnonzero(usable))
     scale = max(float(np.nanstd((values.q - values.v)[usable])), 1e-6)
     reference = student if config.improve.ppo.reference == "logged" else policy
     student, ppo_curve = ppo.improve(

@@ -101,7 +101,7 @@ def to_frame(
                     turn.timestamp,
                 )
             )
-    return conform(pd.DataFrame(rows, columns=turn_schema(outcomes).names), outcomes)
+    return conform(pd.DataFrame(rows, columns=turn_schema(outcomes).names, dtype=object), outcomes)
 
 
 def conform(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
@@ -114,12 +114,14 @@ def conform(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
         if name not in frame.columns:
             extra = [c for c in frame.columns if c not in schema.names]
             raise TurnTableError(f"column {name!r} is missing{did_you_mean(name, extra)}; found {list(frame.columns)}")
+        if isinstance(frame[name], pd.DataFrame):
+            raise TurnTableError(f"column {name!r} is there {frame[name].shape[1]} times, expected once")
     nullable = pa.schema([field.with_nullable(True) for field in schema], metadata=schema.metadata)
     columns = []
     for field in nullable:
         try:
-            columns.append(pa.Array.from_pandas(frame[field.name], type=field.type, safe=True))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+            columns.append(pa.Array.from_pandas(frame[field.name].infer_objects(), type=field.type, safe=True))
+        except (pa.ArrowException, ValueError, OverflowError) as error:
             raise TurnTableError(f"column {field.name!r}: expected {field.type}, {error}") from None
     return _to_pandas(pa.Table.from_arrays(columns, schema=nullable))
 
@@ -136,18 +138,12 @@ def write(frame: pd.DataFrame, path: Path, outcomes: Mapping[str, float]) -> Non
     """
     schema = turn_schema(outcomes)
     ordered = conform(frame, outcomes).sort_values(["conversation_id", "turn"], kind="stable", ignore_index=True)
-    try:
-        table = pa.Table.from_pandas(ordered, schema=schema, preserve_index=False).replace_schema_metadata(
-            schema.metadata
-        )
-        table.validate(full=True)
-        for field in schema:
-            if not field.nullable and table[field.name].null_count:
-                raise TurnTableError(f"{path}: column {field.name!r} holds nulls; quarantine those conversations first")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise TurnTableError(f"{path}: {error}") from None
+    for field in schema:
+        if not field.nullable and ordered[field.name].isna().any():
+            raise TurnTableError(f"{path}: column {field.name!r} holds nulls; quarantine those conversations first")
+    table = pa.Table.from_pandas(ordered, schema=schema, preserve_index=False).replace_schema_metadata(schema.metadata)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
@@ -177,16 +173,17 @@ def _hidden(file: Path, root: Path) -> bool:
 
 def _read_one(file: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
     try:
-        table = pq.read_table(file, partitioning=None)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
+        frame = _to_pandas(table)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise StoreError(f"{file}: not a readable Parquet file ({error})") from None
-    version = int((table.schema.metadata or {}).get(b"iterative_ppo_schema", b"0"))
-    if version > SCHEMA_VERSION:
+    version = (table.schema.metadata or {}).get(b"iterative_ppo_schema", b"0").decode(errors="replace")
+    if not version.isdecimal() or int(version) > SCHEMA_VERSION:
         raise StoreError(
             f"{file}: written with schema {version}, this program knows up to {SCHEMA_VERSION}; install a newer one"
         )
     try:
-        return conform(_to_pandas(table), outcomes)
+        return conform(frame, outcomes)
     except TurnTableError as error:
         raise TurnTableError(f"{file}: {error}") from None
 

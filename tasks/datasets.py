@@ -1,0 +1,83 @@
+"""The conversations of a round: what arrived, what was frozen as its dataset, and who may train on which rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from iterative_ppo.config import Config
+from iterative_ppo.evaluation.ab_test import Arm
+from iterative_ppo.mdp import turn_table
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A round's frozen, validated, versioned turn table."""
+
+    round_number: int
+    path: Path
+    md5: str
+
+    def read(self, config: Config) -> pd.DataFrame:
+        return turn_table.read(self.path, config.outcomes)
+
+
+def round_folder(config: Config, round_number: int) -> Path:
+    return config.data.root / "rounds" / f"{round_number:04d}"
+
+
+def turns_folder(config: Config, round_number: int) -> Path:
+    return config.data.root / "turns" / f"round={round_number:04d}"
+
+
+def inbox(config: Config) -> Path:
+    """Where traffic and importers leave turn tables: whole Parquet files, taken up by the next night."""
+    return config.data.root / "inbox"
+
+
+def take_up(config: Config, round_number: int) -> list[Path]:
+    """Move what lies in the inbox to the round that gathers it (a rename each, so nothing is lost or taken twice)."""
+    target = round_folder(config, round_number) / "arrived"
+    for file in sorted(inbox(config).glob("*.parquet")):
+        target.mkdir(parents=True, exist_ok=True)
+        file.replace(target / file.name)
+    return sorted(target.glob("*.parquet"))
+
+
+def arrived(config: Config, round_number: int) -> pd.DataFrame | None:
+    """All rows that have arrived for a round, as they came; None where nothing has."""
+    folder = round_folder(config, round_number) / "arrived"
+    if not folder.exists() or not any(folder.glob("*.parquet")):
+        return None
+    return turn_table.read(folder, config.outcomes)
+
+
+def write_once(path: Path, frame: pd.DataFrame, config: Config) -> Path:
+    """Write a turn table."""
+    turn_table.write(frame, path, config.outcomes)
+    return path
+
+
+def of_policy(frame: pd.DataFrame, label: str) -> pd.Series:
+    """(N,) bool: the rows of one policy version's conversations."""
+    return (frame["policy_version"] == label).fillna(False).astype(bool)
+
+
+def closed(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a conversation: its last, which holds the outcome."""
+    return frame[turn_table.last_rows(frame)]
+
+
+def arm(frame: pd.DataFrame, label: str) -> Arm:
+    """Successes (a positive outcome) among a policy version's closed conversations."""
+    ends = closed(frame)
+    ends = ends[of_policy(ends, label)]
+    return Arm(int((ends["outcome"] > 0).sum()), len(ends))
+
+
+def datasets_before(config: Config, round_number: int, count: int) -> list[Dataset]:
+    """Up to `count` earlier rounds' datasets, newest first."""
+    numbers = range(round_number - 1, max(-1, round_number - 1 - count), -1)
+    return [Dataset(n, turns_folder(config, n), "") for n in numbers if turns_folder(config, n).exists()]

@@ -1,0 +1,253 @@
+"""Stages that learn: pi_0, returns, Q, prompts, improvement. Plain functions on directories, thin tasks around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from iterative_ppo.config import Config
+from iterative_ppo.errors import SourceError
+from iterative_ppo.files import content_hash, read_json, write_json
+from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.returns import monte_carlo, rewards
+from tasks.datasets import Dataset, datasets_before, of_policy, round_folder
+from tasks.progress import progress
+from tasks.stage import Stage, run_stage
+
+if TYPE_CHECKING:
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.q_model import Round
+
+
+@dataclass(frozen=True)
+class PolicyVersion:
+    """A registered policy, where its files are, and the label that its conversations carry in the turn table."""
+
+    version: int
+    path: Path
+    logged_as: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.logged_as or str(self.version)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Line 6 of Algorithm 1: the prompts of a dataset's states, as token ids on disk."""
+
+    path: Path
+    dataset: Dataset
+
+
+def initial_policy_stage(config: Config, corpus: list[Conversation], source: str) -> Stage:
+    """Line 1: pi_0, by supervised fine-tuning on a corpus's suggestions."""
+    inputs = {
+        "policy": config.policy.model_dump(),
+        "supervised": config.supervised.model_dump(),
+        "seed": config.seed,
+        "source": source,
+        "conversations": len(corpus),
+        "code": 1,
+    }
+
+    def work(draft: Path) -> Mapping[str, float]:
+        from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings, threads
+        from iterative_ppo.learning.supervised import fine_tune
+        from iterative_ppo.learning.tiny import build_policy
+        from tasks.training_bar import TrainingBar
+
+        if not corpus:
+            raise SourceError(f"{source}: no conversation to fine-tune the first policy on")
+        with threads(config.runtime.threads):
+            if config.policy.base_model is None:
+                policy = build_policy(corpus, config.policy, config.seed)
+            else:
+                settings = PolicySettings.of(config.policy)
+                policy = LanguagePolicy.load(config.policy.base_model, settings, config.runtime.device)
+            encoded = [policy.renderer.encode(talk) for talk in corpus]
+            sequences = [sequence for pieces, _ in encoded for sequence in pieces]
+            whole = config.policy.base_model is None
+            with progress("fine-tuning pi_0") as report:
+                policy, metrics = fine_tune(
+                    policy, sequences, config.supervised, config.seed, whole, [TrainingBar(report)]
+                )
+        policy.save(draft / "model")
+        return {**metrics, "truncated_turns": sum(cut for _, cut in encoded)}
+
+    return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
+
+
+def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:
+    """Monte Carlo returns of every turn, as a table beside the dataset."""
+    inputs = {"md5": dataset.md5, "gamma": config.gamma, "outcomes": config.outcomes}
+
+    def work(draft: Path) -> Mapping[str, float]:
+        frame = dataset.read(config)
+        reward, returns = rewards(frame), monte_carlo(frame, config.gamma)
+        table = frame[["conversation_id", "turn"]].assign(reward=reward, **{"return": returns})
+        table.to_parquet(draft / "returns.parquet", index=False)
+        first = (frame["turn"] == 1).to_numpy()
+        return {"mean_return": float(returns[first].mean()), "conversations": float(first.sum()), "turns": len(frame)}
+
+    return run_stage(folder / "returns", inputs, work)
+
+
+def fit_q_stage(
+    config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path, previous_q: Path | None = None
+) -> Stage:
+    """Line 5: Q of the policy from its own conversations, and what it is worth on held-out ones."""
+    replay = datasets_before(config, dataset.round_number, config.q.replay_rounds)
+    inputs = {
+        "q": config.q.model_dump(),
+        "reward": config.improve.reward,
+        "gamma": config.gamma,
+        "outcomes": config.outcomes,
+        "seed": config.seed,
+        "policy": content_hash(policy.path),
+        "md5": dataset.md5,
+        "replay": [content_hash(d.path) for d in replay],
+        "start": content_hash(previous_q) if previous_q else None,
+    }
+
+    def work(draft: Path) -> Mapping[str, float]:
+        from iterative_ppo.learning.language_model import LanguagePolicy, threads
+        from iterative_ppo.learning.q_model import QModel
+        from iterative_ppo.learning.rounds import evaluate_policy
+
+        with threads(config.runtime.threads):
+            pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
+            current, frame = champion_round(pi, policy.label, dataset, config)
+            others = [other_rounds(pi, policy.label, d, config) for d in (dataset, *replay)]
+            start = QModel.load(previous_q, config.runtime.device) if previous_q and config.q.warm_start else None
+            with progress("fitting Q") as report:
+                q = evaluate_policy(pi, current, [r for r in others if r], config, start, report)
+            q.save(draft / "model")
+            report_on, calibration = q_report(q, current, frame, config)
+        write_json(draft / "calibration.json", calibration)
+        return report_on
+
+    return run_stage(folder / "q", inputs, work)
+
+
+def champion_round(
+    policy: LanguagePolicy, label: str, dataset: Dataset, config: Config
+) -> tuple[Round, pd.DataFrame]:
+    """The champion's own conversations of a dataset: what Monte Carlo returns may be taken from."""
+    from iterative_ppo.learning.rounds import round_of
+
+    frame = dataset.read(config)
+    frame = frame[of_policy(frame, label)].reset_index(drop=True)
+    if frame.empty:
+        raise SourceError(f"{dataset.path}: holds no conversation of policy version {label}")
+    return round_of(policy, frame, config), frame
+
+
+def other_rounds(policy: LanguagePolicy, label: str, dataset: Dataset, config: Config) -> Round | None:
+    """Conversations of other policies: their turns serve one-step targets, whoever chose the action."""
+    from iterative_ppo.learning.rounds import round_of
+
+    frame = dataset.read(config)
+    frame = frame[~of_policy(frame, label)].reset_index(drop=True)
+    return None if frame.empty else round_of(policy, frame, config)
+
+
+def q_report(q: Any, current: Round, frame: pd.DataFrame, config: Config) -> tuple[dict[str, float], dict[str, Any]]:
+    """R2, AUC and calibration of Q on the evidence part, beside a baseline that sees the state alone."""
+    from dataclasses import asdict
+
+    from iterative_ppo.evaluation.metrics import auc, calibration, r_squared
+
+    values = q.evaluate(current.encoded)
+    held = ~current.fit & np.isfinite(values.q)
+    metrics = {"held_out_turns": float(held.sum())}
+    if not held.any():
+        return metrics, {}
+    returns = current.returns[held]
+    won = frame.groupby("conversation_id")["outcome"].transform("max").to_numpy()[held] > 0
+    low, high = config.data.outcome_low, config.data.outcome_high
+    unit = [np.clip((x - low) / (high - low), 0, 1) for x in (values.q[held], returns)]
+    bins = calibration(unit[0], unit[1], frame["conversation_id"].to_numpy(dtype=str)[held])
+    metrics |= {
+        "r2": r_squared(returns, values.q[held]),
+        "state_only_r2": r_squared(returns, values.v[held]),
+        "auc": auc(won, values.q[held]),
+        "state_only_auc": auc(won, values.v[held]),
+        "calibration_error": bins.error,
+        "calibration_error_by_chance_95": bins.chance_95,
+        "action_spread": float((values.q[held] - values.v[held]).std()),
+        "truncated_turns": float(current.encoded.truncated_turns),
+    }
+    return metrics, asdict(bins)
+
+
+def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:
+    """Line 6: the prompts that the policy uses for the states of the fit part."""
+    inputs = {"policy": content_hash(policy.path), "md5": dataset.md5}
+
+    def work(draft: Path) -> Mapping[str, float]:
+        from iterative_ppo.learning.improve.ppo import prompts_of
+        from iterative_ppo.learning.language_model import LanguagePolicy
+
+        pi = LanguagePolicy.load(policy.path)
+        current, _ = champion_round(pi, policy.label, dataset, config)
+        prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
+        pd.DataFrame({"tokens": [list(p) for p in prompts]}).to_parquet(draft / "prompts.parquet", index=False)
+        return {"prompts": len(prompts), "mean_tokens": float(np.mean([len(p) for p in prompts])) if prompts else 0.0}
+
+    return run_stage(folder / "prompts", inputs, work)
+
+
+def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_path: Path, folder: Path) -> Stage:
+    """Line 7: SingleTurnOpt with the frozen Q: the logged pass, then PPO on the prompts."""
+    inputs = {
+        "improve": config.improve.model_dump(),
+        "gamma": config.gamma,
+        "seed": config.seed,
+        "policy": content_hash(policy.path),
+        "q": content_hash(q_path),
+        "prompts": content_hash(prompts.path),
+        "md5": prompts.dataset.md5,
+    }
+
+    def work(draft: Path) -> Mapping[str, float]:
+        from iterative_ppo.learning.language_model import LanguagePolicy, threads
+        from iterative_ppo.learning.q_model import QModel
+        from iterative_ppo.learning.rounds import improve_policy
+
+        with threads(config.runtime.threads):
+            pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
+            q = QModel.load(q_path, config.runtime.device)
+            current, frame = champion_round(pi, policy.label, prompts.dataset, config)
+            behaviour = behaviour_log_probs(pi, current, frame)
+            tokens = [tuple(map(int, p)) for p in pd.read_parquet(prompts.path / "prompts.parquet")["tokens"]]
+            with progress("improving the policy") as report:
+                result = improve_policy(pi, current, behaviour, q, tokens, config, config.seed, report)
+        result.policy.save(draft / "model")
+        write_json(draft / "curves.json", {"logged": result.logged_curve, "ppo": result.ppo_curve})
+        return {f"ppo_{k}": v for k, v in (result.ppo_curve[-1] if result.ppo_curve else {}).items()}
+
+    return run_stage(folder / "improved", inputs, work)
+
+
+def behaviour_log_probs(policy: LanguagePolicy, current: Round, frame: pd.DataFrame) -> np.ndarray:
+    """(N,) as logged when sampled; where a log knows none at all, those of the policy that was cloned from it."""
+    logged = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
+    return logged if np.isfinite(logged).any() else policy.score(current.encoded)
+
+
+def previous_q(config: Config, round_number: int) -> Path | None:
+    """Where the round before left its Q, for a warm start."""
+    path = round_folder(config, round_number - 1) / "q" / "model"
+    return path if round_number > 0 and path.exists() else None
+
+
+def curves(stage: Stage) -> dict[str, list[dict[str, float]]]:
+    """The training curves that a stage left, by name."""
+    path = stage.path / "curves.json"
+    return read_json(path) if path.exists() else {}

@@ -1,0 +1,70 @@
+"""A stage writes one directory, whole or not at all, with a record of what went in; finished work is not done twice.
+
+The record serves Prefect, DVC and the command line alike, so a killed run resumes with or without a server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iterative_ppo.errors import StoreError
+from iterative_ppo.files import content_hash, fingerprint, read_json, whole_directory, write_json
+
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: where it is, what it was made from, what was measured."""
+
+    path: Path
+    key: str
+    metrics: dict[str, float]
+    done_before: bool
+
+    def read(self, name: str) -> Any:
+        """One of the stage's JSON files."""
+        return read_json(self.path / name)
+
+
+def run_stage(path: Path, inputs: Mapping[str, Any], work: Callable[[Path], Mapping[str, float]]) -> Stage:
+    """Do `work` in an empty directory that becomes `path`, unless the same inputs were finished before.
+
+    Args:
+        inputs: JSON-able; what the result depends on. Another value means the stage is done anew.
+        work: fills the directory and returns its metrics.
+    """
+    key = fingerprint(inputs)
+    record = _finished(path, key)
+    if record is not None:
+        return Stage(path, key, record["metrics"], True)
+    with whole_directory(path) as draft:
+        metrics = dict(work(draft))
+        content = content_hash(draft)
+        inputs = json.loads(json.dumps(dict(inputs), default=str))
+        write_json(draft / RECORD, {"key": key, "inputs": inputs, "metrics": _finite(metrics), "content": content})
+    return Stage(path, key, _finite(metrics), False)
+
+
+def load_stage(path: Path) -> Stage:
+    """A stage that must have been finished. Raises StoreError."""
+    record = read_json(path / RECORD)
+    return Stage(path, record["key"], record["metrics"], True)
+
+
+def _finished(path: Path, key: str) -> dict[str, Any] | None:
+    """The record, where the stage was finished with this key and its files are still what they were."""
+    try:
+        record: dict[str, Any] = read_json(path / RECORD)
+    except StoreError:
+        return None
+    return record if record.get("key") == key and record.get("content") == content_hash(path, RECORD) else None
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics that are numbers: JSON and MLflow know no NaN."""
+    return {name: float(value) for name, value in metrics.items() if value == value and abs(value) != float("inf")}

@@ -1,0 +1,86 @@
+"""Where a night takes up the thread: one small, readable file beside the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from iterative_ppo.errors import StoreError
+from iterative_ppo.files import read_json, write_json
+
+FORMAT = 1
+Phase = Literal["collect", "train", "test", "finished"]
+
+
+class Experiment(BaseModel):
+    """A running A/B test: who is tested against whom, and the salt of its assignment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    salt: str
+    champion: int
+    challenger: int
+
+
+class NightState(BaseModel):
+    """What persists between nights.
+
+    collect: conversations of the champion are awaited for `round`; train: they are here; test: an A/B test runs whose
+    conversations become the data of the next round; finished: converged or out of budget.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    round: int = 0
+    phase: Phase = "collect"
+    experiment: Experiment | None = None
+    outcome_rates: dict[str, float] = {}
+    rounds: list[dict[str, Any]] = []
+
+    @property
+    def gathering(self) -> int:
+        """The round whose data are arriving now."""
+        return self.round + 1 if self.phase == "test" else self.round
+
+    def advance(self, **changes: Any) -> NightState:
+        return self.model_copy(update=changes)
+
+
+def state_file(root: Path) -> Path:
+    return root / "state.json"
+
+
+def load_state(root: Path) -> NightState:
+    """The persisted state, or a new one. Raises StoreError for a damaged or newer file."""
+    path = state_file(root)
+    if not path.exists():
+        return NightState()
+    values = read_json(path)
+    if isinstance(values, dict) and values.get("format", 0) > FORMAT:
+        raise StoreError(f"{path}: format {values['format']}, this program knows up to {FORMAT}; install a newer one")
+    try:
+        return NightState.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StoreError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; restore the file") from None
+
+
+def save_state(root: Path, state: NightState) -> None:
+    write_json(state_file(root), state.model_dump(mode="json"))
+
+
+@contextmanager
+def only_one(root: Path) -> Iterator[None]:
+    """Hold the lock of a night. Raises StoreError at once where another holds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(root / "night.lock", timeout=0):
+            yield
+    except Timeout:
+        raise StoreError(f"{root}: another run is at work here; wait for it, or give this one its own data.root") from None
