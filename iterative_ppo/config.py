@@ -118,6 +118,8 @@ class QConfig(Frozen):
     """Weight of the running value at the tokens between prompt and end of response."""
     warm_start: bool
     """Start from the previous round's Q instead of the policy's backbone."""
+    corpus_epochs: float = Field(ge=0.0)
+    """Passes over the corpus of pi_0 for the Q that round 0 starts from; 0 starts from the policy's backbone."""
     replay_rounds: int = Field(ge=0)
     """Earlier rounds whose turns enter the one-step fit."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import pandas as pd
 from iterative_ppo.config import Config
 from iterative_ppo.errors import SourceError
 from iterative_ppo.files import content_hash, read_json, write_json
+from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import monte_carlo, rewards
 from tasks.datasets import Dataset, datasets_before, of_policy, round_folder
@@ -45,9 +46,17 @@ class Prompts:
     dataset: Dataset
 
 
-def initial_policy_stage(config: Config, corpus: list[Conversation], source: str) -> Stage:
-    """Line 1: pi_0, by supervised fine-tuning on a corpus's suggestions."""
+def initial_policy_stage(
+    config: Config, corpus: list[Conversation], source: str, lessons: Sequence[Conversation] = ()
+) -> Stage:
+    """Line 1: pi_0, by supervised fine-tuning on a corpus; and, from the corpus's outcomes, a first Q to start from.
+
+    Args:
+        lessons: more to fine-tune on, whose outcomes mean nothing.
+    """
     inputs = {
+        "q": config.q.model_dump(),
+        "gamma": config.gamma,
         "policy": config.policy.model_dump(),
         "supervised": config.supervised.model_dump(),
         "seed": config.seed,
@@ -58,6 +67,7 @@ def initial_policy_stage(config: Config, corpus: list[Conversation], source: str
 
     def work(draft: Path) -> Mapping[str, float]:
         from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings, threads
+        from iterative_ppo.learning.rounds import corpus_q, round_of
         from iterative_ppo.learning.supervised import fine_tune
         from iterative_ppo.learning.tiny import build_policy
         from tasks.training_bar import TrainingBar
@@ -70,14 +80,18 @@ def initial_policy_stage(config: Config, corpus: list[Conversation], source: str
             else:
                 settings = PolicySettings.of(config.policy)
                 policy = LanguagePolicy.load(config.policy.base_model, settings, config.runtime.device)
-            encoded = [policy.renderer.encode(talk) for talk in corpus]
+            encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
             whole = config.policy.base_model is None
             with progress("fine-tuning pi_0") as report:
                 policy, metrics = fine_tune(
                     policy, sequences, config.supervised, config.seed, whole, [TrainingBar(report)]
                 )
-        policy.save(draft / "model")
+            policy.save(draft / "model")
+            if config.q.corpus_epochs:
+                frame = turn_table.to_frame(corpus, config.outcomes, config.data.evidence_share, config.data.split_by)
+                with progress("a first Q from the corpus") as report:
+                    corpus_q(policy, round_of(policy, frame, config), config, report).save(draft / "q")
         return {**metrics, "truncated_turns": sum(cut for _, cut in encoded)}
 
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
@@ -241,10 +255,34 @@ def behaviour_log_probs(policy: LanguagePolicy, current: Round, frame: pd.DataFr
     return logged if np.isfinite(logged).any() else policy.score(current.encoded)
 
 
+def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:
+    """How near a cloned policy is to the log it was cloned from: nats a token and a response, on held-out actions."""
+    inputs = {"policy": content_hash(policy.path), "md5": dataset.md5}
+
+    def work(draft: Path) -> Mapping[str, float]:
+        from iterative_ppo.learning.language_model import LanguagePolicy, threads
+
+        with threads(config.runtime.threads):
+            pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
+            current, _ = champion_round(pi, policy.label, dataset, config)
+            score = pi.score(current.encoded)
+        lengths = {s.row: s.end - s.start for sequence in current.encoded.sequences for s in sequence.spans}
+        metrics = {}
+        for name, part in (("fit", current.fit), ("held_out", ~current.fit)):
+            rows = np.flatnonzero(part & np.isfinite(score))
+            if len(rows):
+                metrics[f"{name}_nats_a_response"] = float(-score[rows].mean())
+                metrics[f"{name}_nats_a_token"] = float(-score[rows].sum() / sum(lengths[row] for row in rows))
+        return metrics
+
+    return run_stage(folder / "distance", inputs, work)
+
+
 def previous_q(config: Config, round_number: int) -> Path | None:
-    """Where the round before left its Q, for a warm start."""
-    path = round_folder(config, round_number - 1) / "q" / "model"
-    return path if round_number > 0 and path.exists() else None
+    """Where the round before left its Q, for a warm start; before round 0 that is the corpus's."""
+    before = round_folder(config, round_number - 1) / "q" / "model"
+    path = before if round_number > 0 else round_folder(config, 0) / "initial_policy" / "q"
+    return path if path.exists() else None
 
 
 def curves(stage: Stage) -> dict[str, list[dict[str, float]]]:

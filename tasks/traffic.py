@@ -38,13 +38,16 @@ def environment(config: Config) -> Environment:
 
 
 def scripted_corpus(config: Config) -> list[Conversation]:
-    """Conversations of a mediocre scripted agent, and a short curriculum in copying, for fine-tuning pi_0."""
+    """Conversations of a mediocre scripted agent, for fine-tuning pi_0."""
     s = config.simulator
     agent = Script(s.corpus_skill, config.seed)
-    talks = collect(agent, environment(config), s.corpus_conversations, config.seed + 100, "script")
-    lessons = copying_curriculum(int(s.copying_share * s.corpus_conversations), config.seed)
-    copying = [Conversation(f"copying-{k}", turns, f"copying-{k}") for k, turns in enumerate(lessons)]
-    return [*talks, *copying]
+    return collect(agent, environment(config), s.corpus_conversations, config.seed + 100, "script")
+
+
+def copying_lessons(config: Config) -> list[Conversation]:
+    """A short curriculum in copying from the prompt, which a tiny model learns last."""
+    lessons = copying_curriculum(int(config.simulator.copying_share * config.simulator.corpus_conversations), config.seed)
+    return [Conversation(f"copying-{k}", turns, f"copying-{k}") for k, turns in enumerate(lessons)]
 
 
 def simulate(

@@ -22,7 +22,7 @@ def leaves(values: dict[str, Any], at: str = "") -> dict[str, Any]:
     return flat
 
 
-ALL = leaves(yaml.safe_load(DEFAULTS.read_text(encoding="utf-8")))
+ALL = leaves({k: v for k, v in yaml.safe_load(DEFAULTS.read_text(encoding="utf-8")).items() if k != "profiles"})
 
 
 def params(folder: Path, text: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,10 @@ class QSettings:
     high: float
     gamma: float
     format: int = FORMAT
+
+    @classmethod
+    def of(cls, config: Config) -> QSettings:
+        return cls(config.q.loss, config.data.outcome_low, config.data.outcome_high, config.gamma)
 
 
 @dataclass(frozen=True)
@@ -261,8 +265,7 @@ def fit_q(
     Args:
         start: the previous round's Q, for a warm start; None starts from the policy's backbone.
     """
-    settings = QSettings(config.q.loss, config.data.outcome_low, config.data.outcome_high, config.gamma)
-    q = start.copy() if start is not None else QModel.from_policy(policy, settings, config.seed)
+    q = start.copy() if start is not None else QModel.from_policy(policy, QSettings.of(config), config.seed)
     c = config.q
     if c.target == "monte_carlo":
         how = Regression(c.epochs, c.learning_rate, c.batch_size, c.running_weight)
@@ -284,8 +287,6 @@ def fit_q(
 
 def joined(tables: list[EncodedTable]) -> EncodedTable:
     """Several encoded tables as one, rows renumbered."""
-    from dataclasses import replace
-
     sequences, offset = [], 0
     for table in tables:
         for sequence in table.sequences:

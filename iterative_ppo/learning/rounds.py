@@ -13,7 +13,7 @@ from iterative_ppo.learning.batching import encode_table
 from iterative_ppo.learning.improve import ppo
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, turn_advantages
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.q_model import QModel, Round, fit_q
+from iterative_ppo.learning.q_model import QModel, QSettings, Regression, Round, fit_q, regress
 from iterative_ppo.mdp.returns import acceptance_rewards, discounted_returns, rewards
 from iterative_ppo.mdp.turn_table import last_rows
 
@@ -37,6 +37,14 @@ class Improvement:
     policy: LanguagePolicy
     logged_curve: list[dict[str, float]] = field(default_factory=list)
     ppo_curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Progress | None = None) -> QModel:
+    """A first Q from the outcomes of the corpus that pi_0 was cloned from: a start for round 0's, never used itself."""
+    q = QModel.from_policy(policy, QSettings.of(config), config.seed)
+    how = Regression(config.q.corpus_epochs, config.q.learning_rate, 2 * config.q.batch_size, config.q.running_weight)
+    regress(q, corpus.encoded, np.where(corpus.fit, corpus.returns, np.nan), how, config.seed, progress)
+    return q
 
 
 def evaluate_policy(

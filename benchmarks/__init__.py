@@ -1,0 +1,1 @@
+"""Measurements: each target prints its table and writes `benchmarks/results/TARGET.json`."""

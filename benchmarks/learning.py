@@ -1,0 +1,215 @@
+"""`make bench-learning`: success by rounds of 1,500 conversations on the renovation simulator, several seeds.
+
+Each seed has its own pi_0. The gate is off: every improved policy is deployed. Resumable by method, seed and round:
+what is in benchmarks/work is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.results_file import figure, mean_interval, write
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.environments.renovation import Script
+from iterative_ppo.environments.rollout import collect
+from iterative_ppo.files import fingerprint, read_json, whole_directory, write_json
+from tasks.traffic import copying_lessons, environment, outcome_of, scripted_corpus, to_rows
+
+WORK = Path(__file__).parent / "work" / "learning"
+ROUND, EVALUATION = 1500, 5000
+METHODS: dict[str, dict[str, Any]] = {
+    "iterative PPO": {},
+    "paper's shape: PPO alone, KL to pi_i, Monte Carlo Q": {
+        "improve.logged.epochs": 0.0,
+        "improve.ppo.episodes": 3072,
+        "improve.ppo.reference": "champion",
+        "q.target": "monte_carlo",
+    },
+    "filtered behaviour cloning": {},
+    "myopic: trained on acceptance": {"improve.reward": "acceptance", "q.corpus_epochs": 0.0},
+}
+ROUNDS = {"myopic: trained on acceptance": 1}
+CLONING = "filtered behaviour cloning"
+
+
+def configuration(method: str, seed: int) -> Config:
+    return load_config(None, {"seed": seed, "simulator.conversations": ROUND, **METHODS[method]})
+
+
+def cell_path(method: str, seed: int) -> Path:
+    key = fingerprint(configuration(method, seed).model_dump(mode="json"))
+    return WORK / f"{fingerprint(method)[:6]}-{seed}-{key}"
+
+
+def run_cell(method: str, seed: int, rounds: int) -> None:
+    """One method and seed, round by round from where it stopped."""
+    config = configuration(method, seed)
+    folder = cell_path(method, seed)
+    for number in range(rounds + 1):
+        place = folder / f"{number}"
+        if (place / "result.json").exists():
+            continue
+        began = time.process_time()
+        with whole_directory(place) as draft:
+            if number == 0:
+                _begin(config, method, draft)
+            else:
+                _improve(config, method, folder / f"{number - 1}", number - 1, draft)
+            trained = time.process_time()
+            result = _measure(config, number, draft, final=number in (0, rounds))
+            result |= {"cpu_seconds": trained - began, "cpu_seconds_evaluation": time.process_time() - trained}
+            write_json(draft / "result.json", result)
+        print(f"{method}, seed {seed}, round {number}: {result['success']:.3f}", flush=True)
+
+
+def _begin(config: Config, method: str, draft: Path) -> None:
+    """pi_0 (the same for every method of a seed) and its first Q."""
+    from tasks.learning import initial_policy_stage
+
+    shared = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"root": WORK / f"pi_0-{config.seed}"}),
+            "q": load_config(None, {"seed": config.seed}).q,
+        }
+    )
+    stage = initial_policy_stage(shared, scripted_corpus(config), "scripted", copying_lessons(config))
+    (draft / "model").symlink_to((stage.path / "model").resolve())
+    if config.q.corpus_epochs:
+        (draft / "q").symlink_to((stage.path / "q").resolve())
+
+
+def _improve(config: Config, method: str, before: Path, number: int, draft: Path) -> None:
+    """One round from the policy in `before`, on 1,500 fresh conversations of it."""
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.mdp import turn_table
+
+    policy = LanguagePolicy.load(before / "model")
+    talks = collect(policy, environment(config), ROUND, 10_000 * (config.seed + 1) + number, str(number))
+    frame = to_rows(config, talks)
+    turn_table.write(frame, draft / "turns.parquet", config.outcomes)
+    improved = _clone(config, policy, talks) if method == CLONING else _policy_iteration(config, policy, frame, before, draft)
+    improved.save(draft / "model")
+
+
+def _clone(config: Config, policy: Any, talks: list[Any]) -> Any:
+    from iterative_ppo.learning.supervised import fine_tune
+
+    won = [talk for talk in talks if talk.turns[-1].outcomes[0] > 0]
+    sequences = [s for talk in won for s in policy.renderer.encode(talk)[0]]
+    gentle = config.supervised.model_copy(update={"learning_rate": 0.001, "epochs": 4.0})
+    return fine_tune(policy, sequences, gentle, config.seed)[0]
+
+
+def _policy_iteration(config: Config, policy: Any, frame: Any, before: Path, draft: Path) -> Any:
+    """Lines 5 to 7 of Algorithm 1, in memory: the same functions as the pipeline's stages."""
+    from iterative_ppo.learning.improve.ppo import prompts_of
+    from iterative_ppo.learning.q_model import QModel
+    from iterative_ppo.learning.rounds import evaluate_policy, improve_policy, round_of
+    from iterative_ppo.mdp import turn_table
+
+    current = round_of(policy, frame, config)
+    earlier = before / "turns.parquet"
+    replay = [round_of(policy, turn_table.read(earlier, config.outcomes), config)] if earlier.exists() else []
+    start = QModel.load(before / "q") if config.q.warm_start and (before / "q").exists() else None
+    q = evaluate_policy(policy, current, replay[: config.q.replay_rounds], config, start)
+    q.save(draft / "q")
+    behaviour = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
+    prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
+    return improve_policy(policy, current, behaviour, q, prompts, config, config.seed).policy
+
+
+def _measure(config: Config, number: int, draft: Path, final: bool) -> dict[str, float]:
+    """Success on fresh conversations: 5,000 at the first and the last round, 1,500 between."""
+    from iterative_ppo.environments.phrases import parse
+    from iterative_ppo.learning.language_model import LanguagePolicy
+
+    policy = LanguagePolicy.load(draft / "model")
+    count = EVALUATION if final else ROUND
+    talks = collect(policy, environment(config), count, 5_000_000 + 1000 * config.seed + number, "evaluation")
+    actions = [turn.suggestion for talk in talks for turn in talk.turns if turn.suggestion]
+    said = [a.text or "" for a in actions if a.status == "suggested"]
+    adopted = [turn.adoption == "verbatim" for talk in talks for turn in talk.turns if turn.adoption]
+    return {
+        "success": outcome_of(talks).rate,
+        "conversations": count,
+        "well_formed": float(np.mean([parse(text).kind != "unclear" for text in said])) if said else 1.0,
+        "abstained": 1.0 - len(said) / len(actions),
+        "verbatim": float(np.mean(adopted)) if adopted else 0.0,
+    }
+
+
+def table(seeds: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Figures over seeds, from finished cells."""
+    rows, rate = [], {}
+    for method in METHODS:
+        last = ROUNDS.get(method, rounds)
+        for number in range(last + 1):
+            results = [read_json(cell_path(method, s) / f"{number}" / "result.json") for s in seeds]
+            rate[method, number] = np.array([r["success"] for r in results])
+            mean, low, high = mean_interval(rate[method, number])
+            cpu = float(np.mean([r["cpu_seconds"] for r in results]))
+            rows.append(figure(f"success, {method}, round {number}", mean, (low, high), seeds=seeds, cpu_seconds=cpu))
+    ours, start, cloned = (rate["iterative PPO", rounds], rate["iterative PPO", 0], rate[CLONING, rounds])
+    ratio = ours.mean() / start.mean()
+    spread = mean_interval(ours / start)
+    rows.append(figure("ratio of mean success to pi_0's after the last round", ratio, spread[1:], ">= 3", ratio >= 3, seeds))
+    gap = mean_interval(ours - cloned)
+    rows.append(figure("margin over filtered behaviour cloning", gap[0], gap[1:], "> 0", gap[1] > 0, seeds))
+    myopic = mean_interval(rate["iterative PPO", 1] - rate["myopic: trained on acceptance", 1])
+    rows.append(figure("margin of Q over acceptance after 1 round", myopic[0], myopic[1:], "> 0", myopic[1] > 0, seeds))
+    inside = 0.15 <= start.mean() <= 0.25
+    rows.append(figure("pi_0's success", start.mean(), mean_interval(start)[1:], ".15 to .25", inside, seeds))
+    oracle = outcome_of(collect(Script(1.0), environment(configuration("iterative PPO", 0)), EVALUATION, 99, "oracle"))
+    rows.append(figure("the scripted oracle's success", oracle.rate, None, ">= .80", oracle.rate >= 0.8))
+    return rows
+
+
+def main() -> None:
+    """Run all cells in `--jobs` processes, then print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cell", nargs=2, metavar=("METHOD", "SEED"), help="one method and seed, in this process")
+    arguments = parser.parse_args()
+    if arguments.cell:
+        method, seed = arguments.cell
+        run_cell(method, int(seed), ROUNDS.get(method, arguments.rounds))
+        return
+    seeds = list(range(arguments.seeds))
+    waiting = [(m, s) for s in seeds for m in METHODS]
+    # A seed's first cell makes its pi_0, which the others share.
+    _in_processes([w for w in waiting if w[0] == "iterative PPO"], arguments)
+    _in_processes([w for w in waiting if w[0] != "iterative PPO"], arguments)
+    write("bench-learning", table(seeds, arguments.rounds))
+
+
+def _in_processes(cells: list[tuple[str, int]], arguments: argparse.Namespace) -> None:
+    running: list[subprocess.Popen[bytes]] = []
+    for method, seed in cells:
+        while len(running) >= arguments.jobs:
+            running = _still(running)
+            time.sleep(0.5)
+        command = [sys.executable, "-m", "benchmarks.learning", "--rounds", str(arguments.rounds)]
+        running.append(subprocess.Popen([*command, "--cell", method, str(seed)]))
+    while running:
+        running = _still(running)
+        time.sleep(0.5)
+
+
+def _still(running: list[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    for process in running:
+        if process.poll():
+            sys.exit(f"a cell failed with exit code {process.returncode}; run again to resume")
+    return [process for process in running if process.poll() is None]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""One results file a target: a list of {figure, value, interval, target, holds, seeds, cpu_seconds}."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from iterative_ppo.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over seeds with its 95 % t interval."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return mean, mean - half, mean + half
+
+
+def figure(
+    name: str,
+    value: float,
+    interval: tuple[float, float] | None = None,
+    target: str | None = None,
+    holds: bool | None = None,
+    seeds: Sequence[int] = (),
+    cpu_seconds: float | None = None,
+) -> dict[str, Any]:
+    """One row of a results file. Numbers that are not finite become null."""
+
+    def number(x: float | None) -> float | None:
+        return None if x is None or not np.isfinite(x) else round(float(x), 5)
+
+    return {
+        "figure": name,
+        "value": number(value),
+        "interval": [number(x) for x in interval] if interval else None,
+        "target": target,
+        "holds": None if holds is None else bool(holds),
+        "seeds": list(seeds),
+        "cpu_seconds": number(cpu_seconds),
+    }
+
+
+def write(target: str, figures: Sequence[dict[str, Any]]) -> None:
+    """Print the table and write it whole."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value", "95 % interval", "target", "holds", title=target)
+    for row in figures:
+        low_high = row["interval"] or [None, None]
+        interval = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if None not in low_high else ""
+        value = "" if row["value"] is None else f"{row['value']:.3f}"
+        holds = {True: "yes", False: "no", None: ""}[row["holds"]]
+        table.add_row(row["figure"], value, interval, row["target"] or "", holds)
+    Console().print(table)
+    write_json(RESULTS / f"{target}.json", list(figures))

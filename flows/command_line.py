@@ -1,0 +1,260 @@
+"""`ippo`: the command line. Heavy libraries are imported inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from iterative_ppo.config import DEFAULTS, Config, load_config
+from iterative_ppo.errors import ConfigError, IterativePPOError
+
+app = typer.Typer(
+    name="ippo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Turn logs of conversations into a policy that reaches outcomes, round after round, with evidence.\n\n"
+    "Start with `ippo run`: rounds of Iterative PPO on a simulated renovation business, on built-in defaults.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Versioned datasets: list them, bring one back.")
+app.add_typer(data_app, name="data")
+
+Params = Annotated[Path | None, typer.Option("--params", "-p", help="A params.yaml; without it ./params.yaml, else the defaults.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
+
+
+def configured(params: Path | None, sets: list[str] | None, **more: Any) -> tuple[Config, str | None, dict[str, Any]]:
+    """The configuration of a command, and the same as flow parameters (a file's path and overrides)."""
+    file = params or (Path("params.yaml") if Path("params.yaml").exists() else None)
+    overrides = [*(sets or []), *(f"{k.replace('__', '.')}={v}" for k, v in more.items() if v is not None)]
+    config = load_config(file, overrides)
+    pairs = {key: _yaml(value) for key, _, value in (text.partition("=") for text in overrides)}
+    return config, str(file) if file else None, pairs
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("params.yaml")) -> None:
+    """Write a params.yaml to edit: every key, its default and what it means."""
+    if path.exists():
+        raise ConfigError(f"{path}: exists already; remove it or name another path")
+    shutil.copyfile(DEFAULTS, path)
+    typer.echo(f"wrote {path}; edit it, then run `ippo run --params {path}`")
+
+
+@app.command()
+def run(
+    source: Annotated[str | None, typer.Option(help="renovation (the simulator), star, craigslist or table.")] = None,
+    path: Annotated[Path | None, typer.Option(help="File or folder of logs, for a source that reads logs.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Largest number of rounds.")] = None,
+    params: Params = None,
+    sets: Sets = None,
+) -> None:
+    """Rounds of Iterative PPO: with the simulator until converged or out of budget; one offline round on real logs."""
+    config, file, overrides = configured(params, sets, source__kind=source, source__path=path, rounds__max_rounds=rounds)
+    if config.source.kind == "renovation":
+        from flows.simulation import simulated_rounds
+
+        test = simulated_rounds(file, overrides)
+        _show_status(config)
+        _show_closing(test)
+    else:
+        from flows.offline import offline_round
+
+        offline_round(file, overrides)
+        _show_status(config)
+    _write_report(config)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="star, craigslist or table.")],
+    path: Annotated[Path, typer.Argument(help="File or folder of logs.")],
+    params: Params = None,
+    sets: Sets = None,
+) -> None:
+    """Logs into the turn table's inbox; what is unusable goes to quarantine, each with its reason."""
+    config, _, _ = configured(params, sets, source__kind=source, source__path=path)
+    from tasks.traffic import import_logs
+
+    file, talks, set_aside = import_logs(config)
+    actions = [t for talk in talks for t in talk.turns if not t.terminal]
+    rewarded = sum(sum(talk.turns[-1].outcomes) > 0 for talk in talks)
+    typer.echo(f"{file}: {len(talks)} conversations, {len(actions)} transitions, {rewarded} with a positive outcome")
+    for reason, count in set_aside.most_common():
+        typer.echo(f"  set aside: {count} {reason}")
+
+
+@app.command()
+def suggest(
+    conversation: Annotated[Path, typer.Argument(help="A JSON file, or - for standard input.")],
+    alias: Annotated[str, typer.Option(help="champion, challenger or a version number.")] = "champion",
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    params: Params = None,
+    sets: Sets = None,
+) -> None:
+    """The policy's suggestion for a conversation.
+
+    The JSON: {"context": "...", "messages": [{"customer": "..."}, {"suggestion": "...", "business": "..."}, ...]};
+    messages alternate and the last one is the customer's.
+    """
+    config, _, _ = configured(params, sets)
+    from flows.suggesting import read_state, suggestion_for
+
+    state = read_state(sys.stdin.read() if str(conversation) == "-" else _text(conversation), str(conversation))
+    typer.echo(json.dumps(suggestion_for(config, state, alias, seed), ensure_ascii=False))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+@app.command()
+def status(params: Params = None, sets: Sets = None) -> None:
+    """Where the pipeline stands: champion, phase, running test, rounds so far."""
+    config, _, _ = configured(params, sets)
+    _show_status(config)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    params: Params = None,
+    sets: Sets = None,
+) -> None:
+    """Write the run's report: one self-contained HTML file."""
+    config, _, _ = configured(params, sets)
+    _write_report(config, out)
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(help="Version of the registered policy.")],
+    reason: Annotated[str, typer.Option(help="Why; it goes into the audit trail.")],
+    params: Params = None,
+    sets: Sets = None,
+) -> None:
+    """Make a version the champion, by hand."""
+    config, _, _ = configured(params, sets)
+    from tasks import registry, tracking
+
+    message = registry.promote(
+        tracking.open_tracking(config), version, {"reason": reason}, "command line", config.data.root
+    )
+    typer.echo(message)
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; it goes into the audit trail.")],
+    params: Params = None,
+    sets: Sets = None,
+) -> None:
+    """Make the previous champion the champion again. The version that leaves is never proposed again."""
+    config, _, _ = configured(params, sets)
+    from tasks import registry, tracking
+
+    message = registry.rollback(tracking.open_tracking(config), {"reason": reason}, "command line", config.data.root)
+    typer.echo(message)
+
+
+@data_app.command("list")
+def data_list(params: Params = None, sets: Sets = None) -> None:
+    """The versioned datasets, round by round."""
+    config, _, _ = configured(params, sets)
+    from tasks import versioning
+
+    for entry in versioning.rounds(config):
+        here = "here" if entry.present else "not here: `ippo data checkout`"
+        typer.echo(f"round {entry.round_number}: {entry.md5}, {entry.size} bytes, {entry.files} files, {here}")
+
+
+@data_app.command("checkout")
+def data_checkout(
+    round_number: Annotated[int, typer.Option("--round", help="Which round's dataset.")],
+    params: Params = None,
+    sets: Sets = None,
+) -> None:
+    """Bring a round's dataset back from the DVC remote."""
+    config, _, _ = configured(params, sets)
+    from flows.data import checkout
+
+    typer.echo(f"round {round_number}: {checkout(config, round_number)}")
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="validate, returns, fit-q, improve or gate.")],
+    params: Params = None,
+    sets: Sets = None,
+) -> None:
+    """One offline stage on `data/repro`, as `dvc repro` runs it (see dvc.yaml)."""
+    config, _, _ = configured(params, sets)
+    from flows.repro import run_offline_stage
+
+    run_offline_stage(config, name)
+
+
+@app.command()
+def deploy(params: Params = None) -> None:
+    """Register the nightly deployment of prefect.yaml on the server that PREFECT_API_URL names."""
+    from flows.deployment import deploy_all
+
+    deploy_all(params)
+
+
+@app.command()
+def doctor(params: Params = None, sets: Sets = None) -> None:
+    """Check the installation and the store, and say what to do."""
+    from flows.doctor import examine
+
+    config, _, _ = configured(params, sets)
+    if not examine(config):
+        raise typer.Exit(1)
+
+
+def _write_report(config: Config, out: Path = Path("report.html")) -> None:
+    from flows.reporting import publish
+
+    typer.echo(f"report: {publish(config, out)}")
+
+
+def _show_status(config: Config) -> None:
+    from flows.reporting import status_lines
+
+    for line in status_lines(config):
+        typer.echo(line)
+
+
+def _show_closing(test: dict[str, Any]) -> None:
+    first, last = test["champion"], test["challenger"]
+    before, after = first["successes"] / first["conversations"], last["successes"] / last["conversations"]
+    typer.echo(
+        f"fresh customers, {last['conversations']} each: pi_0 {before:.1%}, champion {after:.1%}, "
+        f"gain {test['gain']:+.1%} ({test['gain_low']:+.1%} to {test['gain_high']:+.1%}), p = {test['p_value']:.2g}"
+    )
+
+
+def main() -> None:
+    """Run the command line; an error that a user can mend is one line on standard error and its own exit code."""
+    try:
+        app()
+    except IterativePPOError as error:
+        typer.echo(f"ippo: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`ippo doctor`: is everything here, and does the store answer?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from iterative_ppo.config import Config
+from iterative_ppo.errors import IterativePPOError
+
+NEEDED = ("torch", "transformers", "trl", "prefect", "mlflow", "dvc", "great_expectations", "pandas", "statsmodels")
+FREE_GIGABYTES = 2
+
+
+def examine(config: Config) -> bool:
+    """Print a line a check; True where all hold."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("packages", _packages),
+        ("disk", lambda: _disk(config)),
+        ("MLflow store", lambda: _store(config)),
+        ("champion", lambda: _champion(config)),
+        ("state", lambda: _state(config)),
+        ("datasets", lambda: _datasets(config)),
+    ]
+    return all([_checked(name, check) for name, check in checks])
+
+
+def _checked(name: str, check: Callable[[], str]) -> bool:
+    try:
+        typer.echo(f"ok    {name}: {check()}")
+        return True
+    except IterativePPOError as error:
+        typer.echo(f"wrong {name}: {error}")
+        return False
+
+
+def _packages() -> str:
+    missing = []
+    for name in NEEDED:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise IterativePPOError(f"{', '.join(missing)} not installed; run `make install`")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in NEEDED)
+
+
+def _disk(config: Config) -> str:
+    root = config.data.root if config.data.root.exists() else Path()
+    free = shutil.disk_usage(root).free / 2**30
+    if free < FREE_GIGABYTES:
+        raise IterativePPOError(f"{free:.1f} GiB free at {root.resolve()}; free some space")
+    return f"{free:.0f} GiB free"
+
+
+def _store(config: Config) -> str:
+    from tasks import tracking
+
+    return str(tracking.open_tracking(config).uri)
+
+
+def _champion(config: Config) -> str:
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from tasks import registry, tracking
+
+    store = tracking.open_tracking(config)
+    version = registry.champion(store)
+    if version is None:
+        return "none yet; `ippo run` makes the first"
+    LanguagePolicy.load(registry.fetch(store, registry.POLICY, version))
+    return f"policy version {version} loads"
+
+
+def _state(config: Config) -> str:
+    from tasks.state import load_state
+
+    state = load_state(config.data.root)
+    return f"round {state.round}, phase {state.phase}"
+
+
+def _datasets(config: Config) -> str:
+    from tasks import versioning
+
+    return f"{len(versioning.rounds(config))} versioned"

@@ -1,0 +1,99 @@
+"""One offline round on real logs: import, validate, version, Q, pi_0 cloned from the log, PPO, gate, challenger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from flows.night import TaskSteps, outcome_rates
+from iterative_ppo.algorithm import policy_iteration_step
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.mdp.conversation import Conversation, part_of
+from tasks import registry, rounds, tracking
+from tasks.datasets import Dataset, arrived, take_up
+from tasks.learning import PolicyVersion
+from tasks.rounds import Candidate
+from tasks.state import Experiment, NightState, load_state, only_one, save_state
+from tasks.traffic import LOGGED, import_logs
+
+
+@flow(name="offline-round", flow_run_name="offline round")
+def offline_round(params_file: str | None = None, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One round on logs that a team already has. Ends with a challenger that awaits an A/B test, or a rejected one."""
+    config = load_config(Path(params_file) if params_file else None, overrides or {})
+    with only_one(config.data.root):
+        return _round(config)
+
+
+def _round(config: Config) -> dict[str, Any]:
+    store = tracking.open_tracking(config)
+    registry.recover(store, config.data.root)
+    state = load_state(config.data.root)
+    if state.phase == "test":
+        get_run_logger().info("the challenger of this log already awaits its A/B test")
+        return state.rounds[-1]
+    talks = _taken_up(config)
+    context = rounds.open_round(config, store, state.round)
+    dataset = rounds.freeze_dataset(context, state.outcome_rates)
+    if registry.champion(store) is None:
+        rounds.initialize(context, for_cloning(config, talks), str(config.source.path))
+    champion = registry.champion(store)
+    assert champion is not None
+    pi = rounds.policy_version(store, champion, logged_as=LOGGED)
+    return _improve(config, store, state, pi, dataset)
+
+
+def _taken_up(config: Config) -> list[Conversation]:
+    if arrived(config, 0) is None:
+        import_logs(config)
+        take_up(config, 0)
+    frame = arrived(config, 0)
+    assert frame is not None
+    from iterative_ppo.mdp.turn_table import conversations
+
+    return list(conversations(frame))
+
+
+def for_cloning(config: Config, talks: Sequence[Conversation]) -> list[Conversation]:
+    """The fit part of a log: what pi_0 is cloned from, so that the evidence part stays unseen by it too."""
+
+    def unit(talk: Conversation) -> str:
+        return talk.customer_id if config.data.split_by == "customer" else talk.business_id or talk.customer_id
+
+    return [talk for talk in talks if part_of(unit(talk), config.data.evidence_share) == "fit"]
+
+
+def _improve(
+    config: Config, store: tracking.Tracking, state: NightState, champion: PolicyVersion, dataset: Dataset
+) -> dict[str, Any]:
+    context = rounds.open_round(config, store, state.round)
+    rounds.returns(context, dataset)
+    distance = rounds.distance(context, champion, dataset)
+    q, candidate = policy_iteration_step(champion, dataset, TaskSteps(context))
+    assert isinstance(candidate, Candidate)
+    decision, _ = rounds.gate(context, champion, candidate, q, dataset)
+    version = rounds.register(context, champion, candidate, q, dataset, decision)
+    record = {
+        "round": state.round,
+        "champion": champion.version,
+        "challenger": version,
+        "q": q.version,
+        "data_md5": dataset.md5,
+        "offline": decision.as_dict(),
+        "distance": distance,
+    }
+    passed = decision.verdict == "test"
+    experiment = Experiment(salt="round-0000", champion=champion.version, challenger=version) if passed else None
+    state = state.advance(
+        phase="test" if passed else "finished",
+        experiment=experiment,
+        rounds=[*state.rounds, record],
+        outcome_rates=outcome_rates(dataset, config),
+    )
+    save_state(config.data.root, state)
+    store.finish(context.run_id)
+    return record

@@ -1,0 +1,44 @@
+"""The state in a few lines, and the report as a file and as an MLflow artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from iterative_ppo.config import Config
+from tasks import registry, tracking
+from tasks.state import load_state
+
+
+def status_lines(config: Config) -> Iterator[str]:
+    """What `ippo status` prints."""
+    store = tracking.open_tracking(config)
+    registry.recover(store, config.data.root)
+    state = load_state(config.data.root)
+    champion = registry.champion(store)
+    yield f"champion: {f'policy version {champion}' if champion else 'none yet (`ippo run` starts with pi_0)'}"
+    yield f"round {state.round}, phase {state.phase}"
+    if state.experiment:
+        e = state.experiment
+        yield f"challenger: policy version {e.challenger} awaits its A/B test against version {e.champion}"
+    for record in state.rounds:
+        gate = record["offline"]
+        line = f"round {record['round']}: policy {record['challenger']} from {record['champion']}, offline {gate['verdict']}"
+        if decision := record.get("decision"):
+            line += f", A/B {decision['verdict']}: {decision['reasons'][0]}"
+        elif gate["verdict"] == "reject":
+            line += f": {gate['reasons'][0]}"
+        yield line
+
+
+def publish(config: Config, out: Path) -> Path:
+    """Write the report, and put it beside the last round's run in MLflow."""
+    from iterative_ppo.report.page import write_report
+
+    path = write_report(config.data.root, out)
+    state = load_state(config.data.root)
+    if state.rounds:
+        store = tracking.open_tracking(config)
+        run = store.round_run(state.rounds[-1]["round"], {"source": config.source.kind})
+        store.log(run, artifacts=[path])
+    return path

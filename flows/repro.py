@@ -1,0 +1,111 @@
+"""`dvc repro`: one round's offline stages on `data/repro`, by the same functions as the nightly flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from iterative_ppo.config import Config
+from iterative_ppo.errors import ConfigError, did_you_mean
+from iterative_ppo.files import content_hash, write_json
+from iterative_ppo.mdp import turn_table
+from tasks import gating, learning, validation
+from tasks.datasets import Dataset
+from tasks.learning import PolicyVersion, Prompts
+from tasks.stage import Stage, load_stage, run_stage
+from tasks.traffic import simulate, to_rows
+
+PI_0 = 0
+
+
+def folder(config: Config) -> Path:
+    return config.data.root / "repro"
+
+
+def run_offline_stage(config: Config, name: str) -> None:
+    """Run one stage and write its metrics beside it. Raises ConfigError for an unknown stage."""
+    if name not in STAGES:
+        raise ConfigError(f"unknown stage {name!r}{did_you_mean(name, STAGES)}; known are {', '.join(STAGES)}")
+    stage = STAGES[name](config)
+    write_json(folder(config) / f"{name}.json", stage.metrics)
+
+
+def _initial_policy(config: Config) -> Stage:
+    from tasks.traffic import copying_lessons, scripted_corpus
+
+    stage = learning.initial_policy_stage(config, scripted_corpus(config), "scripted", copying_lessons(config))
+    return run_stage(
+        folder(config) / "policy", {"from": stage.key}, lambda draft: _copied(stage.path / "model", draft, stage.metrics)
+    )
+
+
+def _copied(source: Path, draft: Path, metrics: dict[str, float]) -> dict[str, float]:
+    import shutil
+
+    shutil.copytree(source, draft / "model")
+    return metrics
+
+
+def _champion(config: Config) -> PolicyVersion:
+    return PolicyVersion(PI_0, folder(config) / "policy" / "model")
+
+
+def _collect(config: Config) -> Stage:
+    champion = _champion(config)
+    inputs = {"policy": content_hash(champion.path), "simulator": config.simulator.model_dump(), "seed": config.seed}
+
+    def work(draft: Path) -> dict[str, float]:
+        talks = simulate(config, champion, config.simulator.conversations, config.seed)
+        turn_table.write(to_rows(config, talks), draft / "turns.parquet", config.outcomes)
+        return {"conversations": len(talks)}
+
+    return run_stage(folder(config) / "collected", inputs, work)
+
+
+def _validate(config: Config) -> Stage:
+    source = folder(config) / "collected" / "turns.parquet"
+
+    def work(draft: Path) -> dict[str, float]:
+        checked = validation.validate(turn_table.read(source, config.outcomes), config)
+        turn_table.write(checked.good, draft / "turns.parquet", config.outcomes)
+        return {"quarantined": float(checked.bad["conversation_id"].nunique())}
+
+    return run_stage(folder(config) / "validated", {"from": content_hash(source)}, work)
+
+
+def _dataset(config: Config) -> Dataset:
+    path = folder(config) / "validated" / "turns.parquet"
+    return Dataset(PI_0, path, content_hash(path))
+
+
+def _returns(config: Config) -> Stage:
+    return learning.returns_stage(config, _dataset(config), folder(config))
+
+
+def _fit_q(config: Config) -> Stage:
+    return learning.fit_q_stage(config, _champion(config), _dataset(config), folder(config))
+
+
+def _improve(config: Config) -> Stage:
+    champion, dataset = _champion(config), _dataset(config)
+    prompts = learning.prompts_stage(config, champion, dataset, folder(config))
+    q = folder(config) / "q" / "model"
+    return learning.improve_stage(config, champion, Prompts(prompts.path, dataset), q, folder(config))
+
+
+def _gate(config: Config) -> Stage:
+    candidate = load_stage(folder(config) / "improved").path / "model"
+    return gating.gate_stage(
+        config, _champion(config), candidate, folder(config) / "q", _dataset(config), folder(config)
+    )
+
+
+STAGES: dict[str, Callable[[Config], Stage]] = {
+    "initial-policy": _initial_policy,
+    "collect": _collect,
+    "validate": _validate,
+    "returns": _returns,
+    "fit-q": _fit_q,
+    "improve": _improve,
+    "gate": _gate,
+}

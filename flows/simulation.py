@@ -1,0 +1,91 @@
+"""`ippo run`: nights repeated with the simulator as traffic, then a closing comparison of the last champion with pi_0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.night import night
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.errors import StoreError
+from iterative_ppo.evaluation.ab_test import ABTest, ab_test
+from iterative_ppo.files import write_json
+from tasks import registry, rounds, tracking
+from tasks.datasets import round_folder
+from tasks.learning import PolicyVersion
+from tasks.stage import run_stage
+from tasks.state import NightState, load_state
+from tasks.traffic import deliver, outcome_of, simulate
+
+MAX_NIGHTS = 100
+
+
+@flow(name="simulated-rounds", flow_run_name="simulated rounds")
+def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Nights with simulated traffic until the rounds have converged or the budget is spent. Returns the closing test."""
+    config = load_config(Path(params_file) if params_file else None, overrides or {})
+    for _ in range(MAX_NIGHTS):
+        phase = night(params_file, overrides)
+        if phase == "finished":
+            return closing_test(config).as_dict()
+        traffic(config)
+    raise StoreError(f"{MAX_NIGHTS} nights did not finish the rounds; see `ippo status`")
+
+
+def traffic(config: Config) -> None:
+    """One day of simulated customers: the champion alone, or both arms of a running test."""
+    store = tracking.open_tracking(config)
+    state = load_state(config.data.root)
+    folder = round_folder(config, state.gathering) / "arrived"
+    name = f"simulated-{state.gathering:04d}"
+    if (folder / f"{name}.parquet").exists():
+        return
+    deliver(config, name, arms_of(config, store, state), seed=1000 * (config.seed + 1) + 10 * state.gathering)
+
+
+def arms_of(
+    config: Config, store: tracking.Tracking, state: NightState
+) -> list[tuple[PolicyVersion, str | None, int]]:
+    """Which policies answer today, under which arm, and to how many customers."""
+    if state.experiment is None:
+        version = registry.champion(store)
+        assert version is not None
+        return [(rounds.policy_version(store, version), "champion", config.simulator.conversations)]
+    challengers = round(config.abtest.conversations * config.abtest.challenger_share)
+    return [
+        (rounds.policy_version(store, state.experiment.champion), "champion", config.abtest.conversations - challengers),
+        (rounds.policy_version(store, state.experiment.challenger), "challenger", challengers),
+    ]
+
+
+def closing_test(config: Config) -> ABTest:
+    """The last champion against pi_0, each with fresh customers of its own."""
+    store = tracking.open_tracking(config)
+    last, first = registry.champion(store), 1
+    assert last is not None
+    count, seed = config.rounds.final_conversations, 777_000 + config.seed
+    stage = run_stage(
+        config.data.root / "rounds" / "closing",
+        {"last": last, "first": first, "conversations": count, "seed": seed},
+        lambda draft: _compare(config, store, last, first, draft),
+    )
+    return ABTest(**_arms(stage.read("closing.json")))
+
+
+def _compare(config: Config, store: tracking.Tracking, last: int, first: int, draft: Path) -> dict[str, float]:
+    count, seed = config.rounds.final_conversations, 777_000 + config.seed
+    before, after = (
+        outcome_of(simulate(config, rounds.policy_version(store, version), count, seed + k))
+        for k, version in enumerate((first, last))
+    )
+    test = ab_test(before, after, config.gate.alpha)
+    write_json(draft / "closing.json", test.as_dict())
+    return {"first_rate": test.champion.rate, "last_rate": test.challenger.rate, "p_value": test.p_value}
+
+
+def _arms(values: dict[str, Any]) -> dict[str, Any]:
+    from iterative_ppo.evaluation.ab_test import Arm
+
+    return {**values, "champion": Arm(**values["champion"]), "challenger": Arm(**values["challenger"])}
