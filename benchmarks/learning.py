@@ -94,7 +94,9 @@ def _improve(config: Config, method: str, before: Path, number: int, draft: Path
     talks = collect(policy, environment(config), ROUND, 10_000 * (config.seed + 1) + number, str(number))
     frame = to_rows(config, talks)
     turn_table.write(frame, draft / "turns.parquet", config.outcomes)
-    improved = _clone(config, policy, talks) if method == CLONING else _policy_iteration(config, policy, frame, before, draft)
+    improved = (
+        _clone(config, policy, talks) if method == CLONING else _policy_iteration(config, policy, frame, before, draft)
+    )
     improved.save(draft / "model")
 
 
@@ -159,7 +161,9 @@ def table(seeds: list[int], rounds: int) -> list[dict[str, Any]]:
     ours, start, cloned = (rate["iterative PPO", rounds], rate["iterative PPO", 0], rate[CLONING, rounds])
     ratio = ours.mean() / start.mean()
     spread = mean_interval(ours / start)
-    rows.append(figure("ratio of mean success to pi_0's after the last round", ratio, spread[1:], ">= 3", ratio >= 3, seeds))
+    rows.append(
+        figure("ratio of mean success to pi_0's after the last round", ratio, spread[1:], ">= 3", ratio >= 3, seeds)
+    )
     gap = mean_interval(ours - cloned)
     rows.append(figure("margin over filtered behaviour cloning", gap[0], gap[1:], "> 0", gap[1] > 0, seeds))
     myopic = mean_interval(rate["iterative PPO", 1] - rate["myopic: trained on acceptance", 1])

@@ -23,7 +23,9 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Versioned datasets: list them, bring one back.")
 app.add_typer(data_app, name="data")
 
-Params = Annotated[Path | None, typer.Option("--params", "-p", help="A params.yaml; without it ./params.yaml, else the defaults.")]
+Params = Annotated[
+    Path | None, typer.Option("--params", "-p", help="A params.yaml; without it ./params.yaml, else the defaults.")
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
 
 
@@ -60,7 +62,9 @@ def run(
     sets: Sets = None,
 ) -> None:
     """Rounds of Iterative PPO: with the simulator until converged or out of budget; one offline round on real logs."""
-    config, file, overrides = configured(params, sets, source__kind=source, source__path=path, rounds__max_rounds=rounds)
+    config, file, overrides = configured(
+        params, sets, source__kind=source, source__path=path, rounds__max_rounds=rounds
+    )
     if config.source.kind == "renovation":
         from flows.simulation import simulated_rounds
 

@@ -26,7 +26,8 @@ def examine(config: Config) -> bool:
         ("state", lambda: _state(config)),
         ("datasets", lambda: _datasets(config)),
     ]
-    return all([_checked(name, check) for name, check in checks])
+    results = [_checked(name, check) for name, check in checks]
+    return all(results)
 
 
 def _checked(name: str, check: Callable[[], str]) -> bool:

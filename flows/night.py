@@ -174,9 +174,7 @@ def current_test(config: Config, state: NightState) -> ABTest | None:
     return ab_test(champion, challenger, config.gate.alpha)
 
 
-def decide(
-    config: Config, store: tracking.Tracking, state: NightState, test: ABTest, decision: Decision
-) -> None:
+def decide(config: Config, store: tracking.Tracking, state: NightState, test: ABTest, decision: Decision) -> None:
     """Carry a verdict out: in the registry, in the audit trail, and on the round's MLflow run."""
     assert state.experiment is not None
     context = rounds.open_round(config, store, state.round)

@@ -23,7 +23,8 @@ def status_lines(config: Config) -> Iterator[str]:
         yield f"challenger: policy version {e.challenger} awaits its A/B test against version {e.champion}"
     for record in state.rounds:
         gate = record["offline"]
-        line = f"round {record['round']}: policy {record['challenger']} from {record['champion']}, offline {gate['verdict']}"
+        line = f"round {record['round']}: policy {record['challenger']} from {record['champion']}, "
+        line += f"offline {gate['verdict']}"
         if decision := record.get("decision"):
             line += f", A/B {decision['verdict']}: {decision['reasons'][0]}"
         elif gate["verdict"] == "reject":

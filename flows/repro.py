@@ -35,7 +35,9 @@ def _initial_policy(config: Config) -> Stage:
 
     stage = learning.initial_policy_stage(config, scripted_corpus(config), "scripted", copying_lessons(config))
     return run_stage(
-        folder(config) / "policy", {"from": stage.key}, lambda draft: _copied(stage.path / "model", draft, stage.metrics)
+        folder(config) / "policy",
+        {"from": stage.key},
+        lambda draft: _copied(stage.path / "model", draft, stage.metrics),
     )
 
 

@@ -1,4 +1,4 @@
-"""`ippo run`: nights repeated with the simulator as traffic, then a closing comparison of the last champion with pi_0."""
+"""`ippo run`: nights repeated with the simulator as traffic, then the last champion against pi_0."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_NIGHTS = 100
 
 @flow(name="simulated-rounds", flow_run_name="simulated rounds")
 def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Nights with simulated traffic until the rounds have converged or the budget is spent. Returns the closing test."""
+    """Nights with simulated traffic until converged or out of budget. Returns the closing test."""
     config = load_config(Path(params_file) if params_file else None, overrides or {})
     for _ in range(MAX_NIGHTS):
         phase = night(params_file, overrides)
@@ -45,9 +45,7 @@ def traffic(config: Config) -> None:
     deliver(config, name, arms_of(config, store, state), seed=1000 * (config.seed + 1) + 10 * state.gathering)
 
 
-def arms_of(
-    config: Config, store: tracking.Tracking, state: NightState
-) -> list[tuple[PolicyVersion, str | None, int]]:
+def arms_of(config: Config, store: tracking.Tracking, state: NightState) -> list[tuple[PolicyVersion, str | None, int]]:
     """Which policies answer today, under which arm, and to how many customers."""
     if state.experiment is None:
         version = registry.champion(store)
@@ -55,7 +53,11 @@ def arms_of(
         return [(rounds.policy_version(store, version), "champion", config.simulator.conversations)]
     challengers = round(config.abtest.conversations * config.abtest.challenger_share)
     return [
-        (rounds.policy_version(store, state.experiment.champion), "champion", config.abtest.conversations - challengers),
+        (
+            rounds.policy_version(store, state.experiment.champion),
+            "champion",
+            config.abtest.conversations - challengers,
+        ),
         (rounds.policy_version(store, state.experiment.challenger), "challenger", challengers),
     ]
 

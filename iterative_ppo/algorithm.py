@@ -43,7 +43,7 @@ class Steps(ImprovementSteps[Policy, Data, Q, Prompts], Protocol[Policy, Data, Q
 def policy_iteration_step(
     policy: Policy, data: Data, steps: ImprovementSteps[Policy, Data, Q, Prompts]
 ) -> tuple[Q, Policy]:
-    """Lines 5 to 7: evaluate pi_i on its own conversations, then improve it one turn at a time. Returns (Q_i, pi_{i+1})."""
+    """Lines 5 to 7: evaluate pi_i on its own conversations, then improve it turn by turn. Returns (Q_i, pi_{i+1})."""
     q = steps.fit_q(policy, data)
     prompts = steps.prompts(policy, data)
     return q, steps.improve(policy, prompts, q)

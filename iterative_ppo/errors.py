@@ -1,4 +1,4 @@
-"""One exception type for each boundary that is crossed; every message says what was found, what was expected, what to do."""
+"""One exception type for each boundary crossed; every message says what was found, what was expected, what to do."""
 
 from __future__ import annotations
 

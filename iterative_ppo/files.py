@@ -90,7 +90,7 @@ def fingerprint(*values: Any) -> str:
 
 
 def content_hash(path: Path, leave_out: str | None = None) -> str:
-    """A short hash of a file's bytes, or of all files below a directory (but those named `leave_out`) with their names."""
+    """A short hash of a file, or of all files below a directory (but those named `leave_out`) with their names."""
     if not path.exists():
         raise StoreError(f"{path}: not found")
     digest = hashlib.sha256()

@@ -97,9 +97,7 @@ def gather(
             {"text": p.suggestion(s.responses.tokens[k * s_k]).text or "(no suggestion)", "q": float(s.q[k, 0])}
             for p, s, s_k in ((old, before, config.gate.samples), (new, after, config.gate.samples))
         ]
-        history = [
-            {"customer": turn.customer_message, "business": turn.business_message} for turn in state.history
-        ]
+        history = [{"customer": turn.customer_message, "business": turn.business_message} for turn in state.history]
         history.append({"customer": state.customer_message, "business": None})
         examples.append({"messages": history, "champion": said[0], "challenger": said[1]})
     return evidence, examples

@@ -149,9 +149,7 @@ def fit_q_stage(
     return run_stage(folder / "q", inputs, work)
 
 
-def champion_round(
-    policy: LanguagePolicy, label: str, dataset: Dataset, config: Config
-) -> tuple[Round, pd.DataFrame]:
+def champion_round(policy: LanguagePolicy, label: str, dataset: Dataset, config: Config) -> tuple[Round, pd.DataFrame]:
     """The champion's own conversations of a dataset: what Monte Carlo returns may be taken from."""
     from iterative_ppo.learning.rounds import round_of
 
@@ -266,13 +264,15 @@ def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, fold
             pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
             current, _ = champion_round(pi, policy.label, dataset, config)
             score = pi.score(current.encoded)
-        lengths = {s.row: s.end - s.start for sequence in current.encoded.sequences for s in sequence.spans}
+        lengths = np.zeros(current.encoded.rows)
+        for span in (s for sequence in current.encoded.sequences for s in sequence.spans):
+            lengths[span.row] = span.end - span.start
         metrics = {}
         for name, part in (("fit", current.fit), ("held_out", ~current.fit)):
             rows = np.flatnonzero(part & np.isfinite(score))
             if len(rows):
                 metrics[f"{name}_nats_a_response"] = float(-score[rows].mean())
-                metrics[f"{name}_nats_a_token"] = float(-score[rows].sum() / sum(lengths[row] for row in rows))
+                metrics[f"{name}_nats_a_token"] = float(-score[rows].sum() / lengths[rows].sum())
         return metrics
 
     return run_stage(folder / "distance", inputs, work)

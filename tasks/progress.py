@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 Report = Callable[[int, int], None]
 logger = logging.getLogger("iterative_ppo")
+logger.setLevel(logging.INFO)
 
 
 @contextmanager
@@ -18,7 +19,14 @@ def progress(what: str) -> Iterator[Report]:
         yield _lines(what)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:

@@ -6,6 +6,7 @@ The record serves Prefect, DVC and the command line alike, so a killed run resum
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,4 +68,4 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics that are numbers: JSON and MLflow know no NaN."""
-    return {name: float(value) for name, value in metrics.items() if value == value and abs(value) != float("inf")}
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

@@ -83,4 +83,6 @@ def only_one(root: Path) -> Iterator[None]:
         with FileLock(root / "night.lock", timeout=0):
             yield
     except Timeout:
-        raise StoreError(f"{root}: another run is at work here; wait for it, or give this one its own data.root") from None
+        raise StoreError(
+            f"{root}: another run is at work here; wait for it, or give this one its own data.root"
+        ) from None

@@ -23,6 +23,7 @@ from tasks.learning import PolicyVersion
 from tasks.progress import progress
 
 if TYPE_CHECKING:
+    from iterative_ppo.sources import SetAside
     from iterative_ppo.environments.rollout import Environment
     from iterative_ppo.learning.language_model import LanguagePolicy
 
@@ -46,7 +47,9 @@ def scripted_corpus(config: Config) -> list[Conversation]:
 
 def copying_lessons(config: Config) -> list[Conversation]:
     """A short curriculum in copying from the prompt, which a tiny model learns last."""
-    lessons = copying_curriculum(int(config.simulator.copying_share * config.simulator.corpus_conversations), config.seed)
+    lessons = copying_curriculum(
+        int(config.simulator.copying_share * config.simulator.corpus_conversations), config.seed
+    )
     return [Conversation(f"copying-{k}", turns, f"copying-{k}") for k, turns in enumerate(lessons)]
 
 
@@ -100,10 +103,16 @@ def import_logs(config: Config) -> tuple[Path, list[Conversation], Counter[str]]
     log = import_log(config)
     source = config.source.path
     name = f"{config.source.kind}-{content_hash(source) if source else ''}"
-    reasons: Counter[str] = Counter("open: not closed yet" if s.still_open else s.reason for s in log.set_aside)
+    reasons: Counter[str] = Counter(_kind_of_reason(s) for s in log.set_aside)
     if log.set_aside:
         rows = [
-            {"conversation_id": s.conversation_id, "file": str(s.file), "row": s.row, "field": s.field, "reason": s.reason}
+            {
+                "conversation_id": s.conversation_id,
+                "file": str(s.file),
+                "row": s.row,
+                "field": s.field,
+                "reason": s.reason,
+            }
             for s in log.set_aside
         ]
         write_json(config.data.root / "quarantine" / f"{name}.json", rows)
@@ -111,3 +120,8 @@ def import_logs(config: Config) -> tuple[Path, list[Conversation], Counter[str]]
         raise SourceError(f"{source}: no usable conversation; see {config.data.root / 'quarantine' / name}.json")
     talks = [talk if talk.policy_version else replace(talk, policy_version=LOGGED) for talk in log.conversations]
     return write_once(inbox(config) / f"{name}.parquet", to_rows(config, talks), config), talks, reasons
+
+
+def _kind_of_reason(aside: SetAside) -> str:
+    """A reason without its place, for counting."""
+    return "open: not closed yet" if aside.still_open else aside.reason.partition(": ")[2] or aside.reason

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import TurnTableError, ValidationStopped
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, Suggestion, Turn
-from iterative_ppo.mdp.turn_table import to_frame
 from iterative_ppo.mdp.turn_table import read as read_table
+from iterative_ppo.mdp.turn_table import to_frame
 from iterative_ppo.mdp.turn_table import write as write_table
 from tasks.turn_checks import checks, grouped
 from tasks.validation import Validation, quarantine, turn_suite, validate, validate_round

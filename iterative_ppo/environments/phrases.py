@@ -146,7 +146,7 @@ def _act_by_text() -> dict[str, Act]:
 
 
 def parse(text: str) -> Act:
-    """The act of a business message; anything outside the grammar is unclear. An editor's "Sure! " is looked through."""
+    """The act of a business message; unclear outside the grammar. An editor's "Sure! " is looked through."""
     return _act_by_text().get(" ".join(text.removeprefix(EDIT_PREFIX).split()), UNCLEAR)
 
 

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 from iterative_ppo.environments.phrases import (
     EDIT_PREFIX,
@@ -138,7 +138,7 @@ def posterior(state: State) -> dict[tuple[Hidden, Progress], float]:
             if turns[0].customer_message in said:
                 prior = (NAMES_ROOM if names_room else 1 - NAMES_ROOM) / len(said)
                 weights[hidden, Progress(told_room=names_room)] = prior
-    for turn, following in zip(turns, turns[1:], strict=False):
+    for turn, following in pairwise(turns):
         weights = _filtered(weights, parse(turn.business_message or ""), following.customer_message)
     total = sum(weights.values())
     if not total:
@@ -264,7 +264,7 @@ class Renovation:
         return sessions
 
     def resume(self, state: State, sessions: int, seed: int) -> list[Session]:
-        """Counterfactual futures of one state, the hidden state drawn anew from its exact posterior. Evaluation only."""
+        """Counterfactual futures of one state, the hidden state drawn from its exact posterior. Evaluation only."""
         belief = posterior(state)
         rng = random.Random(f"resume:{seed}")
         drawn = rng.choices(list(belief), list(belief.values()), k=sessions)

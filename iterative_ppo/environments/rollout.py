@@ -34,7 +34,9 @@ class Sampler(Protocol):
     def sample(self, states: Sequence[State], seed: int) -> list[Suggestion]: ...
 
 
-def play(policy: Sampler, sessions: Sequence[Session], seed: int, progress: Callable[[int], None] | None = None) -> None:
+def play(
+    policy: Sampler, sessions: Sequence[Session], seed: int, progress: Callable[[int], None] | None = None
+) -> None:
     """Advance all sessions to their end; `progress` is told how many have closed so far."""
     turn = 0
     while open_ := [session for session in sessions if not session.closed]:

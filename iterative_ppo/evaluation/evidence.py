@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class OfflineEvidence:
 
 def repetition(responses: Sequence[Sequence[int]]) -> float:
     """Mean share of bigrams in a response that already stood in it; 0 for responses of one token."""
-    shares = [1.0 - len(set(pairs)) / len(pairs) for r in responses if (pairs := list(zip(r, r[1:], strict=False)))]
+    shares = [1.0 - len(set(pairs)) / len(pairs) for r in responses if (pairs := list(pairwise(r)))]
     return float(np.mean(shares)) if shares else 0.0
 
 

@@ -31,7 +31,10 @@ def offline_gate(evidence: OfflineEvidence, config: GateConfig) -> Decision:
     e = evidence
     gain = e.q_challenger - e.q_champion
     checks = [
-        (e.q_gain_low > 0, f"E[Q] on held-out states moved by {gain:+.4f} ({e.q_gain_low:+.4f} to {e.q_gain_high:+.4f})"),
+        (
+            e.q_gain_low > 0,
+            f"E[Q] on held-out states moved by {gain:+.4f} ({e.q_gain_low:+.4f} to {e.q_gain_high:+.4f})",
+        ),
         (
             e.kl_challenger_champion <= config.max_kl,
             f"KL to the champion is {e.kl_challenger_champion:.2f} nats a response (bound {config.max_kl:g})",

@@ -61,12 +61,12 @@ def collate(sequences: Sequence[Encoded], pad: int) -> Batch:
     width = max(len(sequence.tokens) for sequence in sequences)
     tokens = np.full((len(sequences), width), pad, dtype=np.int64)
     spans: list[tuple[int, Span]] = []
-    for k, sequence in enumerate(sequences):
-        tokens[k, : len(sequence.tokens)] = sequence.tokens
-        spans += [(k, span) for span in sequence.spans]
+    for k, encoded in enumerate(sequences):
+        tokens[k, : len(encoded.tokens)] = encoded.tokens
+        spans += [(k, span) for span in encoded.spans]
     columns = np.array([(k, s.start, s.end, s.row, s.trains) for k, s in spans], dtype=np.int64).reshape(-1, 5)
-    k, start, end, row, trains = columns.T
-    return Batch(torch.from_numpy(tokens), k, start, end, row, trains.astype(bool))
+    sequence, start, end, row, trains = columns.T
+    return Batch(torch.from_numpy(tokens), sequence, start, end, row, trains.astype(bool))
 
 
 def response_positions(batch: Batch, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,7 +80,7 @@ def response_positions(batch: Batch, spans: np.ndarray) -> tuple[np.ndarray, np.
 def training_batches(
     sequences: Sequence[Encoded], batch_size: int, epochs: float, pad: int, rng: np.random.Generator
 ) -> Iterator[Batch]:
-    """`epochs` (also a fraction) of shuffled batches. Neighbours in length share a batch, the batches come in any order."""
+    """`epochs` (also a fraction) of shuffled batches; neighbours in length share one, batches come in any order."""
     steps = step_count(len(sequences), batch_size, epochs)
     while steps > 0:
         for chosen in _shuffled(sequences, batch_size, rng):

@@ -1,9 +1,9 @@
-"""A policy that is a causal language model: build or load, sample, log-probs, save. Any Hugging Face causal LM serves."""
+"""A policy that is a causal language model: load, sample, log-probs, save. Any Hugging Face causal LM serves."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,9 @@ class LanguagePolicy:
     distribution, in sampling and in scoring alike.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PolicySettings
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PolicySettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.renderer = Renderer(
-            tokenizer, settings.max_prompt_tokens, settings.max_response_tokens, settings.abstain
-        )
+        self.renderer = Renderer(tokenizer, settings.max_prompt_tokens, settings.max_response_tokens, settings.abstain)
         pad = tokenizer.pad_token_id
         self.pad: int = tokenizer.eos_token_id if pad is None else pad
         model.eval()  # dropout would make log-probs and ratios noise
@@ -74,7 +70,7 @@ class LanguagePolicy:
     def load(cls, path: Path | str, settings: PolicySettings | None = None, device: str = "cpu") -> LanguagePolicy:
         """Load a saved policy, or any causal LM given `settings`. Raises ModelError with the reason."""
         try:
-            model = AutoModelForCausalLM.from_pretrained(str(path))
+            model: Any = AutoModelForCausalLM.from_pretrained(str(path))
             tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -111,7 +107,7 @@ class LanguagePolicy:
     def suggestion(self, tokens: tuple[int, ...], logprob: float | None = None) -> Suggestion:
         """Sampled tokens as an action."""
         ended = bool(tokens) and tokens[-1] == self.renderer.eos
-        text: Any = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=False)
+        text: Any = self.tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=False)
         text = text.strip()
         status = "abstained" if text in ("", self.settings.abstain) else "suggested"
         action = Suggestion("" if status == "abstained" else text, status)  # type: ignore[arg-type]
@@ -182,9 +178,8 @@ class LanguagePolicy:
         self, done: list[tuple[tuple[int, ...], float]], rows: torch.Tensor, written: torch.Tensor, total: torch.Tensor
     ) -> None:
         for row, tokens, logprob in zip(rows.tolist(), written.tolist(), total.tolist(), strict=True):
-            if self.renderer.eos in tokens:
-                tokens = tokens[: tokens.index(self.renderer.eos) + 1]
-            done[row] = tuple(tokens), logprob
+            end = tokens.index(self.renderer.eos) + 1 if self.renderer.eos in tokens else len(tokens)
+            done[row] = tuple(tokens[:end]), logprob
 
     def token_log_probs(self, batch: Batch, spans: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the spans' response tokens, and which span each belongs to: both (N,), spans in order.
@@ -274,4 +269,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import SupervisedConfig
 from iterative_ppo.errors import TrainingError
@@ -45,7 +45,9 @@ def fine_tune(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = [{"input_ids": list(s.tokens), "labels": labels(s, whole)} for s in sequences if any(x.trains for x in s.spans)]
+    rows = [
+        {"input_ids": list(s.tokens), "labels": labels(s, whole)} for s in sequences if any(x.trains for x in s.spans)
+    ]
     if not rows:
         raise TrainingError("no conversation holds a logged suggestion to clone")
     model = copy.deepcopy(policy.model)
@@ -76,6 +78,7 @@ def fine_tune(
             processing_class=policy.tokenizer,
             callbacks=list(callbacks),
         )
+        trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
     if not np.isfinite(loss):
         raise TrainingError(f"supervised loss is {loss}; lower supervised.learning_rate")

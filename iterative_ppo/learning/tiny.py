@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
@@ -29,7 +36,7 @@ def messages(conversations: Iterable[Conversation]) -> Iterable[str]:
 
 
 def train_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTokenizerBase:
-    """A word tokenizer (whole words and marks, unknown ones share a token) or a byte-level BPE that knows every text."""
+    """A word tokenizer (unknown words share a token) or a byte-level BPE that knows every text."""
     special = [PAD, EOS, UNKNOWN, config.abstain, *MARKERS.values()]
     if config.tokenizer == "word":
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
@@ -37,9 +44,8 @@ def train_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTok
             [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation(behavior="isolated")]
         )
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-        trainer = trainers.WordLevelTrainer(
-            vocab_size=config.vocabulary, special_tokens=special, show_progress=False
-        )
+        how: dict[str, Any] = {"vocab_size": config.vocabulary, "special_tokens": special, "show_progress": False}
+        trainer: Any = trainers.WordLevelTrainer(**how)
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -64,7 +70,7 @@ def train_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTok
 def build_model(tokenizer: PreTrainedTokenizerBase, config: PolicyConfig, seed: int) -> PreTrainedModel:
     """A small causal LM with fresh weights. Its positions cover a whole prompt and response."""
     positions = config.max_prompt_tokens + config.max_response_tokens
-    sizes = {
+    sizes: dict[str, Any] = {
         "gpt2": {
             "n_embd": config.hidden_size,
             "n_inner": 2 * config.hidden_size,

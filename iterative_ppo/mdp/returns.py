@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 
@@ -40,7 +42,7 @@ def discounted_returns(reward: np.ndarray, last: np.ndarray, gamma: float) -> np
     distance = distance_to_end(last)
     order = np.argsort(distance, kind="stable")
     bounds = np.searchsorted(distance[order], np.arange(1, distance.max(initial=0) + 2))
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         rows = order[begin:end]
         returns[rows] += gamma * returns[rows + 1]
     return returns

@@ -234,7 +234,7 @@ def _turn(columns: Mapping[str, Sequence[Any]], names: Sequence[str], row: int) 
 
 
 def actions(frame: pd.DataFrame) -> np.ndarray:
-    """(N,) bool: rows whose suggestion may train Q and the policy (suggested or abstained, not missing, not terminal)."""
+    """(N,) bool: rows whose suggestion may train Q and the policy (suggested or abstained)."""
     return frame["suggestion_status"].isin(["suggested", "abstained"]).to_numpy()
 
 

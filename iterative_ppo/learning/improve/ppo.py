@@ -174,9 +174,7 @@ def _update(
     rng: np.random.Generator,
 ) -> list[tuple[float, float]]:
     losses = []
-    for batch in training_batches(
-        episodes.table.sequences, config.minibatch_size, config.epochs, student.pad, rng
-    ):
+    for batch in training_batches(episodes.table.sequences, config.minibatch_size, config.epochs, student.pad, rng):
         log_p, _ = student.token_log_probs(batch, np.arange(len(batch.row)))
         old = np.concatenate([episodes.old_log_p[row] for row in batch.row])
         advantage = np.concatenate([episodes.advantage[row] for row in batch.row])

@@ -1,0 +1,122 @@
+"""The report as one self-contained HTML page: no script, no network, plots inline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from iterative_ppo.files import write_bytes
+from iterative_ppo.report import plots, rows, technical_plots, words
+from iterative_ppo.report.record import RunRecord
+from iterative_ppo.report.verdict import cards, verdict
+
+TITLE = "Iterative PPO: report of the run"
+PACKAGES = ("iterative-ppo", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A plot with its title and caption."""
+
+    title: str
+    svg: Markup
+    caption: str
+
+
+def write_report(root: Path, path: Path, title: str = TITLE, now: datetime | None = None) -> Path:
+    """Read the run below the data root `root` and write its report to `path`, whole or not at all.
+
+    Raises StoreError, naming the file, where something of the run is damaged; what is not there yet is left out.
+    """
+    write_bytes(path, render(RunRecord.read(root), title, now).encode())
+    return path
+
+
+def render(run: RunRecord, title: str = TITLE, now: datetime | None = None) -> str:
+    """The page of a run as HTML."""
+    loader = PackageLoader("iterative_ppo.report", ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("template.html").render(
+        title=title,
+        verdict=verdict(run),
+        cards=cards(run),
+        figures=figures(run),
+        rounds=[rows.round_row(run, one) for one in run.rounds],
+        examples=rows.examples(run),
+        groups=[(name, rows.group_row(group)) for name, group in plots.labelled_groups(run)],
+        guardrails=rows.guardrails(run),
+        glossary=words.GLOSSARY,
+        footer=footer(run, now or datetime.now(UTC)),
+    )
+
+
+def figures(run: RunRecord) -> dict[str, Drawn | None]:
+    """Every plot by name; None where there is nothing to draw yet."""
+    drawn = {
+        "success": (plots.success, "Successful conversations, with 95% intervals", SUCCESS),
+        "acceptance": (plots.acceptance, "What became of the suggestions", ACCEPTANCE),
+        "calibration": (technical_plots.calibration, "Does Q keep its promises?", _calibration(run)),
+        "curves": (technical_plots.curves, "PPO, rollout by rollout", CURVES),
+        "divergence": (technical_plots.divergence, "How far the challenger moved", _divergence(run)),
+        "returns": (technical_plots.returns, "Mean return at the start", RETURNS),
+    }
+    found = {name: (draw(run), title, caption) for name, (draw, title, caption) in drawn.items()}
+    return {name: Drawn(title, Markup(svg), caption) if svg else None for name, (svg, title, caption) in found.items()}
+
+
+SUCCESS = (
+    "Wilson intervals. In an A/B test both policies met customers at the same time. A promoted challenger is the "
+    "champion of the next test. Outcomes of different times are not a test of anything; the shaded closing comparison, "
+    "where there is one, is."
+)
+ACCEPTANCE = "Shares of the turns at which the policy suggested something, in percent; abstentions are not counted."
+CURVES = (
+    "Means over each rollout. The KL penalty keeps the policy near its reference; entropy that falls to 0 would mean "
+    "that the policy always says the same. The last round is drawn strongest."
+)
+RETURNS = "Discounted outcome from the first turn on, with 95% intervals, where the round has trained on its data."
+
+
+def _calibration(run: RunRecord) -> str:
+    shown = [one for one in run.rounds if one.calibration][-technical_plots.MOST_ROUNDS :]
+    said = [
+        f"round {one.number}: {words.number(one.calibration.error)} "
+        f"(a perfect Q shows up to {words.number(one.calibration.chance_95)} by chance, 95th percentile)"
+        for one in shown
+        if one.calibration
+    ]
+    return f"Held-out turns in bins of equal mass; on the dashed line Q would be right. Mean error, {'; '.join(said)}."
+
+
+def _divergence(run: RunRecord) -> str:
+    bounds = [one.bounds["max_kl"] for one in run.rounds if "max_kl" in one.bounds]
+    bound = f" The gate's bound on KL(challenger ‖ champion) is {bounds[-1]:g}." if bounds else ""
+    return f"On held-out states, by sampling.{bound}"
+
+
+def footer(run: RunRecord, now: datetime) -> list[str]:
+    """Versions, seed, time and settings."""
+    temperatures = [one.temperature for one in run.rounds if one.temperature is not None]
+    facts = [f"Generated {now.astimezone(UTC):%Y-%m-%d %H:%M} UTC", *_versions()]
+    facts += [f"seed {run.seed}"] if run.seed is not None else []
+    facts += [f"settings {run.settings_hash}"] if run.settings_hash else []
+    facts += [f"sampling temperature {temperatures[-1]:g} (part of the policy)"] if temperatures else []
+    return facts
+
+
+def _versions() -> list[str]:
+    found: list[Any] = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,159 @@
+"""Plots of what customers and staff did, each as an inline SVG, or None where the run has nothing to draw yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from iterative_ppo.evaluation.ab_test import Arm
+from iterative_ppo.report import svg, words
+from iterative_ppo.report.customers import ADOPTIONS, CHALLENGER, CHAMPION, Group, wilson
+from iterative_ppo.report.record import RunRecord
+from iterative_ppo.report.round_record import RoundRecord
+
+ROLE = {CHAMPION: (svg.CHAMPION, "o", -0.09), CHALLENGER: (svg.CHALLENGER, "D", 0.09)}
+FATE = {
+    "verbatim": (svg.VERBATIM, svg.ON_DARK),
+    "edited": (svg.EDITED, svg.ON_LIGHT),
+    "rejected": (svg.REJECTED, svg.ON_LIGHT),
+    "none": (svg.NONE, svg.ON_LIGHT),
+}
+MOST_BARS, MOST_LABELS = 14, 12
+
+
+@dataclass(frozen=True)
+class Point:
+    """A success rate to draw; `kept` is False for a challenger that was not promoted."""
+
+    role: str
+    policy: str | None
+    arm: Arm
+    kept: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was measured at one time, in the order of the run."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+def steps(run: RunRecord) -> list[Step]:
+    """Success rates in time: the first data, then each A/B test or later data, then the closing comparison."""
+    found, before = [], None
+    for one in run.rounds:
+        if before and before.test:
+            found.append(_tested(before))
+        elif one.groups:
+            points = tuple(Point(g.role, g.policy, g.success) for g in one.groups[:3])
+            found.append(Step("First data" if before is None else f"Data of\nround {one.number}", points))
+        before = one
+    if before and before.test:
+        found.append(_tested(before))
+    if run.closing:
+        test, first, last = run.closing.test, run.closing.first, run.closing.last
+        points = (Point(CHAMPION, first, test.champion), Point(CHALLENGER, last, test.challenger))
+        found.append(Step("Closing:\nfirst and last", points))
+    return found
+
+
+def _tested(one: RoundRecord) -> Step:
+    assert one.test is not None
+    champion = Point(CHAMPION, one.champion, one.test.champion)
+    challenger = Point(CHALLENGER, one.challenger, one.test.challenger, one.promoted)
+    return Step(f"A/B test of\nround {one.number}", (champion, challenger))
+
+
+@svg.styled
+def success(run: RunRecord) -> str | None:
+    """Success rate by round with 95 % intervals."""
+    found = steps(run)
+    if not found:
+        return None
+    figure, (axes,) = svg.panels(9.6, 3.7)
+    for x, step in enumerate(found):
+        for point in step.points:
+            _point(axes, x, point, len(found) <= MOST_LABELS)
+    if run.closing:
+        axes.axvspan(len(found) - 1.5, len(found) - 0.5, color=svg.LINE, alpha=0.35, linewidth=0)
+    axes.set_xlim(-0.5, len(found) - 0.5)
+    axes.set_ylim(0, min(100.0, 1.2 * max(100 * wilson(p.arm)[1] for step in found for p in step.points)))
+    axes.set_xticks(range(len(found)), [step.name if len(found) <= MOST_LABELS else "" for step in found])
+    axes.set_ylabel("successful conversations (%)")
+    _legend(axes, found)
+    return svg.inline(figure, "success")
+
+
+def _point(axes: Axes, x: int, point: Point, labelled: bool) -> None:
+    colour, marker, shift = ROLE[point.role]
+    low, high = wilson(point.arm)
+    axes.plot([x + shift] * 2, [100 * low, 100 * high], color=colour, linewidth=2.2)
+    fill = colour if point.kept else svg.PAPER
+    style: dict[str, Any] = {
+        "markersize": 8,
+        "markerfacecolor": fill,
+        "markeredgecolor": colour,
+        "markeredgewidth": 1.6,
+    }
+    axes.plot(x + shift, 100 * point.arm.rate, marker=marker, **style)
+    if labelled:
+        left = point.role == CHAMPION
+        name = f"policy {point.policy}\n" if point.policy else ""
+        text = f"{name}{words.percent(point.arm.rate)}"
+        offset, side = ((-9, 0), "right") if left else ((9, 0), "left")
+        place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
+        axes.annotate(text, (x + shift, 100 * point.arm.rate), fontsize=9.5, **place)
+
+
+def _legend(axes: Axes, found: Sequence[Step]) -> None:
+    points = [point for step in found for point in step.points]
+    kinds = [("champion", CHAMPION, True), ("challenger, promoted", CHALLENGER, True)]
+    kinds.append(("challenger, not promoted", CHALLENGER, False))
+    for name, role, kept in kinds:
+        if any(point.role == role and point.kept == kept for point in points):
+            colour, marker, _ = ROLE[role]
+            fill = colour if kept else svg.PAPER
+            axes.plot([], [], marker, color=colour, markerfacecolor=fill, markeredgewidth=1.6, label=name)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handletextpad=0.2, borderpad=0)
+
+
+@svg.styled
+def acceptance(run: RunRecord) -> str | None:
+    """What staff did with suggestions, a bar for each policy of each round."""
+    bars = [bar for bar in labelled_groups(run) if bar[1].adoption][-MOST_BARS:]
+    if not bars:
+        return None
+    figure, (axes,) = svg.panels(9.6, 0.8 + 0.36 * len(bars))
+    for y, (_, group) in enumerate(bars):
+        _bar(axes, y, group)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of suggestions (%)")
+    axes.grid(visible=False)
+    names = {"none": "no reply or not recorded"}
+    handles = [axes.barh(0, 0, color=FATE[name][0], label=names.get(name, name)) for name in ADOPTIONS]
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderpad=0, handlelength=1)
+    return svg.inline(figure, "acceptance")
+
+
+def _bar(axes: Axes, y: int, group: Group) -> None:
+    left = 0.0
+    for name in ADOPTIONS:
+        width = 100 * group.adoption[name]
+        colour, ink = FATE[name]
+        axes.barh(y, width, left=left, height=0.72, color=colour, edgecolor=svg.PAPER, linewidth=1)
+        if width >= 6:
+            axes.text(left + width / 2, y, f"{width:.1f}", color=ink, ha="center", va="center_baseline", fontsize=9)
+        left += width
+
+
+def labelled_groups(run: RunRecord) -> list[tuple[str, Group]]:
+    """Each round's groups by name, then those of a last A/B test that no round has taken as its data."""
+    found = [(f"round {one.number}", group) for one in run.rounds for group in one.groups]
+    found += [(f"test of round {run.rounds[-1].number}", group) for group in run.tested]
+    return [(f"{name}, policy {group.policy}{f' ({group.arm})' if group.arm else ''}", group) for name, group in found]

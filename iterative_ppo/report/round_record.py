@@ -1,0 +1,186 @@
+"""One round as it lies on disk: its data, Q, improvement, gate and A/B test, as far as it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.gate import Decision
+from iterative_ppo.evaluation.metrics import Calibration
+from iterative_ppo.report.customers import Group, groups, read_returns, read_turns
+from iterative_ppo.report.stored import decision_of, finite, label, numbers, optional, part, shaped, test_of
+
+Numbers = Mapping[str, float]
+STAGES = ("validated", "q", "improved", "gate")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a policy says in a state, and what Q expects of it."""
+
+    text: str
+    q: float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out state, (customer, business) messages in turn, and what both policies say in it."""
+
+    messages: tuple[tuple[str | None, str | None], ...]
+    champion: Said
+    challenger: Said
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round: its data, Q, improvement, gate and A/B test, as far as it has come."""
+
+    number: int
+    champion: str | None = None
+    challenger: str | None = None
+    data_md5: str | None = None
+    conversations: int | None = None
+    quarantined: int | None = None
+    quarantine_reasons: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
+    mean_return: float | None = None
+    q: Numbers = field(default_factory=dict)
+    calibration: Calibration | None = None
+    distance: Numbers = field(default_factory=dict)
+    """How near a policy cloned from a log is to that log."""
+    curve: tuple[Numbers, ...] = ()
+    """PPO, one entry a rollout."""
+    evidence: Numbers = field(default_factory=dict)
+    bounds: Numbers = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
+    temperature: float | None = None
+    offline: Decision | None = None
+    test: ABTest | None = None
+    decision: Decision | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def promoted(self) -> bool:
+        return self.decision is not None and self.decision.verdict == "promote"
+
+    @property
+    def from_logs(self) -> bool:
+        """Whether the round's conversations come from a log rather than from traffic with arms."""
+        return bool(self.groups) and all(group.arm is None for group in self.groups)
+
+
+def read_round(root: Path, number: int, row: Mapping[str, Any], state: Path) -> RoundRecord:
+    """A round below the run's `root`; `row` is what state.json, at `state`, says of it."""
+    folder = root / "rounds" / f"{number:04d}"
+    with shaped(state):
+        named = {key: label(row.get(key)) for key in ("champion", "challenger", "data_md5")}
+    verdicts = _verdicts(folder, row, state)
+    return RoundRecord(number, **{**named, **_data(root, folder), **_learning(folder), **_gating(folder), **verdicts})
+
+
+def _data(root: Path, folder: Path) -> dict[str, Any]:
+    frame = read_turns(root / "turns" / f"round={folder.name}")
+    found = groups(frame, read_returns(folder / "returns" / "returns.parquet")) if frame is not None else ()
+    return {
+        **_validation(folder / "validated" / "validation.json"),
+        "conversations": sum(group.success.conversations for group in found) if found else None,
+        "groups": found,
+        "mean_return": numbers(folder / "returns" / "stage.json", "metrics").get("mean_return"),
+    }
+
+
+def _learning(folder: Path) -> dict[str, Any]:
+    return {
+        "q": numbers(folder / "q" / "stage.json", "metrics"),
+        "calibration": _calibration(folder / "q" / "calibration.json"),
+        "distance": numbers(folder / "distance" / "stage.json", "metrics"),
+        "curve": _curve(folder / "improved" / "curves.json"),
+        "temperature": numbers(folder / "improved" / "model" / "policy.json").get("temperature"),
+        "settings": {name: part(folder / name / "stage.json", "inputs") for name in STAGES},
+    }
+
+
+def _gating(folder: Path) -> dict[str, Any]:
+    stage = folder / "gate" / "stage.json"
+    inputs = part(stage, "inputs")
+    with shaped(stage):
+        bounds = finite(inputs.get("gate", {}))
+    return {
+        "evidence": numbers(folder / "gate" / "evidence.json"),
+        "bounds": bounds,
+        "examples": _examples(folder / "gate" / "examples.json"),
+    }
+
+
+def _verdicts(folder: Path, row: Mapping[str, Any], state: Path) -> dict[str, Any]:
+    """What state.json says; where a kill came before it was written, what the stages say."""
+    with shaped(state):
+        offline, decision = decision_of(row.get("offline")), decision_of(row.get("decision"))
+        test = test_of(row.get("ab_test"))
+    late_test, late_decision = _ab_test(folder / "ab_test.json")
+    return {
+        "offline": offline or _gate(folder / "gate" / "decision.json"),
+        "test": test or late_test,
+        "decision": decision or late_decision,
+    }
+
+
+def _validation(path: Path) -> dict[str, Any]:
+    values = optional(path)
+    if values is None:
+        return {}
+    with shaped(path):
+        return {
+            "quarantined": int(values["quarantined_conversations"]),
+            "quarantine_reasons": {str(reason): int(count) for reason, count in values.get("reasons", {}).items()},
+            "warnings": tuple(map(str, values.get("warnings", []))),
+        }
+
+
+def _calibration(path: Path) -> Calibration | None:
+    values = optional(path)
+    with shaped(path):
+        if not values:
+            return None
+        predicted, observed = ([float(x) for x in values[name]] for name in ("predicted", "observed"))
+        count = [int(x) for x in values["count"]]
+        if not len(predicted) == len(observed) == len(count):
+            raise ValueError("as many predicted as observed values and counts are expected")
+        return Calibration(predicted, observed, count, float(values["error"]), float(values["chance_95"]))
+
+
+def _curve(path: Path) -> tuple[Numbers, ...]:
+    values = optional(path)
+    with shaped(path):
+        return tuple(finite(entry) for entry in values.get("ppo", [])) if values is not None else ()
+
+
+def _gate(path: Path) -> Decision | None:
+    with shaped(path):
+        return decision_of(optional(path))
+
+
+def _ab_test(path: Path) -> tuple[ABTest | None, Decision | None]:
+    values = optional(path)
+    if values is None:
+        return None, None
+    with shaped(path):
+        return test_of(values["test"]), decision_of(values["decision"])
+
+
+def _examples(path: Path) -> tuple[Example, ...]:
+    with shaped(path):
+        return tuple(_example(value) for value in optional(path) or [])
+
+
+def _example(value: Mapping[str, Any]) -> Example:
+    messages = tuple((label(m.get("customer")), label(m.get("business"))) for m in value["messages"])
+    return Example(messages, _said(value["champion"]), _said(value["challenger"]))
+
+
+def _said(value: Mapping[str, Any]) -> Said:
+    return Said(str(value["text"]), finite(value).get("q"))

@@ -1,0 +1,179 @@
+"""The report's tables and conversations, as the template shows them: everything is text by now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from iterative_ppo.evaluation.gate import Decision
+from iterative_ppo.report import words
+from iterative_ppo.report.customers import ADOPTIONS, Group
+from iterative_ppo.report.record import RunRecord
+from iterative_ppo.report.round_record import Example, RoundRecord, Said
+
+NO_SUGGESTION = "(no suggestion)"
+RECENT = 5
+VERDICTS = {
+    "test": ("good", "passed"),
+    "promote": ("good", "promoted"),
+    "reject": ("bad", "rejected"),
+    "continue": ("open", "goes on"),
+}
+GUARDRAILS = (
+    ("missing_eos", "Without an end", "max_missing_eos", words.percent),
+    ("repetition", "Repeated bigrams", "max_repetition", words.percent),
+    ("length_ratio", "Length, of the champion's", "max_length_ratio", lambda x: f"{words.number(x, 2)}×"),
+    ("abstained", "Abstained", "", words.percent),
+    ("kl_challenger_champion", "KL(challenger ‖ champion)", "max_kl", lambda x: words.number(x, 2)),
+    ("kl_champion_challenger", "KL(champion ‖ challenger)", "", lambda x: words.number(x, 2)),
+)
+
+
+@dataclass(frozen=True)
+class Pill:
+    """A verdict in a word, and its colour."""
+
+    text: str
+    tone: str
+
+
+def _pill(decision: Decision | None) -> Pill | None:
+    if decision is None:
+        return None
+    tone, text = VERDICTS.get(decision.verdict, ("open", str(decision.verdict)))
+    return Pill(text, tone)
+
+
+def round_row(run: RunRecord, one: RoundRecord) -> dict[str, Any]:
+    """One line of the table of rounds, with what unfolds below it."""
+    q = one.q
+    return {
+        "number": one.number,
+        "data": (one.data_md5 or "").removesuffix(".dir")[:8],
+        "conversations": words.count(one.conversations),
+        "quarantined": words.count(one.quarantined),
+        "r2": words.number(q.get("r2")),
+        "state_r2": words.number(q.get("state_only_r2")),
+        "auc": words.percent(q.get("auc")),
+        "calibration": words.number(q.get("calibration_error")),
+        "chance": words.number(q.get("calibration_error_by_chance_95")),
+        "kl": words.number(one.evidence.get("kl_challenger_champion"), 2),
+        "gate": _pill(one.offline),
+        "gain": words.points(one.test.gain) if one.test else words.NOTHING,
+        "interval": _interval(one),
+        "decision": _pill(one.decision) or _open(run, one),
+        "summary": _summary(one),
+        "why": list(_why(one)),
+        "facts": list(_facts(one)),
+    }
+
+
+def _interval(one: RoundRecord) -> str:
+    if one.test is None:
+        return ""
+    return f"{words.points_span(one.test.gain_low, one.test.gain_high)}, {words.p_value(one.test.p_value)}"
+
+
+def _open(run: RunRecord, one: RoundRecord) -> Pill:
+    """A round without an A/B decision: rejected before it, being tested, waiting, or still at work."""
+    if one.offline is None:
+        return Pill("in training", "open")
+    if one.offline.verdict != "test":
+        return Pill("not tested", "plain")
+    running = run.phase == "test" and not one.from_logs
+    return Pill("being tested" if running else "awaits A/B test", "open")
+
+
+def _summary(one: RoundRecord) -> str:
+    if one.challenger and one.champion:
+        return f"Policy {one.challenger}, from policy {one.champion}: reasons and facts"
+    return "Reasons and facts"
+
+
+def _why(one: RoundRecord) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    for heading, decision in (("Offline gate", one.offline), ("A/B test with customers", one.decision)):
+        if decision and decision.reasons:
+            yield heading, [words.reason(text) for text in decision.reasons]
+
+
+def _facts(one: RoundRecord) -> Iterator[str]:
+    if one.temperature is not None:
+        yield f"Sampling temperature {one.temperature:g}; it is part of the policy"
+    if "held_out_turns" in one.q:
+        yield f"Q was judged on {words.count(one.q['held_out_turns'], 'turns')} that it had not seen"
+    if "held_out_nats_a_token" in one.distance:
+        nats = words.number(one.distance["held_out_nats_a_token"], 2)
+        yield f"The first policy was cloned from a log: {nats} nats a token on held-out actions"
+    for reason, count in one.quarantine_reasons.items():
+        yield f"Quarantined, {words.count(count)}: {reason}"
+    yield from one.warnings
+
+
+def group_row(group: Group) -> dict[str, Any]:
+    """One line of the table of conversations."""
+    return {
+        "conversations": words.count(group.success.conversations),
+        "success": words.percent(group.success.rate),
+        "interval": words.span(*group.interval),
+        "adoption": [words.percent(group.adoption.get(name)) for name in ADOPTIONS],
+        "abstained": words.percent(group.abstained),
+        "turns": words.number(group.turns, 2),
+        "returned": words.number(group.returned.value if group.returned else None),
+    }
+
+
+def guardrails(run: RunRecord) -> dict[str, Any] | None:
+    """Signs of degeneration by round, and the gate's bounds."""
+    measured = [one for one in run.rounds if one.evidence]
+    if not measured:
+        return None
+    cells = [[_cell(one.evidence.get(key), show) for key, _, _, show in GUARDRAILS] for one in measured]
+    limits = [_cell(measured[-1].bounds.get(bound), show) for _, _, bound, show in GUARDRAILS]
+    return {
+        "names": [name for _, name, _, _ in GUARDRAILS],
+        "rows": [[one.number, *line] for one, line in zip(measured, cells, strict=True)],
+        "bounds": limits if any(limit != words.NOTHING for limit in limits) else None,
+    }
+
+
+def _cell(value: float | None, show: Any) -> str:
+    return words.NOTHING if value is None else str(show(value))
+
+
+def examples(run: RunRecord) -> dict[str, Any]:
+    """What both policies say in the same states: of the last promoted round, else of the last that has examples."""
+    shown = [one for one in run.rounds if one.examples]
+    if not shown:
+        return {"talks": []}
+    one = ([x for x in shown if x.promoted] or shown)[-1]
+    before, after = _name(one.champion), _name(one.challenger)
+    fate = "promoted" if one.promoted else "not promoted"
+    return {
+        "talks": [_talk(example) for example in one.examples],
+        "before": f"Before{before}",
+        "after": f"After{after}",
+        "lead": f"The same held-out moments of round {one.number}, once with the champion{before} and once with its "
+        f"challenger{after}, which was {fate}. Q is the return that the model expects after that suggestion.",
+    }
+
+
+def _name(policy: str | None) -> str:
+    return f" (policy {policy})" if policy else ""
+
+
+def _talk(example: Example) -> dict[str, Any]:
+    pairs = [(("customer", customer), ("business", business)) for customer, business in example.messages]
+    said = [message for pair in pairs for message in pair if message[1]]
+    start = max(0, len(said) - RECENT)
+    return {
+        "earlier": said[:start],
+        "recent": said[start:],
+        "before": _speech(example.champion),
+        "after": _speech(example.challenger),
+    }
+
+
+def _speech(said: Said) -> dict[str, Any]:
+    q = "" if said.q is None else f"Q {words.number(said.q, 2)}"
+    return {"text": said.text, "silent": said.text in ("", NO_SUGGESTION), "q": q}

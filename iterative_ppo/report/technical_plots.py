@@ -1,0 +1,143 @@
+"""Plots for the technically minded: Q, PPO, divergence and returns, each as an inline SVG or None."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from iterative_ppo.report import svg, words
+from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group
+from iterative_ppo.report.plots import MOST_LABELS, ROLE
+from iterative_ppo.report.record import RunRecord
+from iterative_ppo.report.round_record import RoundRecord
+
+MOST_ROUNDS = 4
+CURVES = (
+    ("q", "Q of the answers", "return to expect"),
+    ("kl_to_reference", "KL to the reference", "nats a response"),
+    ("entropy", "Entropy", "nats a token"),
+)
+
+
+@svg.styled
+def calibration(run: RunRecord) -> str | None:
+    """What Q promised beside what came true, for the last rounds."""
+    rounds = [one for one in run.rounds if one.calibration and one.calibration.count][-MOST_ROUNDS:]
+    if not rounds:
+        return None
+    figure, panels = svg.panels(9.6, 3.1, max(3, len(rounds)), sharey=True)
+    top = max(max(one.calibration.predicted + one.calibration.observed) for one in rounds if one.calibration)
+    for axes, one in zip(panels, rounds, strict=False):
+        _reliability(axes, one, min(1.0, 1.12 * top))
+    for axes in panels[len(rounds) :]:
+        axes.set_visible(False)
+    panels[0].set_ylabel("return that came true")
+    return svg.inline(figure, "calibration")
+
+
+def _reliability(axes: Axes, one: RoundRecord, top: float) -> None:
+    bins = one.calibration
+    assert bins is not None
+    size = [12 + 70 * count / max(bins.count) for count in bins.count]
+    axes.plot([0, top], [0, top], color=svg.MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.scatter(bins.predicted, bins.observed, s=size, color=svg.CHAMPION, edgecolor=svg.PAPER, linewidth=1, zorder=3)
+    axes.set(xlim=(0, top), ylim=(0, top), xlabel="return that Q expected", title=f"Round {one.number}")
+    axes.set_box_aspect(1)
+    low, high = min(bins.count), max(bins.count)
+    turns = words.count(low) if low == high else f"{words.count(low)} to {words.count(high)}"
+    place: dict[str, Any] = {
+        "transform": axes.transAxes,
+        "ha": "right",
+        "va": "bottom",
+        "color": svg.MUTED,
+        "fontsize": 8.5,
+    }
+    axes.text(0.98, 0.03, f"{len(bins.count)} bins of\n{turns} turns", **place)
+
+
+@svg.styled
+def curves(run: RunRecord) -> str | None:
+    """PPO's rollouts: Q, KL to the reference and entropy; the last round is drawn strongest."""
+    rounds = [one for one in run.rounds if one.curve][-MOST_ROUNDS:]
+    if not rounds:
+        return None
+    figure, panels = svg.panels(9.6, 2.9, len(CURVES))
+    for axes, (key, title, unit) in zip(panels, CURVES, strict=True):
+        for one, strength in zip(rounds, _strengths(len(rounds)), strict=True):
+            found = [(x, entry[key]) for x, entry in enumerate(one.curve, start=1) if key in entry]
+            if found:
+                _curve(axes, found, f"round {one.number}", strength)
+        axes.set(title=title, xlabel="rollout", ylabel=unit)
+        axes.margins(x=0.06, y=0.14)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    panels[0].legend(loc="best", fontsize=8.5, handlelength=1.4)
+    return svg.inline(figure, "curves")
+
+
+def _curve(axes: Axes, found: Sequence[tuple[int, float]], name: str, strength: float) -> None:
+    x, y = zip(*found, strict=True)
+    axes.plot(x, y, marker="o", markersize=4, color=svg.CHALLENGER, alpha=strength, label=name)
+
+
+def _strengths(rounds: int) -> list[float]:
+    return [1.0 - 0.75 * (rounds - 1 - k) / max(1, rounds - 1) for k in range(rounds)]
+
+
+@svg.styled
+def divergence(run: RunRecord) -> str | None:
+    """KL between challenger and champion, both directions, by round."""
+    keys = (("kl_challenger_champion", CHALLENGER), ("kl_champion_challenger", CHAMPION))
+    rounds = [one for one in run.rounds if any(key in one.evidence for key, _ in keys)]
+    if not rounds:
+        return None
+    figure, (axes,) = svg.panels(4.7, 2.9)
+    for key, role in keys:
+        colour, marker, shift = ROLE[role]
+        found = [(x + shift, one.evidence[key]) for x, one in enumerate(rounds) if key in one.evidence]
+        other = CHAMPION if role == CHALLENGER else CHALLENGER
+        axes.plot(*zip(*found, strict=True), marker, color=colour, markersize=8, label=f"KL({role} ‖ {other})")
+    bound, top = rounds[-1].bounds.get("max_kl"), axes.get_ylim()[1]
+    if bound is not None and bound < 3 * top:
+        axes.axhline(bound, color=svg.MUTED, linewidth=1, linestyle=(0, (4, 3)), label="the gate's bound")
+    _by_round(axes, rounds, "nats a response")
+    return svg.inline(figure, "divergence")
+
+
+@svg.styled
+def returns(run: RunRecord) -> str | None:
+    """Mean return at the start of a conversation, by round and arm, with 95 % intervals."""
+    rounds = [one for one in run.rounds if one.mean_return is not None or any(g.returned for g in one.groups)]
+    if not rounds:
+        return None
+    figure, (axes,) = svg.panels(4.7, 2.9)
+    named: set[str] = set()
+    for x, one in enumerate(rounds):
+        measured = [group for group in one.groups if group.returned]
+        for group in measured[:3]:
+            _return(axes, x, group, named)
+        if not measured and one.mean_return is not None:
+            axes.plot(x, one.mean_return, "s", color=svg.MUTED, label=None if "all" in named else "all conversations")
+            named.add("all")
+    _by_round(axes, rounds, "discounted return")
+    return svg.inline(figure, "returns")
+
+
+def _return(axes: Axes, x: int, group: Group, named: set[str]) -> None:
+    assert group.returned is not None
+    colour, marker, shift = ROLE[group.role]
+    axes.plot([x + shift] * 2, [group.returned.low, group.returned.high], color=colour)
+    name = None if group.role in named else f"{group.role} arm"
+    axes.plot(x + shift, group.returned.value, marker, color=colour, markersize=7, label=name)
+    named.add(group.role)
+
+
+def _by_round(axes: Axes, rounds: Sequence[RoundRecord], unit: str) -> None:
+    spread = range(0, len(rounds), 1 + len(rounds) // MOST_LABELS)
+    axes.set_xticks(list(spread), [f"round {rounds[x].number}" for x in spread])
+    axes.set_xlim(-0.5, len(rounds) - 0.5)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=1.1 * axes.get_ylim()[1])
+    axes.set_ylabel(unit)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0, handletextpad=0.3, columnspacing=1)

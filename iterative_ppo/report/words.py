@@ -1,0 +1,115 @@
+"""Numbers as a reader expects them, and the names of things in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from iterative_ppo.evaluation.ab_test import ABTest
+
+NOTHING = "–"
+SALES = {"purchase", "sold", "sale"}
+CHECKS = {
+    "E[Q]": "Expected outcome",
+    "KL": "Stays near the champion",
+    "have no end": "Finishes what it says",
+    "bigrams": "Does not repeat itself",
+    "times as long": "Keeps to the usual length",
+    "challenger": "What customers did",
+}
+
+GLOSSARY = (
+    ("Policy", "A version of the assistant: its weights, tokenizer and sampling temperature."),
+    ("Champion, challenger", "The policy that serves customers now, and the newer one that is tested against it."),
+    ("Round", "Collect conversations, learn from them, test the result: one turn of the wheel."),
+    ("Successful conversation", "One that ended with a positive outcome, for example a purchase."),
+    ("A/B test", "Customers are split at random between both policies; the test is read once, at its planned size."),
+    ("95% interval", "The range that holds the true value in 95 of 100 such experiments."),
+    ("p", "How often chance alone would show at least this gain if the new policy were no better."),
+    ("Return", "The outcome of the rest of the conversation, worth a little less for each turn that it takes."),
+    ("Q", "A model of the return to expect after a given suggestion in a given state of the conversation."),
+    (
+        "R², state-only R²",
+        "Share of the returns' variation that Q explains; state-only, without seeing the suggestion.",
+    ),
+    ("AUC", "How often Q ranks a turn of a successful conversation above one of a failed one; 50% is guessing."),
+    ("Calibration error", "How far Q's promises lie from what came true; beside it, what a perfect Q shows by chance."),
+    ("KL", "How far two policies' answers differ, in nats a response; 0 means the same."),
+    ("Entropy", "How varied the answers are; near 0 the policy always says the same."),
+    ("PPO", "The method that moves a policy towards answers that Q likes, in small steps."),
+    ("Held-out", "Conversations that neither Q nor the policy has learned from."),
+    ("Offline gate", "Checks on held-out conversations that a challenger must pass before customers meet it."),
+    (
+        "Certificate",
+        "Evidence from logs alone that a policy is better; it supports a decision, only an A/B test makes it.",
+    ),
+    ("Acceptance", "What staff do with a suggestion: send it verbatim, edit it, or write something else."),
+    ("Abstention", "The policy chooses to suggest nothing and leaves the answer to a person."),
+    ("Quarantine", "Where conversations with faulty records go, each with its reason; nothing learns from them."),
+)
+
+
+def percent(share: float | None) -> str:
+    """0.7134 as 71.3%."""
+    return NOTHING if share is None or math.isnan(share) else f"{share:.1%}"
+
+
+def span(low: float, high: float) -> str:
+    """An interval of shares: 69.3–73.2%."""
+    return f"{100 * low:.1f}–{high:.1%}"
+
+
+def points(gain: float) -> str:
+    """A difference of shares: +51.2 points."""
+    return f"{_signed(100 * gain)} points"
+
+
+def points_span(low: float, high: float) -> str:
+    """An interval of a difference of shares: +48.5 to +53.8."""
+    return f"{_signed(100 * low)} to {_signed(100 * high)}"
+
+
+def p_value(p: float) -> str:
+    """p < 0.001, or p = 0.012."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A plain number with a true minus sign."""
+    return NOTHING if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def count(value: float | None, noun: str = "") -> str:
+    """1,200 conversations; the noun is given in the plural."""
+    if value is None:
+        return NOTHING
+    word = noun[:-1] if value == 1 else noun
+    return f"{value:,.0f} {word}".strip()
+
+
+def gain(test: ABTest) -> str:
+    """A test's gain with its interval and p."""
+    return f"{points(test.gain)} ({points_span(test.gain_low, test.gain_high)}; {p_value(test.p_value)})"
+
+
+def succeeds(outcomes: Mapping[str, float]) -> str:
+    """What the assistant does in a successful conversation, by the outcomes' names: `sells in`."""
+    names = sorted(outcomes)
+    if len(names) != 1:
+        return "reaches an outcome in"
+    if names[0] in SALES:
+        return "sells in"
+    return "succeeds in" if names[0] == "success" else f"reaches “{names[0]}” in"
+
+
+def reason(text: str) -> tuple[str, str, str]:
+    """A gate's reason as (`failed`, `passed` or nothing; what was checked; what was found)."""
+    mark, colon, found = text.partition(": ")
+    if not colon or mark not in ("failed", "passed"):
+        mark, found = "", text
+    checked = next((name for sign, name in CHECKS.items() if sign in found), "")
+    return mark, checked, found
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")

@@ -1,0 +1,56 @@
+"""A registered version as MLflow's pyfunc: `mlflow.pyfunc.load_model("models:/iterative-ppo-policy@champion")`.
+
+The policy answers prompts by sampling as it does in a conversation; Q gives the value at the last of some token ids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.q_model import QModel
+
+
+class ServedPolicy:
+    """Takes a column `prompt`, the state as the policy's tokenizer spells it; returns suggestions, "" for none."""
+
+    def __init__(self, policy: LanguagePolicy) -> None:
+        self.policy = policy
+
+    def predict(self, frame: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        """One sampled suggestion a row; `params={"seed": 1}` samples others."""
+        settings, tokenizer = self.policy.settings, self.policy.tokenizer
+        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in frame["prompt"]]
+        kept = [tuple(tokens[-settings.max_prompt_tokens :]) for tokens in prompts]
+        responses = self.policy.respond(kept, seed=int((params or {}).get("seed", 0)))
+        return [self.policy.suggestion(tokens).text or "" for tokens in responses.tokens]
+
+
+class ServedQ:
+    """Takes a column `tokens`, lists of token ids; returns V after a prompt, Q after a prompt and its response."""
+
+    def __init__(self, q: QModel) -> None:
+        self.q = q
+
+    def predict(self, frame: pd.DataFrame, params: dict[str, Any] | None = None) -> list[float]:
+        """One value a row."""
+        import torch
+
+        with torch.inference_mode():
+            logits = [self.q.logits(torch.tensor([list(tokens)]))[0, -1] for tokens in frame["tokens"]]
+            return [float(self.q.to_value(logit)) for logit in logits]
+
+
+def _load_pyfunc(path: str) -> ServedPolicy | ServedQ:
+    """MLflow's entry: the version's directory."""
+    from iterative_ppo.learning.language_model import SETTINGS, LanguagePolicy
+    from iterative_ppo.learning.q_model import QModel
+
+    folder = Path(path)
+    if (folder / SETTINGS).exists():
+        return ServedPolicy(LanguagePolicy.load(folder))
+    return ServedQ(QModel.load(folder))

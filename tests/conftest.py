@@ -1,0 +1,64 @@
+"""What many tests share, made once a session: scripted conversations, and tiny policies that speak their language."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from iterative_ppo.config import Config, load_config
+
+if TYPE_CHECKING:
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.mdp.conversation import Conversation
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+TINY = {
+    "policy.hidden_size": 32,
+    "policy.heads": 2,
+    "policy.layers": 2,
+    "policy.max_prompt_tokens": 256,
+    "policy.max_response_tokens": 16,
+    "supervised.epochs": 14.0,
+    "supervised.learning_rate": 0.01,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Config:
+    return load_config(overrides=TINY)
+
+
+@pytest.fixture(scope="session")
+def scripted() -> list[Conversation]:
+    """60 conversations of the scripted agent with simulated customers."""
+    from iterative_ppo.environments.renovation import Renovation, Script
+    from iterative_ppo.environments.rollout import collect
+
+    return collect(Script(0.6), Renovation(), 60, seed=1, policy_version="script")
+
+
+@pytest.fixture(scope="session")
+def untrained_policy(tiny_config: Config, scripted: list[Conversation]) -> LanguagePolicy:
+    """Fresh weights, a word tokenizer that knows the scripted conversations. Tests leave its weights alone."""
+    import torch
+
+    from iterative_ppo.learning.tiny import build_policy
+
+    torch.set_num_threads(1)
+    return build_policy(scripted, tiny_config.policy, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(
+    tiny_config: Config, scripted: list[Conversation], untrained_policy: LanguagePolicy
+) -> LanguagePolicy:
+    """Briefly fine-tuned: most of its responses are short, ended and made of known words. Tests leave it alone."""
+    from iterative_ppo.learning.supervised import fine_tune
+
+    sequences = [s for talk in scripted for s in untrained_policy.renderer.encode(talk)[0]]
+    policy, _ = fine_tune(untrained_policy, sequences, tiny_config.supervised, seed=0, whole=True)
+    return policy
