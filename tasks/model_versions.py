@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iterative_ppo.errors import ModelError, StoreError
+from iterative_ppo.errors import StoreError
 from iterative_ppo.files import content_hash
 from tasks.mlflow_store import plain_errors
 from tasks.tracking import OURS, Tracking
@@ -113,8 +113,8 @@ def check_loads(name: str, directory: Path, called: str) -> None:
 
     try:
         LanguagePolicy.load(directory) if name == POLICY else QModel.load(directory)
-    except (ModelError, StoreError) as error:
-        raise StoreError(f"{called} does not load: {error}") from error
+    except Exception as error:  # damaged files raise what their readers like: safetensors, tokenizers, json, torch
+        raise StoreError(f"{called} does not load: {' '.join(str(error).split())[:400]}") from error
 
 
 def versions(tracking: Tracking, name: str) -> list[Version]:

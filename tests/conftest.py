@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import flows  # noqa: F401 (sets the environment that Prefect and transformers read when they are imported)
 from iterative_ppo.config import Config, load_config
 
 if TYPE_CHECKING:

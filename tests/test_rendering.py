@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ FORGETFUL = (
 TEXT = st.text(max_size=12)
 SUGGESTION = st.builds(Suggestion, TEXT, st.just("suggested")) | st.sampled_from([ABSTAIN, MISSING])
 ACTED = st.one_of(
-    st.builds(lambda c, a: Turn(c, (0.0,), replace(a, status="suggested", text="ok"), "ok", "verbatim"), TEXT, SUGGESTION),
+    st.builds(lambda c, a: Turn(c, (0.0,), Suggestion(a, "suggested"), a, "verbatim"), TEXT, TEXT),
     st.builds(lambda c, a, m: Turn(c, (0.0,), a, m, "edited"), TEXT, SUGGESTION, TEXT),
     st.builds(lambda c, a: Turn(c, (0.0,), a, None, "no_reply"), TEXT, SUGGESTION),
 )
@@ -48,7 +49,7 @@ CONVERSATION = st.builds(
     LAST,
     st.none() | TEXT,
 )
-light = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+light = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,6 @@ def renderer(
 
 def chatting(tokenizer: PreTrainedTokenizerBase, template: str, max_prompt_tokens: int = ROOMY) -> Renderer:
     """A renderer of a copy of `tokenizer` with a chat template."""
-    import copy
-
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     return Renderer(tokenizer, max_prompt_tokens, 64, ABSTAINS)
@@ -223,11 +222,6 @@ def test_a_prompt_holds_the_context_once_and_first(word: PreTrainedTokenizerBase
 
 
 def test_without_markers_in_the_vocabulary_plain_words_stand_for_them(bpe: PreTrainedTokenizerBase) -> None:
-    class Plain(Renderer):
-        pass
-
-    import copy
-
     tokenizer = copy.deepcopy(bpe)
     tokenizer.get_vocab = lambda: {}  # a tokenizer that someone else trained
     text = bpe.decode(list(Renderer(tokenizer, ROOMY, ROOMY, ABSTAINS).prompt(one_turn(MISSING, None, None)).tokens))
@@ -235,8 +229,6 @@ def test_without_markers_in_the_vocabulary_plain_words_stand_for_them(bpe: PreTr
 
 
 def test_a_tokenizer_without_an_end_of_sequence_is_refused(bpe: PreTrainedTokenizerBase) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(bpe)
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end-of-sequence token; set eos_token"):

@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import pandas as pd
 import pytest
+from mlflow.entities import Dataset, Run
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import StoreError
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.tiny import build_policy
+from iterative_ppo.mdp.conversation import Conversation, Turn
+from tasks import registry
 from tasks.tracking import Tracking, open_tracking
 
 MD5 = f"{'0123456789abcdef' * 2}.dir"
@@ -27,8 +33,11 @@ from iterative_ppo.config import load_config
 from tasks.tracking import open_tracking
 uri, artifacts, die = sys.argv[1:]
 if die == "die":
-    import os, mlflow.store.db.utils as utils
-    utils._upgrade_db = lambda engine: os._exit(9)
+    import os, alembic.runtime.migration as migration
+    steps, update = iter(range(4)), migration.HeadMaintainer.update_to_step
+    def dying(self, step):
+        return update(self, step) if next(steps, None) is not None else os._exit(9)
+    migration.HeadMaintainer.update_to_step = dying
 tracking = open_tracking(load_config(overrides={"tracking.uri": uri, "tracking.artifacts": artifacts}))
 print(tracking.experiment_id, tracking.round_run(0))
 """
@@ -41,7 +50,7 @@ def started(place: Path, die: str = "live") -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str, str]]]:
-    """A store that a killed process began and that two others then made at once; and what the two said."""
+    """A store that two processes made at once, after a third was killed amid its migrations; and what the two said."""
     place = tmp_path_factory.mktemp("fresh")
     assert started(place, "die").wait() == 9
     both = [started(place), started(place)]
@@ -158,6 +167,11 @@ def test_texts_and_values_are_artifacts(tracking: Tracking) -> None:
     assert '"é": "x"' in tracking.artifact(0, "gate.json").read_text(encoding="utf-8")
 
 
+def inputs(run: Run) -> list[Dataset]:
+    assert run.inputs is not None
+    return [given.dataset for given in run.inputs.dataset_inputs]
+
+
 def test_data_are_searchable_by_their_md5_and_their_pointer_comes_back(tracking: Tracking, tmp_path: Path) -> None:
     place = tmp_path / "turns" / "round=0002"
     place.mkdir(parents=True)
@@ -170,11 +184,11 @@ def test_data_are_searchable_by_their_md5_and_their_pointer_comes_back(tracking:
     tracking.log_dataset(tracking.round_run(5), 1_000_000, place, "f" * 32)
     (found,) = tracking.client.search_runs([tracking.experiment_id], f"datasets.digest = '{MD5}'")
     assert found.info.run_id == stage
-    (given,) = found.inputs.dataset_inputs
-    assert given.dataset.name == "round=0002" and str(place) in given.dataset.source
-    assert '"num_rows": 2' in given.dataset.profile and "message" in given.dataset.schema
-    (counted,) = tracking.client.get_run(tracking.round_run(5)).inputs.dataset_inputs
-    assert "1000000" in counted.dataset.profile
+    (given,) = inputs(found)
+    assert given.name == "round=0002" and str(place) in given.source
+    assert '"num_rows": 2' in str(given.profile) and "message" in str(given.schema)
+    (counted,) = inputs(tracking.client.get_run(tracking.round_run(5)))
+    assert "1000000" in str(counted.profile)
     assert tracking.artifact(2, "round=0002.dvc").read_text() == pointer.read_text()
     with pytest.raises(StoreError, match=r"round 2: no artifact 'other.dvc' in run \w+ or in its 1 stages"):
         tracking.artifact(2, "other.dvc")
@@ -263,3 +277,47 @@ def test_a_store_that_another_holds_is_told(
     monkeypatch.setattr("tasks.mlflow_store.LOCK_SECONDS", 0.1)
     with tracking.locked():
         refused(config, r"mlflow.db: another process has held the store for 0.1 seconds")
+
+
+@pytest.mark.slow
+def test_a_server_serves_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    command = f"-m mlflow server --backend-store-uri sqlite:///server.db --artifacts-destination kept --port {port}"
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with Path("log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, *command.split(), "--workers", "1"], env=environment, stdout=log, stderr=log
+        )
+    try:
+        tracking = open_when_up(f"http://127.0.0.1:{port}")
+        run = tracking.round_run(0)
+        stage = tracking.stage_run(run, "fit q")
+        for _ in range(2):
+            tracking.log(stage, {"a": 1}, {"b": 2.0}, {"c": [{"x": k} for k in range(1500)]})
+        assert len(tracking.client.get_metric_history(stage, "c.x")) == 1500
+        for text in ("one", "two"):
+            tracking.log_text(stage, text, "a.txt")
+            assert tracking.artifact(0, "a.txt").read_text() == text
+        policy = build_policy([Conversation("c", (Turn("hello"),), "u")], load_config().policy, 0)
+        policy.save(tmp_path / "policy")
+        assert registry.register(tracking, registry.POLICY, tmp_path / "policy", run, {"round": 0}) == 1
+        registry.promote(tracking, 1, {}, "test", tmp_path)
+        place = registry.fetch(tracking, registry.POLICY, "champion")
+        assert LanguagePolicy.load(place).settings == policy.settings
+        assert registry.fetch(tracking, registry.POLICY, 1) == place
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def open_when_up(uri: str) -> Tracking:
+    config = load_config(overrides={"tracking.uri": uri, "tracking.artifacts": "copies"})
+    for _ in range(100):
+        try:
+            return open_tracking(config)
+        except StoreError:
+            sleep(0.5)
+    raise AssertionError(Path("log").read_text())

@@ -70,7 +70,7 @@ def train_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTok
 def build_model(tokenizer: PreTrainedTokenizerBase, config: PolicyConfig, seed: int) -> PreTrainedModel:
     """A small causal LM with fresh weights. Its positions cover a whole prompt and response."""
     positions = config.max_prompt_tokens + config.max_response_tokens
-    sizes: dict[str, Any] = {
+    families: dict[str, dict[str, Any]] = {
         "gpt2": {
             "n_embd": config.hidden_size,
             "n_inner": 2 * config.hidden_size,
@@ -91,7 +91,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: PolicyConfig, seed: 
             "max_position_embeddings": positions,
             "tie_word_embeddings": True,
         },
-    }[config.architecture]
+    }
+    sizes = families[config.architecture]
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model_config = AutoConfig.for_model(
         config.architecture, vocab_size=len(tokenizer), initializer_range=INITIALIZER_RANGE, **sizes, **ids

@@ -96,7 +96,7 @@ def groups(frame: pd.DataFrame, returns: pd.Series | None = None) -> tuple[Group
     """One group a policy version and arm, the champion's first."""
     parted = frame.groupby(["policy_version", "arm"], dropna=False, sort=False)
     found = [_group(_label(version), _label(arm), rows, returns) for (version, arm), rows in parted]
-    return tuple(sorted(found, key=lambda group: (group.role, group.policy, group.arm or "")))
+    return tuple(sorted(found, key=lambda group: (group.role != CHAMPION, group.policy, group.arm or "")))
 
 
 def _label(value: object) -> str | None:

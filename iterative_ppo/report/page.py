@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.files import write_bytes
 from iterative_ppo.report import plots, rows, technical_plots, words
 from iterative_ppo.report.record import RunRecord
@@ -51,7 +52,7 @@ def render(run: RunRecord, title: str = TITLE, now: datetime | None = None) -> s
         figures=figures(run),
         rounds=[rows.round_row(run, one) for one in run.rounds],
         examples=rows.examples(run),
-        groups=[(name, rows.group_row(group)) for name, group in plots.labelled_groups(run)],
+        groups=[rows.group_row(*group) for group in plots.labelled_groups(run)],
         guardrails=rows.guardrails(run),
         glossary=words.GLOSSARY,
         footer=footer(run, now or datetime.now(UTC)),
@@ -73,27 +74,29 @@ def figures(run: RunRecord) -> dict[str, Drawn | None]:
 
 
 SUCCESS = (
-    "Wilson intervals. In an A/B test both policies met customers at the same time. A promoted challenger is the "
-    "champion of the next test. Outcomes of different times are not a test of anything; the shaded closing comparison, "
-    "where there is one, is."
+    "Wilson intervals. A promoted challenger is the champion of the next test. Compare only what was measured side by "
+    "side: the two arms of an A/B test, or the first and the last policy in the shaded closing comparison."
 )
 ACCEPTANCE = "Shares of the turns at which the policy suggested something, in percent; abstentions are not counted."
 CURVES = (
     "Means over each rollout. The KL penalty keeps the policy near its reference; entropy that falls to 0 would mean "
     "that the policy always says the same. The last round is drawn strongest."
 )
-RETURNS = "Discounted outcome from the first turn on, with 95% intervals, where the round has trained on its data."
+RETURNS = "Discounted outcome from the first turn on, with 95% intervals, of data that a round has trained on."
 
 
 def _calibration(run: RunRecord) -> str:
-    shown = [one for one in run.rounds if one.calibration][-technical_plots.MOST_ROUNDS :]
-    said = [
-        f"round {one.number}: {words.number(one.calibration.error)} "
-        f"(a perfect Q shows up to {words.number(one.calibration.chance_95)} by chance, 95th percentile)"
-        for one in shown
-        if one.calibration
-    ]
-    return f"Held-out turns in bins of equal mass; on the dashed line Q would be right. Mean error, {'; '.join(said)}."
+    shown = [(one.number, one.calibration) for one in run.rounds if one.calibration][-technical_plots.MOST_ROUNDS :]
+    errors = "; ".join(f"round {number}: {_error(bins)}" for number, bins in shown)
+    return (
+        "Held-out turns in bins of equal mass, with larger dots for fuller ones; on the dashed line Q would be right. "
+        f"Mean error, and in brackets the 95th percentile of what chance gives a perfect Q: {errors}."
+    )
+
+
+def _error(bins: Calibration) -> str:
+    beyond = ", so more than chance" if bins.error > bins.chance_95 else ""
+    return f"{words.number(bins.error)} ({words.number(bins.chance_95)}{beyond})"
 
 
 def _divergence(run: RunRecord) -> str:

@@ -50,7 +50,7 @@ def steps(run: RunRecord) -> list[Step]:
             found.append(_tested(before))
         elif one.groups:
             points = tuple(Point(g.role, g.policy, g.success) for g in one.groups[:3])
-            found.append(Step("First data" if before is None else f"Data of\nround {one.number}", points))
+            found.append(Step(origin(before, one), points))
         before = one
     if before and before.test:
         found.append(_tested(before))
@@ -65,7 +65,7 @@ def _tested(one: RoundRecord) -> Step:
     assert one.test is not None
     champion = Point(CHAMPION, one.champion, one.test.champion)
     challenger = Point(CHALLENGER, one.challenger, one.test.challenger, one.promoted)
-    return Step(f"A/B test of\nround {one.number}", (champion, challenger))
+    return Step(origin(one, None), (champion, challenger))
 
 
 @svg.styled
@@ -82,10 +82,15 @@ def success(run: RunRecord) -> str | None:
         axes.axvspan(len(found) - 1.5, len(found) - 0.5, color=svg.LINE, alpha=0.35, linewidth=0)
     axes.set_xlim(-0.5, len(found) - 0.5)
     axes.set_ylim(0, min(100.0, 1.2 * max(100 * wilson(p.arm)[1] for step in found for p in step.points)))
-    axes.set_xticks(range(len(found)), [step.name if len(found) <= MOST_LABELS else "" for step in found])
+    axes.set_xticks(range(len(found)), [ticked(step.name, len(found)) for step in found])
     axes.set_ylabel("successful conversations (%)")
     _legend(axes, found)
     return svg.inline(figure, "success")
+
+
+def ticked(name: str, steps: int) -> str:
+    """A tick's label in two lines, or nothing where there are too many."""
+    return name.replace(" of ", " of\n") if steps <= MOST_LABELS else ""
 
 
 def _point(axes: Axes, x: int, point: Point, labelled: bool) -> None:
@@ -94,6 +99,8 @@ def _point(axes: Axes, x: int, point: Point, labelled: bool) -> None:
     axes.plot([x + shift] * 2, [100 * low, 100 * high], color=colour, linewidth=2.2)
     fill = colour if point.kept else svg.PAPER
     style: dict[str, Any] = {
+        "color": colour,
+        "linestyle": "none",
         "markersize": 8,
         "markerfacecolor": fill,
         "markeredgecolor": colour,
@@ -124,13 +131,13 @@ def _legend(axes: Axes, found: Sequence[Step]) -> None:
 @svg.styled
 def acceptance(run: RunRecord) -> str | None:
     """What staff did with suggestions, a bar for each policy of each round."""
-    bars = [bar for bar in labelled_groups(run) if bar[1].adoption][-MOST_BARS:]
+    bars = [bar for bar in labelled_groups(run) if bar[2].adoption][-MOST_BARS:]
     if not bars:
         return None
     figure, (axes,) = svg.panels(9.6, 0.8 + 0.36 * len(bars))
-    for y, (_, group) in enumerate(bars):
+    for y, (_, _, group) in enumerate(bars):
         _bar(axes, y, group)
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.set_yticks(range(len(bars)), [f"{origin}, {owner}" for origin, owner, _ in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of suggestions (%)")
@@ -152,8 +159,24 @@ def _bar(axes: Axes, y: int, group: Group) -> None:
         left += width
 
 
-def labelled_groups(run: RunRecord) -> list[tuple[str, Group]]:
-    """Each round's groups by name, then those of a last A/B test that no round has taken as its data."""
-    found = [(f"round {one.number}", group) for one in run.rounds for group in one.groups]
-    found += [(f"test of round {run.rounds[-1].number}", group) for group in run.tested]
-    return [(f"{name}, policy {group.policy}{f' ({group.arm})' if group.arm else ''}", group) for name, group in found]
+def labelled_groups(run: RunRecord) -> list[tuple[str, str, Group]]:
+    """All groups in time: where their conversations come from, whose they are, and the group."""
+    found: list[tuple[str, str, Group]] = []
+    before = None
+    for one in run.rounds:
+        found += [(origin(before, one), _owner(group), group) for group in one.groups]
+        before = one
+    if before:
+        found += [(origin(before, None), _owner(group), group) for group in run.tested]
+    return found
+
+
+def _owner(group: Group) -> str:
+    return f"policy {group.policy}{f' ({group.arm})' if group.arm else ''}"
+
+
+def origin(before: RoundRecord | None, one: RoundRecord | None) -> str:
+    """Where conversations come from: the test of the round before, or a collection of their own."""
+    if before and before.test:
+        return f"A/B test of round {before.number}"
+    return "First data" if before is None or one is None else f"Data of round {one.number}"

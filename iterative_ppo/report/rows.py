@@ -55,7 +55,7 @@ def round_row(run: RunRecord, one: RoundRecord) -> dict[str, Any]:
         "quarantined": words.count(one.quarantined),
         "r2": words.number(q.get("r2")),
         "state_r2": words.number(q.get("state_only_r2")),
-        "auc": words.percent(q.get("auc")),
+        "auc": words.number(q.get("auc")),
         "calibration": words.number(q.get("calibration_error")),
         "chance": words.number(q.get("calibration_error_by_chance_95")),
         "kl": words.number(one.evidence.get("kl_challenger_champion"), 2),
@@ -110,9 +110,11 @@ def _facts(one: RoundRecord) -> Iterator[str]:
     yield from one.warnings
 
 
-def group_row(group: Group) -> dict[str, Any]:
+def group_row(origin: str, owner: str, group: Group) -> dict[str, Any]:
     """One line of the table of conversations."""
     return {
+        "origin": origin,
+        "owner": owner,
         "conversations": words.count(group.success.conversations),
         "success": words.percent(group.success.rate),
         "interval": words.span(*group.interval),
@@ -148,13 +150,14 @@ def examples(run: RunRecord) -> dict[str, Any]:
         return {"talks": []}
     one = ([x for x in shown if x.promoted] or shown)[-1]
     before, after = _name(one.champion), _name(one.challenger)
-    fate = "promoted" if one.promoted else "not promoted"
+    pending = one.decision is None and one.offline is not None and one.offline.verdict == "test"
+    fate = "was promoted" if one.promoted else "has yet to prove itself" if pending else "was not promoted"
     return {
         "talks": [_talk(example) for example in one.examples],
         "before": f"Before{before}",
         "after": f"After{after}",
         "lead": f"The same held-out moments of round {one.number}, once with the champion{before} and once with its "
-        f"challenger{after}, which was {fate}. Q is the return that the model expects after that suggestion.",
+        f"challenger{after}, which {fate}. Q is the return that the model expects after that suggestion.",
     }
 
 
@@ -168,6 +171,7 @@ def _talk(example: Example) -> dict[str, Any]:
     start = max(0, len(said) - RECENT)
     return {
         "earlier": said[:start],
+        "fold": words.count(start, "earlier messages"),
         "recent": said[start:],
         "before": _speech(example.champion),
         "after": _speech(example.challenger),

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from iterative_ppo.report import svg, words
 from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group
-from iterative_ppo.report.plots import MOST_LABELS, ROLE
+from iterative_ppo.report.plots import ROLE, origin, ticked
 from iterative_ppo.report.record import RunRecord
 from iterative_ppo.report.round_record import RoundRecord
 
@@ -46,6 +46,8 @@ def _reliability(axes: Axes, one: RoundRecord, top: float) -> None:
     axes.scatter(bins.predicted, bins.observed, s=size, color=svg.CHAMPION, edgecolor=svg.PAPER, linewidth=1, zorder=3)
     axes.set(xlim=(0, top), ylim=(0, top), xlabel="return that Q expected", title=f"Round {one.number}")
     axes.set_box_aspect(1)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     low, high = min(bins.count), max(bins.count)
     turns = words.count(low) if low == high else f"{words.count(low)} to {words.count(high)}"
     place: dict[str, Any] = {
@@ -83,7 +85,7 @@ def _curve(axes: Axes, found: Sequence[tuple[int, float]], name: str, strength: 
 
 
 def _strengths(rounds: int) -> list[float]:
-    return [1.0 - 0.75 * (rounds - 1 - k) / max(1, rounds - 1) for k in range(rounds)]
+    return [1.0 - 0.6 * (rounds - 1 - k) / max(1, rounds - 1) for k in range(rounds)]
 
 
 @svg.styled
@@ -93,7 +95,7 @@ def divergence(run: RunRecord) -> str | None:
     rounds = [one for one in run.rounds if any(key in one.evidence for key, _ in keys)]
     if not rounds:
         return None
-    figure, (axes,) = svg.panels(4.7, 2.9)
+    figure, (axes,) = svg.panels(4.7, 3.3)
     for key, role in keys:
         colour, marker, shift = ROLE[role]
         found = [(x + shift, one.evidence[key]) for x, one in enumerate(rounds) if key in one.evidence]
@@ -102,26 +104,27 @@ def divergence(run: RunRecord) -> str | None:
     bound, top = rounds[-1].bounds.get("max_kl"), axes.get_ylim()[1]
     if bound is not None and bound < 3 * top:
         axes.axhline(bound, color=svg.MUTED, linewidth=1, linestyle=(0, (4, 3)), label="the gate's bound")
-    _by_round(axes, rounds, "nats a response")
+    _by_round(axes, [ticked(f"round {one.number}", len(rounds)) for one in rounds], "nats a response", columns=1)
     return svg.inline(figure, "divergence")
 
 
 @svg.styled
 def returns(run: RunRecord) -> str | None:
     """Mean return at the start of a conversation, by round and arm, with 95 % intervals."""
-    rounds = [one for one in run.rounds if one.mean_return is not None or any(g.returned for g in one.groups)]
-    if not rounds:
+    origins = [origin(before, one) for before, one in zip((None, *run.rounds), run.rounds, strict=False)]
+    measured = [pair for pair in zip(origins, run.rounds, strict=True) if pair[1].mean_return is not None]
+    if not measured:
         return None
-    figure, (axes,) = svg.panels(4.7, 2.9)
+    figure, (axes,) = svg.panels(4.7, 3.3)
     named: set[str] = set()
-    for x, one in enumerate(rounds):
-        measured = [group for group in one.groups if group.returned]
-        for group in measured[:3]:
+    for x, (_, one) in enumerate(measured):
+        shown = [group for group in one.groups if group.returned][:3]
+        for group in shown:
             _return(axes, x, group, named)
-        if not measured and one.mean_return is not None:
+        if not shown:
             axes.plot(x, one.mean_return, "s", color=svg.MUTED, label=None if "all" in named else "all conversations")
             named.add("all")
-    _by_round(axes, rounds, "discounted return")
+    _by_round(axes, [ticked(name, len(measured)) for name, _ in measured], "discounted return")
     return svg.inline(figure, "returns")
 
 
@@ -134,10 +137,9 @@ def _return(axes: Axes, x: int, group: Group, named: set[str]) -> None:
     named.add(group.role)
 
 
-def _by_round(axes: Axes, rounds: Sequence[RoundRecord], unit: str) -> None:
-    spread = range(0, len(rounds), 1 + len(rounds) // MOST_LABELS)
-    axes.set_xticks(list(spread), [f"round {rounds[x].number}" for x in spread])
-    axes.set_xlim(-0.5, len(rounds) - 0.5)
+def _by_round(axes: Axes, names: Sequence[str], unit: str, columns: int = 3) -> None:
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=1.1 * axes.get_ylim()[1])
     axes.set_ylabel(unit)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0, handletextpad=0.3, columnspacing=1)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderpad=0, handletextpad=0.3)

@@ -156,39 +156,38 @@ def _success(run: RunRecord) -> Iterator[Card | None]:
     if run.closing:
         test = run.closing.test
         yield _rate_card("Success now", test.challenger, run.closing.last)
-        yield _rate_card("Success at the start", test.champion, run.closing.first)
-        yield Card("Gain, fresh customers", words.points(test.gain), _interval(test))
+        yield _rate_card("Success at start", test.champion, run.closing.first)
+        yield Card("Gain in points", words.points(test.gain).split()[0], _interval(test))
         return
     now, start = current(run), first(run)
     if now and last_test(run):
-        yield _rate_card("Success in the last A/B test", now)
-    yield _rate_card("Success at the start", start) if start else None
+        yield _rate_card("Success, last A/B test", now)
+    yield _rate_card("Success at start", start) if start else None
     if found := last_test(run):
-        yield Card("Challenger's gain, last A/B test", words.points(found[0].gain), _interval(found[0]))
+        yield Card("Last challenger's gain", words.points(found[0].gain).split()[0], _interval(found[0]))
 
 
 def _interval(test: ABTest) -> str:
-    return f"{words.points_span(test.gain_low, test.gain_high)}, {words.p_value(test.p_value)}"
+    return f"{words.points_span(test.gain_low, test.gain_high)}\n{words.p_value(test.p_value)}"
 
 
 def _rate_card(name: str, arm: Arm, policy: str | None = None) -> Card:
     who = f"policy {policy}, " if policy else ""
-    return Card(
-        name, words.percent(arm.rate), f"{words.span(*wilson(arm))}; {who}{words.count(arm.conversations)} conv."
-    )
+    note = f"{words.span(*wilson(arm))}\n{who}n = {words.count(arm.conversations)}"
+    return Card(name, words.percent(arm.rate), note)
 
 
 def _work(run: RunRecord) -> Iterator[Card | None]:
     if not run.rounds:
         return
     begun = len(run.rounds)
-    yield Card("Rounds", str(begun), f"{run.promotions} of {words.count(begun, 'challengers')} promoted")
+    yield Card("Rounds", str(begun), f"{run.promotions} of {words.count(begun, 'challengers')}\npromoted")
     data = sum(one.conversations or 0 for one in run.rounds) + sum(g.success.conversations for g in run.tested)
     aside = sum(one.quarantined or 0 for one in run.rounds)
     yield Card("Conversations", words.count(data), f"{words.count(aside)} quarantined") if data else None
     latest = serving(run)
     if latest and latest.adoption:
-        note = f"of the suggestions of policy {latest.policy}; {words.percent(latest.abstained)} abstained"
+        note = f"policy {latest.policy}\n{words.percent(latest.abstained)} abstained"
         yield Card("Sent verbatim", words.percent(latest.adoption["verbatim"]), note)
 
 

@@ -32,7 +32,7 @@ GLOSSARY = (
         "R², state-only R²",
         "Share of the returns' variation that Q explains; state-only, without seeing the suggestion.",
     ),
-    ("AUC", "How often Q ranks a turn of a successful conversation above one of a failed one; 50% is guessing."),
+    ("AUC", "How often Q ranks a turn of a successful conversation above one of a failed one; 0.5 is guessing."),
     ("Calibration error", "How far Q's promises lie from what came true; beside it, what a perfect Q shows by chance."),
     ("KL", "How far two policies' answers differ, in nats a response; 0 means the same."),
     ("Entropy", "How varied the answers are; near 0 the policy always says the same."),

@@ -1,0 +1,489 @@
+"""Q and V: read where they belong, fitted to what was asked and to nothing that was held out, saved and found again."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.environments.chain import ACTIONS, Chain
+from iterative_ppo.errors import ModelError, StoreError, TrainingError
+from iterative_ppo.learning.batching import EncodedTable, collate, encode_table, inference_batches, training_batches
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.q_model import (
+    SETTINGS,
+    QModel,
+    QSettings,
+    Regression,
+    Round,
+    fit_q,
+    joined,
+    one_step_targets,
+    regress,
+)
+from iterative_ppo.learning.rounds import corpus_q, evaluate_policy, round_of
+from iterative_ppo.learning.tiny import build_policy
+from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, Suggestion, Turn
+from iterative_ppo.mdp.rendering import single
+from iterative_ppo.mdp.returns import acceptance_rewards, monte_carlo
+from iterative_ppo.mdp.turn_table import actions, last_rows, to_frame
+
+torch.set_num_threads(1)
+
+OUTCOMES = {"purchase": 1.0}
+UNIT = QSettings("bce", 0.0, 1.0, 0.95)
+WIDE = replace(UNIT, low=-2.0, high=6.0)
+
+
+def new_q(policy: LanguagePolicy, settings: QSettings = UNIT, seed: int = 0) -> QModel:
+    return QModel.from_policy(policy, settings, seed)
+
+
+def a_round(policy: LanguagePolicy, talks: list[Conversation], evidence_share: float = 0.3) -> Round:
+    frame = to_frame(talks, OUTCOMES, evidence_share)
+    return round_of(policy, frame, load_config())
+
+
+def weights(q: QModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in q.model.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def split_up(policy: LanguagePolicy, encoded: EncodedTable) -> EncodedTable:
+    """The same turns, each as a sequence of its own."""
+    rows = [
+        single(x.row, s.tokens[: x.start], s.tokens[x.start : x.end], x.trains)
+        for s in encoded.sequences
+        for x in s.spans
+    ]
+    return EncodedTable(rows, encoded.rows)
+
+
+# --- where values are read -------------------------------------------------------------------------------------------
+
+
+def test_one_pass_a_conversation_gives_the_values_of_one_row_a_turn(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    q, encoded = new_q(tiny_policy), a_round(tiny_policy, scripted[:15]).encoded
+    assert len(encoded.sequences) == 15 and encoded.unshared == 0
+    apart = split_up(tiny_policy, encoded)
+    together, alone = q.evaluate(encoded), q.evaluate(apart)
+    assert np.allclose(together.v, alone.v, atol=1e-5, equal_nan=True)
+    assert np.allclose(together.q, alone.q, atol=1e-5, equal_nan=True)
+    assert np.allclose(tiny_policy.score(encoded), tiny_policy.score(apart), atol=1e-4, equal_nan=True)
+
+
+def test_v_is_read_at_the_prompts_end_and_q_at_the_responses(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    q, frame = new_q(tiny_policy), to_frame(scripted[:4], OUTCOMES, 0.3)
+    values = q.evaluate(encode_table(frame, tiny_policy.renderer))
+    row = 0
+    for talk in scripted[:4]:
+        for i, turn in enumerate(talk.turns):
+            if turn.suggestion is None:
+                assert math.isnan(values.v[row]) and math.isnan(values.q[row]), "nothing to say at the end"
+            else:
+                prompt = tiny_policy.renderer.prompt(talk.state(i)).tokens
+                for tokens, value in ((prompt, values.v), (prompt + tiny_policy.renderer.response(turn.suggestion), values.q)):
+                    with torch.no_grad():
+                        logit = q.model(torch.tensor([tokens])).logits[0, -1, 0]
+                    assert value[row] == pytest.approx(float(torch.sigmoid(logit)), abs=1e-5)
+            row += 1
+
+
+def test_a_state_whose_action_was_not_logged_has_a_v_and_no_q(tiny_policy: LanguagePolicy) -> None:
+    turns = (Turn("Hi.", (0.0,), MISSING, "OK."), Turn("So?", (0.0,), ABSTAIN, "OK."), Turn(None, (0.0,)))
+    frame = to_frame([Conversation("c", turns, "u")], OUTCOMES, 0.3)
+    values = new_q(tiny_policy).evaluate(encode_table(frame, tiny_policy.renderer))
+    assert np.isnan(values.v).tolist() == [False, False, True]
+    assert np.isnan(values.q).tolist() == [True, False, True]
+
+
+def test_running_values_start_at_v_and_end_at_q(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    q = new_q(tiny_policy)
+    apart = split_up(tiny_policy, a_round(tiny_policy, scripted[:6]).encoded)
+    sequences = [replace(s, spans=(replace(s.spans[0], row=k),)) for k, s in enumerate(apart.sequences)]
+    running, values = q.running_values(sequences), q.evaluate(EncodedTable(sequences, len(sequences)))
+    lengths = [s.spans[0].end - s.spans[0].start for s in sequences]
+    assert [len(value) for value in running] == [1 + length for length in lengths]
+    assert np.allclose([value[0] for value in running], values.v, atol=1e-6)
+    assert np.allclose([value[-1] for value in running], values.q, atol=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "low", "high"), [("bce", 0, 1), ("bce", -2, 6), ("mse", 0, 1), ("mse", -2, 6)])
+def test_values_and_losses_are_in_the_outcomes_units(
+    untrained_policy: LanguagePolicy, loss: str, low: float, high: float
+) -> None:
+    q = new_q(untrained_policy, QSettings(loss, low, high, 0.9))
+    logits, target = torch.tensor([-3.0, 0.0, 40.0]), torch.tensor([low, (low + high) / 2, high])
+    p = torch.sigmoid(logits.double())
+    if loss == "mse":
+        assert q.to_value(logits).tolist() == logits.tolist()
+        expected = (logits - target) ** 2
+    else:
+        assert q.to_value(logits).tolist() == pytest.approx((low + (high - low) * p).tolist(), abs=1e-6)
+        unit = torch.tensor([0.0, 0.5, 1.0])
+        expected = -(unit * p.log() + (1 - unit) * torch.log1p(-p).clamp_min(-40)).float()
+    assert q.loss(logits, target).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_batches_hold_every_sequence_once_an_epoch(scripted: list[Conversation], tiny_policy: LanguagePolicy) -> None:
+    sequences = a_round(tiny_policy, scripted).encoded.sequences
+    batches = list(training_batches(sequences, 8, 2.0, tiny_policy.pad, np.random.default_rng(0)))
+    assert len(batches) == 2 * math.ceil(len(sequences) / 8)
+    rows = sorted(span.row for s in sequences for span in s.spans)
+    for epoch in (batches[: len(batches) // 2], batches[len(batches) // 2 :]):
+        assert sorted(np.concatenate([batch.row for batch in epoch]).tolist()) == rows
+    assert len(list(training_batches(sequences, 8, 0.5, 0, np.random.default_rng(0)))) == 4
+    assert list(training_batches([], 8, 3.0, 0, np.random.default_rng(0))) == []
+
+
+def test_inference_batches_hold_every_sequence_once_within_their_size(
+    scripted: list[Conversation], tiny_policy: LanguagePolicy
+) -> None:
+    sequences = a_round(tiny_policy, scripted).encoded.sequences
+    batches = list(inference_batches(sequences, 500, tiny_policy.pad))
+    assert all(batch.tokens.numel() <= 500 for batch in batches)
+    seen = [tuple(row[: row.index(tiny_policy.pad)] if tiny_policy.pad in row else row) for b in batches for row in b.tokens.tolist()]
+    assert sorted(seen) == sorted(s.tokens for s in sequences)
+
+
+def test_joined_tables_keep_their_rows_apart(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    one, two = a_round(tiny_policy, scripted[:3]).encoded, a_round(tiny_policy, scripted[3:9]).encoded
+    both = joined([one, two])
+    assert both.rows == one.rows + two.rows
+    q = new_q(tiny_policy)
+    apart = np.concatenate([q.evaluate(one).q, q.evaluate(two).q])
+    assert np.allclose(q.evaluate(both).q, apart, atol=1e-5, equal_nan=True)
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_step_targets_longhand() -> None:
+    """Two conversations: three actions and a purchase, then one action and silence."""
+    nan = math.nan
+    reward, last = np.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.0]), np.array([0, 0, 0, 1, 0, 1], bool)
+    v = np.array([0.2, 0.4, 0.7, nan, 0.5, nan])
+    y = one_step_targets(reward, last, v, gamma=0.9)
+    assert y.tolist() == pytest.approx([0.9 * 0.4, 0.9 * 0.7, 1.0, 0.0, 0.0, 0.0])
+
+
+def test_one_step_targets_do_not_look_at_v_of_the_turn_itself() -> None:
+    reward, last = np.array([0.0, 1.0, 0.0]), np.array([False, False, True])
+    one = one_step_targets(reward, last, np.array([0.1, 0.3, math.nan]), 0.5)
+    assert np.array_equal(one, one_step_targets(reward, last, np.array([9.0, 0.3, math.nan]), 0.5))
+    assert one.tolist() == pytest.approx([0.15, 1.0, 0.0])
+
+
+# --- regression ------------------------------------------------------------------------------------------------------
+
+
+def how(epochs: float = 1.0, learning_rate: float = 0.003, running_weight: float = 0.5) -> Regression:
+    return Regression(epochs, learning_rate, 4, running_weight)
+
+
+@pytest.mark.parametrize("settings", [UNIT, WIDE, replace(WIDE, loss="mse")], ids=["bce", "bce wide", "mse wide"])
+def test_regression_learns_a_small_set_by_heart(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], settings: QSettings
+) -> None:
+    data = a_round(tiny_policy, scripted[:8])
+    logged = np.isfinite(data.returns) & ~data.last
+    luck = np.random.default_rng(0).integers(2, size=len(data.last))
+    target = np.where(logged, settings.low + (settings.high - settings.low) * luck, math.nan)
+    q = new_q(tiny_policy, settings)
+    before = np.abs(q.evaluate(data.encoded).q - target)[logged].mean() / (settings.high - settings.low)
+    last_loss = regress(q, data.encoded, target, how(60.0, 0.01, 0.0), seed=0)
+    after = np.abs(q.evaluate(data.encoded).q - target)[logged].mean() / (settings.high - settings.low)
+    assert before > 0.3 and after < 0.1, (before, after)
+    assert last_loss < {"bce": 0.6, "mse": 6.0}[settings.loss]
+
+
+def test_v_is_the_mean_and_q_the_outcome_of_the_action(tiny_policy: LanguagePolicy) -> None:
+    """One state, one action that always pays and one that never does, seen 3 : 1."""
+    yes, no = ((40, 41, 1), 1.0), ((42, 1), 0.0)
+    said = [yes, yes, yes, no] * 4
+    table = EncodedTable([single(k, (4, 50, 6), r, True) for k, (r, _) in enumerate(said)], len(said))
+    q = new_q(tiny_policy)
+    regress(q, table, np.array([g for _, g in said]), how(30.0, 0.01), seed=0)
+    values = q.evaluate(table)
+    assert np.allclose(values.v, 0.75, atol=0.12)
+    assert np.allclose(values.q, [g for _, g in said], atol=0.1)
+    running = q.running_values([single(0, (4, 50, 6), yes[0], True)])[0]
+    assert running[1] > 0.8, "the running value knows after the first token which action it is"
+
+
+def test_rows_without_a_target_are_left_out(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    """NaN targets give the very weights that removing those turns would give."""
+    data = a_round(tiny_policy, scripted[:10])
+    dropped = np.arange(len(data.last)) % 3 == 0
+    one, other = new_q(tiny_policy), new_q(tiny_policy)
+    regress(one, data.encoded, np.where(dropped, math.nan, data.returns), how(), seed=0)
+    kept = [
+        replace(s, spans=tuple(replace(x, trains=x.trains and not dropped[x.row]) for x in s.spans))
+        for s in data.encoded.sequences
+    ]
+    regress(other, EncodedTable(kept, data.encoded.rows), data.returns, how(), seed=0)
+    assert equal(weights(one), weights(other))
+    third = new_q(tiny_policy)
+    regress(third, data.encoded, data.returns, how(), seed=0)
+    assert not equal(weights(one), weights(third))
+
+
+def test_actions_that_were_not_logged_train_nothing(tiny_policy: LanguagePolicy) -> None:
+    turns = (Turn("Hi.", (0.0,), MISSING, "OK."), Turn("So?", (0.0,), ABSTAIN, "OK."), Turn(None, (0.0,)))
+    table = encode_table(to_frame([Conversation("c", turns, "u")], OUTCOMES, 0.3), tiny_policy.renderer)
+    results = []
+    for unlogged in (0.0, 1.0):
+        q = new_q(tiny_policy)
+        regress(q, table, np.array([unlogged, 1.0, math.nan]), how(), seed=0)
+        results.append(weights(q))
+    assert equal(*results)
+
+
+def test_regression_is_the_same_for_the_same_seed(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    data, results = a_round(tiny_policy, scripted[:12]), []
+    for seed in (0, 0, 1):
+        q = new_q(tiny_policy)
+        torch.manual_seed(len(results))
+        regress(q, data.encoded, data.returns, how(), seed)
+        results.append(weights(q))
+    assert equal(results[0], results[1])
+    assert not equal(results[0], results[2])
+
+
+def test_nothing_to_fit_is_an_error(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    data = a_round(tiny_policy, scripted[:3])
+    with pytest.raises(TrainingError, match="nothing to fit Q to"):
+        regress(new_q(tiny_policy), data.encoded, np.full(len(data.last), math.nan), how(), 0)
+    with pytest.raises(TrainingError, match="nothing to fit Q to"):
+        regress(new_q(tiny_policy), EncodedTable([], 0), np.zeros(0), how(), 0)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    data, q = a_round(tiny_policy, scripted[:3]), new_q(tiny_policy)
+    with torch.no_grad():
+        next(q.model.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingError, match=r"loss of Q is nan; lower q\.learning_rate"):
+        regress(q, data.encoded, data.returns, how(), 0)
+
+
+def test_progress_ends_at_the_number_of_steps(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    told: list[tuple[int, int]] = []
+    data = a_round(tiny_policy, scripted[:10])
+    regress(new_q(tiny_policy), data.encoded, data.returns, how(2.0), 0, lambda *step: told.append(step))
+    assert told == [(k, 6) for k in range(1, 7)]
+
+
+# --- a round's Q -----------------------------------------------------------------------------------------------------
+
+
+def config_with(**changes: Any) -> Config:
+    return load_config(overrides={"q.epochs": 0.5, "q.value_epochs": 0.5} | changes)
+
+
+def test_a_new_q_starts_from_the_policys_backbone_and_a_warm_one_from_the_last_q(tiny_policy: LanguagePolicy) -> None:
+    backbone = tiny_policy.model.base_model.state_dict()
+    q = new_q(tiny_policy)
+    assert equal(dict(q.model.base_model.state_dict()), dict(backbone))
+    assert equal(weights(new_q(tiny_policy)), weights(q)) and not equal(weights(new_q(tiny_policy, seed=1)), weights(q))
+    with torch.no_grad():
+        next(q.model.parameters()).add_(1.0)
+    assert not torch.equal(next(q.model.parameters()), next(tiny_policy.model.parameters())), "a copy, not the policy's"
+
+
+def test_a_warm_start_continues_a_copy(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    data, start = a_round(tiny_policy, scripted[:12]), new_q(tiny_policy, seed=5)
+    before = weights(start)
+    for target in ("monte_carlo", "one_step"):
+        config = config_with(**{"q.target": target, "q.learning_rate": 1e-6})
+        warm, cold = (fit_q(tiny_policy, data, [], config, s) for s in (start, None))
+        assert equal(weights(start), before), "the last round's Q stays as it is"
+
+        def apart(q: QModel) -> float:
+            return max(float((value - before[name]).abs().max()) for name, value in q.model.state_dict().items())
+
+        assert apart(warm) < 1e-3 < apart(cold)
+
+
+@pytest.mark.parametrize("target", ["monte_carlo", "one_step"])
+def test_held_out_outcomes_never_enter_the_fit(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], target: str
+) -> None:
+    data, config = a_round(tiny_policy, scripted), config_with(**{"q.target": target})
+    assert 0.1 < data.fit.mean() < 0.9
+    forged = replace(
+        data,
+        reward=np.where(data.fit, data.reward, 1 - data.reward),
+        returns=np.where(data.fit, data.returns, 1 - data.returns),
+    )
+    q = weights(fit_q(tiny_policy, data, [], config))
+    assert equal(weights(fit_q(tiny_policy, forged, [], config)), q)
+    changed = replace(data, reward=1 - data.reward, returns=1 - data.returns)
+    assert not equal(weights(fit_q(tiny_policy, changed, [], config)), q)
+
+
+def test_earlier_rounds_enter_one_step_fits_alone(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    data, earlier = a_round(tiny_policy, scripted[:30]), a_round(tiny_policy, scripted[30:])
+    for target, enters in (("monte_carlo", False), ("one_step", True)):
+        config = config_with(**{"q.target": target})
+        with_them, without = (weights(fit_q(tiny_policy, data, replay, config)) for replay in ([earlier], []))
+        assert equal(with_them, without) != enters
+    forged = replace(earlier, reward=np.where(earlier.fit, earlier.reward, 1 - earlier.reward))
+    assert equal(weights(fit_q(tiny_policy, data, [forged], config)), with_them), "their held-out part stays out"
+    later = replace(earlier, returns=1 - earlier.returns)
+    assert equal(weights(fit_q(tiny_policy, data, [later], config)), with_them), "V is this policy's alone"
+
+
+def test_the_myopic_reward_looks_no_further_than_its_turn(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    frame = to_frame(scripted[:20], OUTCOMES, 0.3)
+    config = config_with(**{"improve.reward": "acceptance"})
+    data = round_of(tiny_policy, frame, config)
+    assert np.array_equal(data.returns, acceptance_rewards(frame)) and data.returns.max() == 1.0
+    plain = config_with(**{"q.target": "monte_carlo"})
+    one, other = evaluate_policy(tiny_policy, data, [data], config), evaluate_policy(tiny_policy, data, [], plain)
+    assert equal(weights(one), weights(other)), "Monte Carlo of the turn's own reward, without replay"
+
+
+def test_a_round_holds_outcome_returns_and_parts(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    frame = to_frame(scripted, OUTCOMES, 0.3)
+    data = round_of(tiny_policy, frame, load_config())
+    assert np.allclose(data.returns, monte_carlo(frame, 0.95)) and 0 < data.returns.max() <= 1.0
+    assert np.array_equal(data.fit, frame["part"] == "fit")
+    assert np.array_equal(data.last, last_rows(frame))
+    rows = sorted(x.row for s in data.encoded.sequences for x in s.spans if x.trains)
+    assert rows == np.flatnonzero(actions(frame)).tolist()
+
+
+def test_the_corpus_q_is_fitted_on_the_fit_part(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    data, config = a_round(tiny_policy, scripted), config_with(**{"q.corpus_epochs": 0.5})
+    forged = replace(data, returns=np.where(data.fit, data.returns, 1 - data.returns))
+    q = weights(corpus_q(tiny_policy, data, config))
+    assert equal(weights(corpus_q(tiny_policy, forged, config)), q)
+    assert not equal(q, weights(new_q(tiny_policy)))
+
+
+@pytest.mark.parametrize("target", ["monte_carlo", "one_step"])
+def test_q_of_the_chain_is_near_the_exact_one(tiny_config: Config, target: str) -> None:
+    chain = Chain.default()
+    uniform = chain.uniform()
+    exact = chain.q_pi(uniform, 0.95)
+    talks = chain.sample(uniform, 500, seed=0)
+    policy = build_policy(talks, tiny_config.policy, seed=0)
+    frame = to_frame(talks, OUTCOMES, 0.3)
+    config = config_with(
+        **{"q.target": target, "q.epochs": 5.0, "q.value_epochs": 4.0, "q.learning_rate": 0.005}
+        | {"q.value_learning_rate": 0.005}
+    )
+    data = round_of(policy, frame, config)
+    values = fit_q(policy, data, [], config).evaluate(data.encoded)
+    held = ~data.fit & np.isfinite(values.q)
+    state = [chain.state_of(message) for message in frame["customer_message"][held]]
+    action = [ACTIONS.index(text) for text in frame["suggestion"][held]]
+    assert np.corrcoef(values.q[held], exact[state, action])[0, 1] > 0.85
+    assert np.corrcoef(values.v[held], chain.v_pi(uniform, 0.95)[state])[0, 1] > 0.85
+    assert abs(values.q[held].mean() - exact[state, action].mean()) < 0.08
+
+
+# --- files and families ----------------------------------------------------------------------------------------------
+
+
+def test_a_saved_q_is_the_same_q(tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path) -> None:
+    q, data = new_q(tiny_policy, WIDE, seed=3), a_round(tiny_policy, scripted[:5])
+    q.save(tmp_path)
+    again = QModel.load(tmp_path)
+    assert (again.settings, again.pad) == (q.settings, q.pad)
+    assert equal(weights(again), weights(q))
+    assert np.array_equal(again.evaluate(data.encoded).q, q.evaluate(data.encoded).q, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2", "gemma3_text", "opt", "granite", "olmo2"])
+def test_every_causal_lm_has_a_q(tiny_policy: LanguagePolicy, tmp_path: Path, family: str) -> None:
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 16,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+    }
+    known = AutoConfig.for_model(family).to_dict()
+    tokenizer = tiny_policy.tokenizer
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {key: value for key, value in small.items() if key in known}
+    if family in ("gemma2", "gemma3_text"):
+        sizes |= {"query_pre_attn_scalar": 8, "layer_types": None}
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **sizes, **ids)
+    torch.manual_seed(0)
+    policy = LanguagePolicy(AutoModelForCausalLM.from_config(config), tokenizer, tiny_policy.settings)
+    q = new_q(policy)
+    table = EncodedTable([single(0, (4, 50, 6), (40, 1), True), single(1, (4, 6), (40, 42, 1), True)], 2)
+    regress(q, table, np.array([1.0, 0.0]), how(20.0, 0.01), seed=0)
+    values = q.evaluate(table)
+    assert values.q[0] > values.q[1]
+    q.save(tmp_path)
+    assert np.array_equal(QModel.load(tmp_path).evaluate(table).q, values.q)
+
+
+def settings_are(text: str) -> Callable[[Path], object]:
+    return lambda path: (path / SETTINGS).write_text(text)
+
+
+def without_pad(path: Path) -> None:
+    values = json.loads((path / SETTINGS).read_text())
+    del values["pad"]
+    (path / SETTINGS).write_text(json.dumps(values))
+
+
+def cut_weights(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        pytest.param(shutil.rmtree, StoreError, id="is not there"),
+        pytest.param(lambda path: (path / "model.safetensors").unlink(), ModelError, id="no weights"),
+        pytest.param(cut_weights, ModelError, id="weights cut short"),
+        pytest.param(lambda path: (path / SETTINGS).unlink(), StoreError, id="no settings"),
+        pytest.param(settings_are('{"format": 2}'), StoreError, id="newer settings"),
+        pytest.param(settings_are('{"format": "2"}'), StoreError, id="format is no number"),
+        pytest.param(settings_are("[]"), StoreError, id="settings are a list"),
+        pytest.param(settings_are("{"), StoreError, id="settings are no JSON"),
+        pytest.param(without_pad, StoreError, id="a setting is missing"),
+    ],
+)
+def test_what_is_no_q_is_refused_by_name(
+    untrained_policy: LanguagePolicy, tmp_path: Path, damage: Callable[[Path], object], error: type[Exception]
+) -> None:
+    path = tmp_path / "q"
+    new_q(untrained_policy).save(path)
+    damage(path)
+    with pytest.raises(error, match=str(path)):
+        QModel.load(path)

@@ -1,0 +1,379 @@
+"""A version loads however one loads it; the champion loads whenever a promotion is killed; moves come one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from filelock import FileLock
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils import logging
+
+from iterative_ppo.config import load_config
+from iterative_ppo.errors import StoreError
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.q_model import QModel, QSettings
+from iterative_ppo.learning.tiny import build_policy
+from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn
+from tasks import registry
+from tasks.audit import append, audit_file
+from tasks.registry import POLICY, Q, history, promote, recover, register, rollback
+from tasks.tracking import Tracking, open_tracking
+
+TALK = Conversation("c", (Turn("how much is it?", (), Suggestion("10 dollars", "suggested")), Turn("thanks")), "u")
+STATE = State((), "how much is it?")
+WRITES = ("set_registered_model_alias", "delete_registered_model_alias", "set_model_version_tag")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three policies and a Q, saved, and a fresh store."""
+    logging.disable_progress_bar()
+    place = tmp_path_factory.mktemp("models")
+    config = load_config(overrides={"policy.hidden_size": 16})
+    for seed in range(4):
+        policy = build_policy([TALK], config.policy, seed)
+        policy.save(place / f"policy{seed}")
+    QModel.from_policy(policy, QSettings("bce", 0.0, 1.0, 0.95), 0).save(place / "q")
+    opened(place)
+    return place
+
+
+def opened(place: Path) -> Tracking:
+    where = {"tracking.uri": f"sqlite:///{place}/mlflow.db", "tracking.artifacts": f"{place}/artifacts"}
+    return open_tracking(load_config(overrides={**where, "tracking.experiment": place.name}))
+
+
+@pytest.fixture
+def tracking(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracking:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "a folder é"
+    place.mkdir()
+    shutil.copy(models / "mlflow.db", place / "mlflow.db")
+    return opened(place)
+
+
+@pytest.fixture
+def three(tracking: Tracking, models: Path) -> Tracking:
+    """Three registered policies; none speaks."""
+    for number in range(3):
+        assert registered(tracking, models, number) == number + 1
+    return tracking
+
+
+def registered(tracking: Tracking, models: Path, number: int) -> int:
+    run = tracking.round_run(number)
+    return register(tracking, POLICY, models / f"policy{number}", run, {"round": number, "reasons": ""})
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([[5, 6, 7]])).logits
+
+
+def test_a_version_is_made_once_and_its_weights_are_stored_once(tracking: Tracking, models: Path) -> None:
+    run = tracking.round_run(1)
+    tags = {"round": 1, "verdict": "challenger", "data_md5": "a" * 32 + ".dir"}
+    first = register(tracking, POLICY, models / "policy0", run, tags)
+    assert register(tracking, POLICY, models / "policy0", run, {**tags, "verdict": "rejected"}) == first == 1
+    assert register(tracking, POLICY, models / "policy0", run, {"round": 2}) == 2
+    assert register(tracking, POLICY, models / "policy1", run, {"round": 1}) == 3
+    assert register(tracking, Q, models / "q", run, {"round": 1, "policy": 1}) == 1
+    one, two, _ = registry.versions(tracking, POLICY)
+    assert (one.number, one.run_id, one.ready, one.aliases) == (1, run, True, ())
+    assert one.tags.items() >= {"round": "1", "verdict": "rejected", "data_md5": tags["data_md5"]}.items()
+    assert one.tags["content"] == two.tags["content"]
+    files = [path.name for path in tracking.artifacts.rglob("*") if path.is_file()]
+    assert files.count("model.safetensors") == 3
+    assert not [name for name in files if Path(name).suffix not in (".json", ".safetensors", "")], files
+
+
+def test_a_version_loads_in_every_way(tracking: Tracking, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    run = tracking.round_run(0)
+    register(tracking, POLICY, models / "policy3", run, {"round": 0})
+    register(tracking, Q, models / "q", run, {"round": 0})
+    place, q_place = registry.fetch(tracking, POLICY, 1), registry.fetch(tracking, Q, "1")
+    policy, q = LanguagePolicy.load(models / "policy3"), QModel.load(models / "q")
+    assert LanguagePolicy.load(place).settings == policy.settings
+    assert AutoTokenizer.from_pretrained(place).get_vocab() == policy.tokenizer.get_vocab()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(place)), logits(policy.model))
+    assert torch.equal(logits(AutoModelForTokenClassification.from_pretrained(q_place)), logits(q.model))
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+    promote(tracking, 1, {}, "test", tracking.artifacts)
+    prompt = policy.renderer.prompt(STATE).tokens
+    text = policy.tokenizer.decode(list(prompt))
+    served = mlflow.pyfunc.load_model("models:/iterative-ppo-policy@champion")
+    said = served.predict(pd.DataFrame({"prompt": [text]}))
+    assert said == [policy.sample([STATE], seed=0)[0].text]
+    others = [served.predict(pd.DataFrame({"prompt": [text]}), params={"seed": seed})[0] for seed in range(5)]
+    assert others[0] == said[0] and len(set(others)) > 1
+    value = mlflow.pyfunc.load_model("models:/iterative-ppo-q/1").predict(pd.DataFrame({"tokens": [list(prompt)]}))
+    with torch.inference_mode():
+        expected = q.to_value(q.logits(torch.tensor([prompt])))[0, -1]
+    np.testing.assert_allclose(value, [float(expected)], rtol=1e-6)
+
+
+def test_what_does_not_load_is_not_registered(tracking: Tracking, models: Path, tmp_path: Path) -> None:
+    run = tracking.round_run(0)
+    broken = shutil.copytree(models / "policy0", tmp_path / "broken")
+    (broken / "policy.json").unlink()
+    for name, directory in (
+        (POLICY, broken),
+        (POLICY, tmp_path / "none"),
+        (POLICY, models / "q"),
+        (Q, models / "policy0"),
+    ):
+        with pytest.raises(StoreError, match=f"{directory.name} does not load: "):
+            register(tracking, name, directory, run, {})
+    assert registry.versions(tracking, POLICY) == registry.versions(tracking, Q) == []
+
+
+def test_a_registration_that_was_killed_is_taken_up(
+    tracking: Tracking, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in ("create_registered_model", "log_model_artifacts", "finalize_logged_model", "create_model_version"):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(f"mlflow.MlflowClient.{step}", interrupted)
+            registered(tracking, models, 0)
+        assert registry.versions(tracking, POLICY) == []
+    assert registered(tracking, models, 0) == 1
+    LanguagePolicy.load(registry.fetch(tracking, POLICY, 1))
+    assert len(list(tracking.artifacts.rglob("model.safetensors"))) == 1
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_versions_that_are_gone_are_told(three: Tracking) -> None:
+    three.client.delete_model_version(POLICY, "2")
+    with pytest.raises(StoreError, match=r"iterative-ppo-policy has no version 2: .* \(there are: 1, 3\)"):
+        registry.fetch(three, POLICY, 2)
+    with pytest.raises(StoreError, match=r"iterative-ppo-q has no version 1: .* \(there are: none\)"):
+        registry.fetch(three, Q, 1)
+    with pytest.raises(StoreError, match=r"no alias 'champion' \(there are: none\)"):
+        registry.fetch(three, POLICY, "champion")
+    shutil.rmtree(registry.fetch(three, POLICY, 3))
+    with pytest.raises(StoreError, match=r"iterative-ppo-policy version 3: .* is gone; restore it from a backup"):
+        registry.fetch(three, POLICY, 3)
+
+
+def test_aliases_follow_promotions_and_a_rollback(three: Tracking, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert registry.champion(three) is registry.challenger(three) is None
+    assert str(promote(three, 1, {"reason": "pi_0"}, "flow", data)) == "promote: policy version 1 is the champion"
+    registry.set_challenger(three, 2)
+    assert (registry.challenger(three), registry.resolve(three, "challenger")) == (2, 2)
+    assert promote(three, 2, {"p": 0.01}, "flow", data).outcome == "done"
+    assert registry.aliases(three, POLICY) == {"champion": 2, "previous": 1}
+    again = promote(three, 2, {}, "flow", data)
+    assert str(again) == "policy version 2 is the champion already; nothing changed"
+    registry.set_challenger(three, 3)
+    back = rollback(three, {"reason": "complaints"}, "me", data)
+    assert str(back) == "rollback: policy version 1 is the champion, after version 2"
+    assert registry.aliases(three, POLICY) == {"champion": 1, "previous": 2, "challenger": 3}
+    one, two, _ = registry.versions(three, POLICY)
+    assert (one.tags["verdict"], two.tags["verdict"], two.aliases) == ("promoted", "rolled back", ("previous",))
+    told = history(data)
+    assert [record["event"] for record in told] == ["intent", "done"] * 3
+    assert [(r["kind"], r["from"], r["to"]) for r in told[::2]] == [
+        ("promote", None, 1), ("promote", 1, 2), ("rollback", 2, 1),
+    ]  # fmt: skip
+    assert told[2]["evidence"] == {"p": 0.01} and told[4]["actor"] == "me"
+    for refused in (lambda: rollback(three, {}, "me", data), lambda: promote(three, 2, {}, "me", data)):
+        with pytest.raises(StoreError, match=r"version 2 was rolled back; such a version is never proposed again"):
+            refused()
+    with pytest.raises(StoreError, match=r"version 2 was rolled back"):
+        registry.set_challenger(three, 2)
+    assert history(data) == told
+
+
+def test_what_cannot_be_promoted_changes_nothing(three: Tracking, models: Path, tmp_path: Path) -> None:
+    run = three.round_run(0)
+    with pytest.raises(StoreError, match=r"no previous champion to go back to"):
+        rollback(three, {}, "me", tmp_path)
+    promote(three, 1, {}, "me", tmp_path)
+    before, told = registry.aliases(three, POLICY), history(tmp_path)
+    three.client.create_model_version(POLICY, str(models / "policy0"), run)
+    (registry.fetch(three, POLICY, 3) / "model.safetensors").write_bytes(b"torn")
+    for number, said in (
+        (9, "no version 9"),
+        (4, "was not registered by this program"),
+        (3, "version 3 does not load"),
+    ):
+        with pytest.raises(StoreError, match=said):
+            promote(three, number, {}, "me", tmp_path)
+    with pytest.raises(StoreError, match=r"no previous champion to go back to"):
+        rollback(three, {}, "me", tmp_path)
+    with pytest.raises(StoreError, match=r"version 1 is the champion; it cannot challenge itself"):
+        registry.set_challenger(three, 1)
+    for evidence in ({"p": float("nan")}, {"p": object()}):
+        with pytest.raises(StoreError, match=r"audit.jsonl: cannot be added to .*; nothing was changed"):
+            promote(three, 2, evidence, "me", tmp_path)
+    assert registry.aliases(three, POLICY) == before and history(tmp_path) == told
+
+
+def test_a_rejected_challenger_is_no_challenger(three: Tracking, models: Path) -> None:
+    registry.set_challenger(three, 2)
+    registry.reject(three, 3, "too long")
+    assert registry.challenger(three) == 2
+    registry.reject(three, 2, "KL 7 > 5")
+    assert registry.challenger(three) is None
+    assert registry.version(three, POLICY, 2).tags.items() >= {"verdict": "rejected", "reasons": "KL 7 > 5"}.items()
+
+
+class Killed(BaseException):
+    """Goes through everything, as a kill does."""
+
+
+def killed_before_write(k: int, tracking: Tracking, data: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Promote 3, killed before its k-th write to the audit or the store; False where there are fewer writes."""
+    left = iter(range(k))
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(left, None) is None:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in WRITES:
+            patched.setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
+        patched.setattr(registry, "append", counted(append))
+        try:
+            promote(tracking, 3, {}, "flow", data)
+        except Killed:
+            return True
+    return False
+
+
+def test_killed_before_any_step_the_champion_loads_and_the_move_is_completed(
+    three: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = {"champion": 2, "previous": 1, "challenger": 3}, {"champion": 3, "previous": 2}
+    for k in range(20):
+        data = tmp_path / f"data{k}"
+        for alias, number in before.items():
+            three.client.set_registered_model_alias(POLICY, alias, str(number))
+        registry.tag(three, POLICY, 3, verdict="challenger")
+        if not killed_before_write(k, three, data, monkeypatch):
+            break
+        assert registry.champion(three) == (2 if k < 3 else 3)
+        LanguagePolicy.load(registry.fetch(three, POLICY, "champion"))
+        done = recover(three, data)
+        assert (done is None) == (k == 0) and recover(three, data) is None
+        assert registry.aliases(three, POLICY) == (after if k else before)
+        assert registry.version(three, POLICY, 3).tags["verdict"] == ("promoted" if k else "challenger")
+        assert [record["event"] for record in history(data)] == (["intent", "done"] if k else [])
+    assert k == 6, "intent, previous, champion, challenger, verdict, done"
+    assert registry.aliases(three, POLICY) == after
+
+
+def test_the_intent_counts_not_the_aliases(three: Tracking, tmp_path: Path) -> None:
+    for number in (1, 2):
+        promote(three, number, {}, "me", tmp_path)
+    moved = {"kind": "rollback", "from": 2, "to": 1, "challenger": None, "evidence": {}, "actor": "me"}
+    append(tmp_path, {"event": "intent", "id": "x", **moved})
+    three.client.set_registered_model_alias(POLICY, "previous", "2")  # killed after its first step
+    registry.set_challenger(three, 3)
+    done = promote(three, 3, {}, "me", tmp_path)
+    assert (done.source, done.target) == (1, 3)
+    assert registry.aliases(three, POLICY) == {"champion": 3, "previous": 1}
+    assert registry.version(three, POLICY, 2).tags["verdict"] == "rolled back"
+    assert [r["event"] for r in history(tmp_path)][-4:] == ["intent", "done", "intent", "done"]
+
+
+def test_a_move_to_a_version_that_was_deleted_since_is_undone(three: Tracking, tmp_path: Path) -> None:
+    promote(three, 1, {}, "me", tmp_path)
+    moved = {"kind": "promote", "from": 1, "to": 2, "challenger": 2, "evidence": {}, "actor": "me"}
+    append(tmp_path, {"event": "intent", "id": "x", **moved})
+    three.client.set_registered_model_alias(POLICY, "champion", "2")
+    three.client.delete_model_version(POLICY, "2")
+    done = recover(three, tmp_path)
+    assert done is not None and "for policy version 2 was deleted; champion: 1" in str(done)
+    assert registry.champion(three) == 1 and recover(three, tmp_path) is None
+    with pytest.raises(StoreError, match="no previous champion"):
+        rollback(three, {}, "me", tmp_path)
+    assert promote(three, 3, {}, "me", tmp_path).source == 1
+
+
+def test_a_torn_last_line_is_told_and_kept(three: Tracking, tmp_path: Path) -> None:
+    promote(three, 1, {}, "me", tmp_path)
+    whole = history(tmp_path)
+    with audit_file(tmp_path).open("ab") as file:
+        file.write('{"event": "intent", "id": "é'.encode()[:-1])
+    torn = history(tmp_path)
+    assert torn[:-1] == whole and torn[-1]["event"] == "torn" and torn[-1]["text"].startswith('{"event": "intent"')
+    assert recover(three, tmp_path) is None
+    promote(three, 2, {}, "me", tmp_path)
+    assert [record["event"] for record in history(tmp_path)] == ["intent", "done", "torn", "intent", "done"]
+    assert [json.loads(line) for line in audit_file(tmp_path).read_text(encoding="utf-8").splitlines()][:2] == whole
+    lines = audit_file(tmp_path).read_bytes().splitlines()
+    audit_file(tmp_path).write_bytes(b"\n".join([lines[0], b"{damaged", *lines[1:]]) + b"\n")
+    with pytest.raises(StoreError, match=r"audit.jsonl: line 2 is damaged; restore the file from a backup"):
+        promote(three, 3, {}, "me", tmp_path)
+    assert registry.champion(three) == 2
+
+
+def test_a_move_that_waits_too_long_is_told(three: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "LOCK_SECONDS", 0.1)
+    with FileLock(tmp_path / "registry.lock"), pytest.raises(StoreError, match=r"has run for 0.1 seconds"):
+        promote(three, 1, {}, "me", tmp_path)
+    assert registry.champion(three) is None and history(tmp_path) == []
+
+
+PROMOTE = """
+import os, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from tasks import registry
+from tasks.tracking import Tracking
+uri, experiment_id, artifacts, data, to, die = sys.argv[1:]
+move = MlflowClient.set_registered_model_alias
+def dying(self, name, alias, version):
+    if alias == die:
+        os.kill(os.getpid(), 9)
+    return move(self, name, alias, version)
+MlflowClient.set_registered_model_alias = dying
+registry.check_loads = lambda *_: None  # it would import torch
+print(registry.promote(Tracking(uri, "", experiment_id, Path(artifacts)), int(to), {}, "flow", Path(data)))
+"""
+
+
+def promoting(tracking: Tracking, data: Path, to: int, die: str = "") -> subprocess.Popen[str]:
+    where = [tracking.uri, tracking.experiment_id, str(tracking.artifacts), str(data), str(to), die]
+    environment = {**os.environ, "DO_NOT_TRACK": "1"}
+    return subprocess.Popen([sys.executable, "-c", PROMOTE, *where], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_two_promotions_at_once_and_one_that_is_killed_end_one_after_the_other(three: Tracking, tmp_path: Path) -> None:
+    promote(three, 1, {}, "me", tmp_path)
+    killed = promoting(three, tmp_path, 2, die="champion")
+    assert killed.wait() == -9
+    assert registry.aliases(three, POLICY) == {"champion": 1, "previous": 1}
+    both = [promoting(three, tmp_path, 3), promoting(three, tmp_path, 2)]
+    said = [process.communicate()[0].strip() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0] == "promote: policy version 3 is the champion, after version 2"
+    told = history(tmp_path)
+    assert [record["event"] for record in told] == ["intent", "done"] * (len(told) // 2)
+    moves = [record["to"] for record in told[::2]]
+    assert moves in ([1, 2, 3], [1, 2, 3, 2]), "the killed one first, then each in its turn"
+    assert registry.champion(three) == moves[-1]
+    LanguagePolicy.load(registry.fetch(three, POLICY, "champion"))

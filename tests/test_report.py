@@ -1,0 +1,576 @@
+"""The report says what the run's files say, at every stage of a run, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from iterative_ppo.config import load_config
+from iterative_ppo.environments.phrases import Act, business_phrases, customer_phrases, openings
+from iterative_ppo.errors import StoreError
+from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test
+from iterative_ppo.evaluation.evidence import OfflineEvidence
+from iterative_ppo.evaluation.gate import offline_gate, outcome_gate
+from iterative_ppo.evaluation.metrics import proportion_interval
+from iterative_ppo.files import write_json
+from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion, Turn
+from iterative_ppo.mdp.returns import monte_carlo, rewards
+from iterative_ppo.mdp.turn_table import to_frame
+from iterative_ppo.report import words
+from iterative_ppo.report.page import write_report
+from iterative_ppo.report.record import RunRecord
+from iterative_ppo.report.verdict import verdict
+
+CONFIG = load_config()
+OUTCOMES = CONFIG.outcomes
+NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+ATTACK = '<script>alert("x")</script> & <img src="https://example.org/x.png">'
+
+# --- a run as the flows leave it -------------------------------------------------------------------------------------
+
+
+def talk(name: str, policy: str, arm: str | None, sold: bool, rng: random.Random) -> Conversation:
+    """A renovation conversation in the simulator's own words; a better policy asks, a worse one chats."""
+    room, tier, tone = "kitchen", "standard", rng.choice(["brief", "warm"])
+    said = [rng.choice(openings(tone, room, False))]
+    said += [rng.choice(customer_phrases(kind, None, tone, room, tier)) for kind in ("tells_room", "tells_budget")]
+    acts = [Act("ask_room"), Act("ask_budget"), Act("offer", room, tier)]
+    turns = []
+    for message, act in zip(said, acts if sold else acts[: rng.randint(1, 3)], strict=False):
+        text = rng.choice(business_phrases(act if sold else Act("chat")))
+        fate = rng.choices(["verbatim", "edited", "rejected", "no_reply"], [0.6, 0.2, 0.15, 0.05])[0]
+        sent = None if fate == "no_reply" else text
+        action = (ABSTAIN, None) if rng.random() < 0.08 else (Suggestion(text, "suggested", -2.0), fate)
+        turns.append(Turn(message, (0.0,), action[0], sent, action[1]))
+    last = Turn("Deal." if sold else None, (float(sold),))
+    return Conversation(name, (*turns, last), f"customer of {name}", "b1", None, policy, arm)
+
+
+def talks(policy: int | str, arm: str | None, counts: Arm, seed: int) -> list[Conversation]:
+    rng = random.Random(seed)
+    return [
+        talk(f"{policy}-{arm}-{seed}-{k:05d}", str(policy), arm, k < counts.successes, rng)
+        for k in range(counts.conversations)
+    ]
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A run folder in the making."""
+
+    root: Path
+
+    def folder(self, number: int) -> Path:
+        return self.root / "rounds" / f"{number:04d}"
+
+    def stage(self, path: Path, metrics: dict[str, float], **inputs: Any) -> None:
+        write_json(path / "stage.json", {"key": "k", "inputs": inputs, "metrics": metrics, "content": "c"})
+
+    def data(self, number: int, rows: list[Conversation], quarantined: int = 0) -> pd.DataFrame:
+        """Arrived, validated, frozen turns, and their returns."""
+        frame = to_frame(rows, OUTCOMES, CONFIG.data.evidence_share)
+        turn_table.write(frame, self.root / "turns" / f"round={number:04d}" / "turns.parquet", OUTCOMES)
+        reasons = {"customer_message: must be a text": quarantined} if quarantined else {}
+        facts = {"quarantined_conversations": quarantined, "conversations": len(rows), "warnings": []}
+        validated = self.folder(number) / "validated"
+        write_json(validated / "validation.json", {"reasons": reasons, **facts})
+        self.stage(validated, {"conversations": len(rows)}, data=json.loads(CONFIG.data.model_dump_json()))
+        return turn_table.read(self.root / "turns" / f"round={number:04d}", OUTCOMES)
+
+    def learn(self, number: int, frame: pd.DataFrame, q: float = 0.3) -> None:
+        folder = self.folder(number)
+        values = monte_carlo(frame, CONFIG.gamma)
+        table = frame[["conversation_id", "turn"]].assign(reward=rewards(frame), **{"return": values})
+        (folder / "returns").mkdir(parents=True)
+        table.to_parquet(folder / "returns" / "returns.parquet", index=False)
+        mean = float(values[(frame["turn"] == 1).to_numpy()].mean())
+        self.stage(folder / "returns", {"mean_return": mean}, gamma=CONFIG.gamma)
+        self.fit_q(number, q)
+        curve = [
+            {
+                "q": q + 0.03 * k,
+                "kl_to_reference": (0.2 + q) * k**0.5,
+                "entropy": 1.4 - q - 0.1 * k,
+                "clip_fraction": 0.1,
+            }
+            for k in range(4)
+        ]
+        write_json(folder / "improved" / "curves.json", {"logged": [], "ppo": curve})
+        self.stage(folder / "improved", {"ppo_q": q}, improve=CONFIG.improve.model_dump())
+        write_json(folder / "improved" / "model" / "policy.json", {"temperature": 0.8, "format": 1})
+
+    def fit_q(self, number: int, q: float) -> None:
+        metrics = {"r2": q, "state_only_r2": q - 0.05, "auc": 0.812, "state_only_auc": 0.75, "held_out_turns": 1204.0}
+        metrics |= {"calibration_error": 0.021, "calibration_error_by_chance_95": 0.034}
+        inputs = {"q": CONFIG.q.model_dump(), "gamma": CONFIG.gamma, "outcomes": OUTCOMES, "seed": 7}
+        self.stage(self.folder(number) / "q", metrics, **inputs)
+        predicted = [0.04 + 0.08 * k for k in range(10)]
+        observed = [p + 0.02 * (-1) ** k * (1 + k % 3) / 2 for k, p in enumerate(predicted)]
+        bins = {"predicted": predicted, "observed": observed, "count": [120 + k % 2 for k in range(10)]}
+        write_json(self.folder(number) / "q" / "calibration.json", {**bins, "error": 0.021, "chance_95": 0.034})
+
+    def gate(self, number: int, gain: float = 0.05, kl: float = 1.4) -> dict[str, Any]:
+        found = OfflineEvidence(
+            states=400,
+            samples=4,
+            q_champion=0.21,
+            q_challenger=0.21 + gain,
+            q_gain_low=gain - 0.01,
+            q_gain_high=gain + 0.01,
+            kl_challenger_champion=kl,
+            kl_champion_challenger=1.3 * kl,
+            missing_eos=0.004,
+            repetition=0.021,
+            length_ratio=1.12,
+            abstained=0.06,
+            q_r2=0.3,
+            state_baseline_r2=float("nan"),
+        )
+        decision, folder = offline_gate(found, CONFIG.gate).as_dict(), self.folder(number) / "gate"
+        write_json(folder / "evidence.json", found.as_dict())
+        write_json(folder / "decision.json", decision)
+        write_json(folder / "examples.json", EXAMPLES)
+        self.stage(folder, {}, gate=CONFIG.gate.model_dump(), seed=7)
+        return decision
+
+    def state(self, phase: str, number: int, rows: list[dict[str, Any]], experiment: Any = None) -> None:
+        values = {"format": 1, "round": number, "phase": phase, "experiment": experiment, "outcome_rates": {}}
+        write_json(self.root / "state.json", {**values, "rounds": rows})
+
+    def closing(self, first: Arm, last: Arm, version: int) -> None:
+        folder = self.root / "rounds" / "closing"
+        write_json(folder / "closing.json", ab_test(first, last, 0.05).as_dict())
+        self.stage(folder, {}, first=1, last=version, conversations=first.conversations)
+
+
+EXAMPLES = [
+    {
+        "messages": [
+            {
+                "customer": "Hello there, I am thinking about updating my home.",
+                "business": "It is great to hear from you!",
+            },
+            {"customer": "Great, so what happens now?", "business": None},
+        ],
+        "champion": {"text": "We love helping people with their homes.", "q": 0.124},
+        "challenger": {"text": "Which room are you thinking about?", "q": 0.381},
+    },
+    {
+        "messages": [
+            {"customer": "Hi, need work on my kitchen.", "business": "What budget do you have in mind?"},
+            {"customer": "About ten thousand.", "business": None},
+        ],
+        "champion": {"text": "I suggest the premium package for your kitchen.", "q": 0.2},
+        "challenger": {"text": "For your kitchen the standard package is a good fit.", "q": 0.83},
+    },
+    {
+        "messages": [{"customer": ATTACK, "business": None}],
+        "champion": {"text": "No problem, take your time.", "q": 0.05},
+        "challenger": {"text": "(no suggestion)", "q": 0.31},
+    },
+    {
+        "messages": [
+            {"customer": "Hi, need some work done.", "business": "Which room are you thinking about?"},
+            {"customer": "The bathroom.", "business": "Thanks for reaching out to us!"},
+            {"customer": "OK.", "business": "We love helping people with their homes."},
+            {"customer": "Sure. So?", "business": None},
+        ],
+        "champion": {"text": "Thanks for reaching out to us!", "q": 0.08},
+        "challenger": {"text": "What budget do you have in mind?", "q": 0.44},
+    },
+]
+
+
+def row(number: int, champion: int, offline: dict[str, Any], test: ABTest | None = None) -> dict[str, Any]:
+    """A round as the nightly flow records it in state.json."""
+    facts = {"round": number, "champion": champion, "challenger": number + 2, "q": number + 1, "offline": offline}
+    facts["data_md5"] = f"{number}b1946ac92492d2347c6235b4d2611184.dir"
+    if test:
+        planned = test.champion.conversations + test.challenger.conversations
+        facts |= {"ab_test": test.as_dict(), "decision": outcome_gate(test, planned).as_dict()}
+    return facts
+
+
+FIRST = Arm(61, 300)
+TESTS = [(Arm(32, 150), Arm(66, 150)), (Arm(64, 150), Arm(67, 150)), (Arm(66, 150), Arm(104, 150))]
+
+
+def finished(root: Path, closing: bool = True) -> Fake:
+    """Three rounds: promoted, rejected by customers, promoted; then the closing comparison."""
+    fake, champion, rows, champions = Fake(root), 1, [], []
+    data = talks(1, "champion", FIRST, 0)
+    for number, (old, new) in enumerate(TESTS):
+        fake.learn(number, fake.data(number, data, quarantined=3 * number), 0.2 + 0.06 * number)
+        rows.append(row(number, champion, fake.gate(number, kl=1.2 + 0.2 * number), ab_test(old, new, 0.05)))
+        champions.append(champion)
+        data = talks(champion, "champion", old, 10 + number) + talks(number + 2, "challenger", new, 20 + number)
+        champion = number + 2 if rows[-1]["decision"]["verdict"] == "promote" else champion
+    turn_table.write(to_frame(data, OUTCOMES, 0.2), fake.folder(3) / "arrived" / "night.parquet", OUTCOMES)
+    fake.state("finished", 2, rows)
+    if closing:
+        fake.closing(Arm(402, 2000), Arm(1426, 2000), champion)
+    return fake
+
+
+def page(root: Path, tmp_path: Path) -> str:
+    return write_report(root, tmp_path / "out" / "report.html", now=NOW).read_text(encoding="utf-8")
+
+
+def text_of(html: str) -> str:
+    """What a reader sees, in one line."""
+    parser = Reader()
+    parser.feed(html)
+    return " ".join(" ".join(parser.seen).split())
+
+
+class Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.hidden = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.hidden = tag in ("style", "title")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden = False
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.seen.append(data)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("whole")
+    return page(finished(folder / "data").root, folder)
+
+
+# --- a finished run --------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_is_one_plain_sentence(whole: str) -> None:
+    said = text_of(whole)
+    assert "After 3 rounds the assistant sells in 71.3% of conversations; it began at 20.1% (p < 0.001)." in said
+    assert "Fresh customers, 2,000 conversations each. The gain is +51.2 points" in said
+
+
+def test_the_figures_are_those_of_the_files(whole: str) -> None:
+    said = text_of(whole)
+    low, high = proportion_interval(1426, 2000)
+    assert f"{100 * low:.1f}–{high:.1%}" in said
+    promoted, rejected = ab_test(*TESTS[0], 0.05), ab_test(*TESTS[1], 0.05)
+    for test in (promoted, rejected):
+        assert words.points(test.gain) in said
+        assert words.points_span(test.gain_low, test.gain_high) in said
+    assert f"Conversations {300 + 3 * 300:,}" in said
+    assert "9 quarantined" in said
+    assert "2 of 3 challengers promoted" in said
+    assert "1b1946ac" in said
+    assert "0.260 0.210 0.812 0.021 0.034 1.40" in said
+    assert "Sampling temperature 0.8" in said
+
+
+def test_reasons_are_in_plain_words_and_marked(whole: str) -> None:
+    assert '<li class="failed"><strong>What customers did.</strong> challenger 44.7% of 150' in whole
+    assert '<li class="passed"><strong>Stays near the champion.</strong> KL to the champion is 1.40 nats' in whole
+
+
+def test_sections_come_in_order_and_all_plots_are_drawn(whole: str) -> None:
+    places = [
+        whole.index(f'id="{name}"') for name in ("success", "rounds", "examples", "acceptance", "technical", "glossary")
+    ]
+    assert places == sorted(places)
+    assert whole.count("<svg") == 6
+    for label in ("successful conversations (%)", "share of suggestions (%)", "nats a response", "discounted return"):
+        assert label in whole
+    assert "round 1: 0.021 (0.034); round 2: 0.021 (0.034)" in text_of(whole)
+
+
+def test_footer_names_versions_seed_time_and_settings(whole: str) -> None:
+    footer = text_of(whole[whole.index("<footer>") :])
+    assert re.search(r"Generated 2026-01-02 03:04 UTC · iterative-ppo \S+ .*seed 7 · settings [0-9a-f]{16} · ", footer)
+    assert "temperature 0.8 (part of the policy)" in footer
+
+
+def test_the_page_needs_nothing_else(whole: str) -> None:
+    parser = Reader()
+    parser.feed(whole)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in parser.tags}
+    for tag, attributes in parser.tags:
+        for name, value in attributes.items():
+            assert not (name in ("src", "href", "xlink:href") and not (value or "").startswith("#")), (tag, name, value)
+            assert not name.startswith(("on", "xmlns"))
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?(?!#)|@import""", whole)
+    assert len(whole) < 300_000
+
+
+def test_references_inside_the_page_have_one_target_each(whole: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', whole)
+    assert len(ids) == len(set(ids))
+    wanted = set(re.findall(r'(?:url\(#|href="#)([^")]+)', whole))
+    assert wanted <= set(ids)
+
+
+def test_colours_follow_the_page(whole: str) -> None:
+    for drawing in re.findall(r"<svg.*?</svg>", whole, re.DOTALL):
+        assert not re.search(r"(?:fill|stroke): #(?!000000|ffffff)", drawing)
+        assert "var(--ink)" in drawing or "var(--muted)" in drawing
+
+
+def test_text_of_conversations_is_escaped(whole: str) -> None:
+    assert "<script>alert" not in whole
+    assert "&lt;script&gt;alert" in whole
+    assert ATTACK in text_of(whole.replace("&#34;", '"'))
+
+
+def test_examples_show_both_policies_of_the_last_promoted_round(whole: str) -> None:
+    said = text_of(whole)
+    assert "The same held-out moments of round 2, once with the champion (policy 2)" in said
+    assert "Before (policy 2) Q 0.12 We love helping people with their homes." in said
+    assert "After (policy 4) Q 0.38 Which room are you thinking about?" in said
+    assert "Suggests nothing and leaves the answer to a person" in said
+    assert "2 earlier messages" in said
+
+
+def test_the_same_run_gives_the_same_page(whole: str, tmp_path: Path) -> None:
+    assert page(finished(tmp_path / "data").root, tmp_path) == whole
+
+
+# --- numbers from the turn table -------------------------------------------------------------------------------------
+
+
+def test_shares_are_counted_as_a_reader_would(tmp_path: Path) -> None:
+    said = Suggestion("Yes", "suggested", -1.0)
+    sale = (Turn("a", (0.0,), said, "Yes", "verbatim"), Turn("b", (0.0,), ABSTAIN, "No"), Turn("Deal", (1.0,)))
+    loss = (Turn("a", (0.0,), said, "Yes!", "edited"), Turn("b", (0.0,), said, None, "no_reply"), Turn(None, (0.0,)))
+    rows = [Conversation("1", sale, "c1", policy_version="5"), Conversation("2", loss, "c2", policy_version="5")]
+    fake = Fake(tmp_path)
+    fake.learn(0, fake.data(0, rows))
+    (group,) = RunRecord.read(tmp_path).rounds[0].groups
+    assert (group.policy, group.arm, group.success) == ("5", None, Arm(1, 2))
+    assert group.adoption == pytest.approx({"verbatim": 1 / 3, "edited": 1 / 3, "rejected": 0.0, "none": 1 / 3})
+    assert (group.abstained, group.turns) == (0.25, 2.0)
+    assert group.returned is not None
+    assert group.returned.value == pytest.approx(CONFIG.gamma / 2)
+
+
+# --- runs that are not finished --------------------------------------------------------------------------------------
+
+
+def nothing(fake: Fake) -> str:
+    fake.root.mkdir()
+    return "No round has been run yet; there is nothing to report."
+
+
+def collecting(fake: Fake) -> str:
+    fake.root.mkdir()
+    fake.state("collect", 0, [])
+    return "Conversations are being collected for round 0."
+
+
+def only_data(fake: Fake) -> str:
+    fake.data(0, talks(1, "champion", FIRST, 0))
+    fake.state("train", 0, [])
+    return "The run is under way: so far the assistant sells in 20.3% of conversations."
+
+
+def q_without_policy(fake: Fake) -> str:
+    fake.data(0, talks(1, "champion", FIRST, 0))
+    fake.fit_q(0, 0.3)
+    return "In progress"
+
+
+def running_test(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
+    arrived = to_frame(talks(2, "challenger", Arm(77, 77), 1), OUTCOMES, 0.2)
+    turn_table.write(arrived, fake.folder(1) / "arrived" / "night.parquet", OUTCOMES)
+    return "Policy 2 passed the offline checks and is being tested with customers against policy 1."
+
+
+def offline_on_logs(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks("logged", None, FIRST, 0)))
+    fake.stage(fake.folder(0) / "distance", {"held_out_nats_a_token": 1.31})
+    fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
+    return (
+        "From 300 conversations in the log, policy 2 was trained and passed the offline checks; "
+        "whether it sells more often, only an A/B test with customers can tell."
+    )
+
+
+def rejected_offline(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks("logged", None, FIRST, 0)))
+    fake.state("finished", 0, [row(0, 1, fake.gate(0, gain=-0.02, kl=9.0))])
+    return "After 1 round no challenger passed the offline checks, so the assistant stays as it was."
+
+
+def rejected_by_customers(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    fake.state("finished", 0, [row(0, 1, fake.gate(0), ab_test(Arm(50, 200), Arm(48, 200), 0.05))])
+    fake.closing(Arm(400, 2000), Arm(405, 2000), 1)
+    return (
+        "After 1 round no challenger proved better with customers, so the assistant stays as it was. It sells in 20.2%"
+    )
+
+
+def between_rounds(fake: Fake) -> str:
+    test = ab_test(*TESTS[0], 0.05)
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    fake.data(1, talks(1, "champion", TESTS[0][0], 1) + talks(2, "challenger", TESTS[0][1], 2))
+    fake.state("train", 1, [row(0, 1, fake.gate(0), test)])
+    return "After 1 round the assistant sells in 44.0% of conversations; it began at 20.3%."
+
+
+def killed_before_the_state_was_saved(fake: Fake) -> str:
+    test = ab_test(*TESTS[0], 0.05)
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
+    decided = {"round": 0, "test": test.as_dict(), "decision": outcome_gate(test, 300).as_dict()}
+    write_json(fake.folder(0) / "ab_test.json", decided)
+    return "After 1 round the assistant sells in 44.0% of conversations; it began at 20.3%."
+
+
+def without_closing(fake: Fake) -> str:
+    finished(fake.root, closing=False)
+    return (
+        "After 3 rounds, 2 challengers proved better with customers; in its last A/B test the assistant sells in 69.3%"
+    )
+
+
+def state_alone(fake: Fake) -> str:
+    fake.root.mkdir()
+    offline = {"verdict": "test", "reasons": ["passed: all"]}
+    fake.state("finished", 0, [row(0, 1, offline, ab_test(*TESTS[0], 0.05))])
+    return "After 1 round, 1 challenger proved better with customers"
+
+
+PARTIAL = (
+    nothing,
+    collecting,
+    only_data,
+    q_without_policy,
+    running_test,
+    offline_on_logs,
+    rejected_offline,
+    rejected_by_customers,
+    between_rounds,
+    killed_before_the_state_was_saved,
+    without_closing,
+    state_alone,
+)
+
+
+@pytest.mark.parametrize("make", PARTIAL, ids=lambda make: make.__name__)
+def test_a_run_that_is_not_finished_shows_what_there_is(make: Callable[[Fake], str], tmp_path: Path) -> None:
+    fake = Fake(tmp_path / "data")
+    expected = make(fake)
+    said = text_of(page(fake.root, tmp_path))
+    assert expected in said
+    assert "None" not in re.sub(r"Rejected None|Edited None", "", said)
+    assert " nan" not in said.lower()
+
+
+def test_a_running_test_is_not_looked_at(tmp_path: Path) -> None:
+    running_test(fake := Fake(tmp_path / "data"))
+    assert RunRecord.read(fake.root).tested == ()
+    assert "100.0%" not in text_of(page(fake.root, tmp_path))
+
+
+def test_a_gain_that_may_be_chance_is_called_so(tmp_path: Path) -> None:
+    fake = finished(tmp_path / "data")
+    fake.closing(Arm(400, 2000), Arm(410, 2000), 4)
+    assert "and the difference may be chance (p = 0.35)" in verdict(RunRecord.read(fake.root)).sentence
+
+
+def test_labels_of_a_log_are_text_and_no_markup(tmp_path: Path) -> None:
+    fake = Fake(tmp_path / "data")
+    fake.learn(0, fake.data(0, talks("$<b>x</b>$", None, Arm(3, 9), 0)))
+    html = page(fake.root, tmp_path)
+    assert "<b>" not in html
+    assert "$&lt;b&gt;x&lt;/b&gt;$" in html
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+DAMAGED = (
+    "state.json",
+    "turns/round=0001/turns.parquet",
+    "rounds/0000/validated/validation.json",
+    "rounds/0000/returns/returns.parquet",
+    "rounds/0000/returns/stage.json",
+    "rounds/0001/q/stage.json",
+    "rounds/0001/q/calibration.json",
+    "rounds/0001/improved/curves.json",
+    "rounds/0001/improved/model/policy.json",
+    "rounds/0002/gate/evidence.json",
+    "rounds/0002/gate/examples.json",
+    "rounds/0002/gate/stage.json",
+    "rounds/closing/closing.json",
+)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("run") / "data").root
+
+
+@pytest.mark.parametrize("damage", [b'{"cut', b'["another", "shape"]'], ids=["cut", "shape"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named(run_folder: Path, name: str, damage: bytes, tmp_path: Path) -> None:
+    file = run_folder / name
+    content = file.read_bytes()
+    file.write_bytes(damage)
+    try:
+        with pytest.raises(StoreError, match=re.escape(str(file))):
+            write_report(run_folder, tmp_path / "report.html")
+    finally:
+        file.write_bytes(content)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_state_of_a_newer_version_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "state.json", {"format": 2})
+    with pytest.raises(StoreError, match=r"state\.json: .*format 2, this program knows up to 1"):
+        RunRecord.read(tmp_path)
+    with pytest.raises(StoreError, match="no such folder"):
+        RunRecord.read(tmp_path / "elsewhere")
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        ({"purchase": 1.0}, "sells in"),
+        ({"sold": 1.0}, "sells in"),
+        ({"success": 1.0}, "succeeds in"),
+        ({"signed up": 1.0}, "reaches “signed up” in"),
+        ({"purchase": 1.0, "rating": 0.2}, "reaches an outcome in"),
+        ({}, "reaches an outcome in"),
+    ],
+)
+def test_success_has_the_outcomes_name(outcomes: dict[str, float], expected: str) -> None:
+    assert words.succeeds(outcomes) == expected
+
+
+def test_numbers_are_written_as_readers_expect() -> None:
+    assert words.percent(0.7134) == "71.3%"
+    assert words.span(0.6931, 0.7329) == "69.3–73.3%"
+    assert words.points(-0.0123) == "−1.2 points"
+    assert [words.p_value(p) for p in (1e-9, 0.0123, 0.35)] == ["p < 0.001", "p = 0.012", "p = 0.35"]
+    assert [words.count(n, "rounds") for n in (1, 2000)] == ["1 round", "2,000 rounds"]
