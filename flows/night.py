@@ -147,7 +147,10 @@ def look(config: Config, store: tracking.Tracking, state: NightState) -> NightSt
     test = current_test(config, state)
     if test is None:
         return state
+    assert state.experiment is not None
     decision = outcome_gate(test, config.abtest.conversations)
+    if decision.verdict == "promote" and registry.was_rolled_back(store, state.experiment.challenger):
+        decision = Decision("reject", ("failed: somebody rolled this version back", *decision.reasons))
     get_run_logger().info("A/B test of round %d: %s (%s)", state.round, decision.verdict, decision.reasons[0])
     if decision.verdict == "continue":
         return state

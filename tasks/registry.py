@@ -61,6 +61,7 @@ __all__ = [
     "tag",
     "version",
     "versions",
+    "was_rolled_back",
 ]
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -94,6 +95,11 @@ def champion(tracking: Tracking) -> int | None:
 def challenger(tracking: Tracking) -> int | None:
     """The policy version under test, or None."""
     return aliases(tracking, POLICY).get(CHALLENGER)
+
+
+def was_rolled_back(tracking: Tracking, number: int) -> bool:
+    """Whether a version once lost the champion's place to a rollback: it is never proposed again."""
+    return version(tracking, POLICY, number).tags.get("verdict") == ROLLED_BACK
 
 
 def set_challenger(tracking: Tracking, number: int) -> None:

@@ -204,7 +204,7 @@ def register(
         "reasons": "; ".join(decision.reasons),
     }
     version = registry.register(context.tracking, registry.POLICY, candidate.path, context.run_id, tags)
-    if decision.verdict == "test":
+    if decision.verdict == "test" and version != registry.champion(context.tracking):
         registry.set_challenger(context.tracking, version)
     return version
 

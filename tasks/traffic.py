@@ -23,9 +23,9 @@ from tasks.learning import PolicyVersion
 from tasks.progress import progress
 
 if TYPE_CHECKING:
-    from iterative_ppo.sources import SetAside
     from iterative_ppo.environments.rollout import Environment
     from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.sources import SetAside
 
 
 LOGGED = "logged"

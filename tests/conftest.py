@@ -54,9 +54,7 @@ def untrained_policy(tiny_config: Config, scripted: list[Conversation]) -> Langu
 
 
 @pytest.fixture(scope="session")
-def tiny_policy(
-    tiny_config: Config, scripted: list[Conversation], untrained_policy: LanguagePolicy
-) -> LanguagePolicy:
+def tiny_policy(tiny_config: Config, scripted: list[Conversation], untrained_policy: LanguagePolicy) -> LanguagePolicy:
     """Briefly fine-tuned: most of its responses are short, ended and made of known words. Tests leave it alone."""
     from iterative_ppo.learning.supervised import fine_tune
 

@@ -161,4 +161,3 @@ def test_the_simulator_refuses_outcomes_that_are_not_its_own(config: Config) -> 
 
 def replace_outcomes(config: Config) -> Config:
     return config.model_copy(update={"outcomes": {"booking": 1.0}})
-

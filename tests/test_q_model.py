@@ -99,7 +99,10 @@ def test_v_is_read_at_the_prompts_end_and_q_at_the_responses(
                 assert math.isnan(values.v[row]) and math.isnan(values.q[row]), "nothing to say at the end"
             else:
                 prompt = tiny_policy.renderer.prompt(talk.state(i)).tokens
-                for tokens, value in ((prompt, values.v), (prompt + tiny_policy.renderer.response(turn.suggestion), values.q)):
+                for tokens, value in (
+                    (prompt, values.v),
+                    (prompt + tiny_policy.renderer.response(turn.suggestion), values.q),
+                ):
                     with torch.no_grad():
                         logit = q.model(torch.tensor([tokens])).logits[0, -1, 0]
                     assert value[row] == pytest.approx(float(torch.sigmoid(logit)), abs=1e-5)
@@ -145,7 +148,9 @@ def test_values_and_losses_are_in_the_outcomes_units(
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def test_training_batches_hold_every_sequence_once_an_epoch(scripted: list[Conversation], tiny_policy: LanguagePolicy) -> None:
+def test_training_batches_hold_every_sequence_once_an_epoch(
+    scripted: list[Conversation], tiny_policy: LanguagePolicy
+) -> None:
     sequences = a_round(tiny_policy, scripted).encoded.sequences
     batches = list(training_batches(sequences, 8, 2.0, tiny_policy.pad, np.random.default_rng(0)))
     assert len(batches) == 2 * math.ceil(len(sequences) / 8)
@@ -162,7 +167,11 @@ def test_inference_batches_hold_every_sequence_once_within_their_size(
     sequences = a_round(tiny_policy, scripted).encoded.sequences
     batches = list(inference_batches(sequences, 500, tiny_policy.pad))
     assert all(batch.tokens.numel() <= 500 for batch in batches)
-    seen = [tuple(row[: row.index(tiny_policy.pad)] if tiny_policy.pad in row else row) for b in batches for row in b.tokens.tolist()]
+    seen = [
+        tuple(row[: row.index(tiny_policy.pad)] if tiny_policy.pad in row else row)
+        for b in batches
+        for row in b.tokens.tolist()
+    ]
     assert sorted(seen) == sorted(s.tokens for s in sequences)
 
 

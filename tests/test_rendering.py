@@ -65,9 +65,7 @@ def word(tiny_config: Config, scripted: list[Conversation]) -> PreTrainedTokeniz
 
 
 @pytest.fixture(params=["bpe", "word", "bpe with a chat template"])
-def renderer(
-    request: pytest.FixtureRequest, bpe: PreTrainedTokenizerBase, word: PreTrainedTokenizerBase
-) -> Renderer:
+def renderer(request: pytest.FixtureRequest, bpe: PreTrainedTokenizerBase, word: PreTrainedTokenizerBase) -> Renderer:
     if request.param.endswith("template"):
         return chatting(bpe, CHAT)
     return Renderer(bpe if request.param == "bpe" else word, ROOMY, ROOMY, ABSTAINS)
@@ -130,7 +128,9 @@ def test_an_append_only_conversation_is_one_sequence_whose_spans_are_its_turns(
 
 @light
 @given(talk=CONVERSATION)
-def test_a_span_decodes_to_the_suggestion_and_ends_the_sequence(bpe: PreTrainedTokenizerBase, talk: Conversation) -> None:
+def test_a_span_decodes_to_the_suggestion_and_ends_the_sequence(
+    bpe: PreTrainedTokenizerBase, talk: Conversation
+) -> None:
     renderer = Renderer(bpe, ROOMY, ROOMY, ABSTAINS)
     stand_in = {"abstained": ABSTAINS, "missing": MARKERS["missing"]}
     for tokens, action in zip(responses(renderer.encode(talk)[0]), actions(talk), strict=True):
@@ -225,7 +225,10 @@ def test_without_markers_in_the_vocabulary_plain_words_stand_for_them(bpe: PreTr
     tokenizer = copy.deepcopy(bpe)
     tokenizer.get_vocab = lambda: {}  # a tokenizer that someone else trained
     text = bpe.decode(list(Renderer(tokenizer, ROOMY, ROOMY, ABSTAINS).prompt(one_turn(MISSING, None, None)).tokens))
-    assert text == "\nCustomer: Hello.\nSuggestion: (not recorded)<|eos|>\nBusiness: (no reply)\nCustomer: And?\nSuggestion: "
+    assert (
+        text
+        == "\nCustomer: Hello.\nSuggestion: (not recorded)<|eos|>\nBusiness: (no reply)\nCustomer: And?\nSuggestion: "
+    )
 
 
 def test_a_tokenizer_without_an_end_of_sequence_is_refused(bpe: PreTrainedTokenizerBase) -> None:
@@ -262,7 +265,9 @@ def test_outcomes_logprobs_ids_times_and_personas_are_in_no_prompt(
         replace(t, outcomes=(7.0,), timestamp=now, suggestion=t.suggestion and replace(t.suggestion, logprob=-3.0))
         for t in talk.turns
     )
-    other = Conversation("x", turns, "y", "z", policy_version="9", arm="challenger", persona="impatient", extra={"a": "b"})
+    other = Conversation(
+        "x", turns, "y", "z", policy_version="9", arm="challenger", persona="impatient", extra={"a": "b"}
+    )
     assert prompts(renderer, other) == prompts(renderer, talk)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from iterative_ppo.config import PolicyConfig
@@ -72,7 +73,7 @@ class LanguagePolicy:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(str(path))
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{path}: not a causal language model that can be loaded offline ({reason})") from None
         if settings is None:

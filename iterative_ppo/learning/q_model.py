@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
@@ -89,7 +90,7 @@ class QModel:
         try:
             model = AutoModelForTokenClassification.from_pretrained(str(path))
             return cls(model.to(device), QSettings(**values), pad)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(f"{path}: not a saved Q-model ({' '.join(str(error).split())[:200]})") from None
 
     def save(self, path: Path) -> None:

@@ -14,8 +14,9 @@ from markupsafe import Markup
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.files import write_bytes
 from iterative_ppo.report import plots, rows, technical_plots, words
+from iterative_ppo.report.cards import cards
 from iterative_ppo.report.record import RunRecord
-from iterative_ppo.report.verdict import cards, verdict
+from iterative_ppo.report.verdict import verdict
 
 TITLE = "Iterative PPO: report of the run"
 PACKAGES = ("iterative-ppo", "torch", "transformers")
@@ -77,10 +78,14 @@ SUCCESS = (
     "Wilson intervals. A promoted challenger is the champion of the next test. Compare only what was measured side by "
     "side: the two arms of an A/B test, or the first and the last policy in the shaded closing comparison."
 )
-ACCEPTANCE = "Shares of the turns at which the policy suggested something, in percent; abstentions are not counted."
+ACCEPTANCE = (
+    "Shares of the turns at which the policy suggested something, in percent; abstentions are not counted. "
+    f"At most the last {plots.MOST_BARS} bars are drawn."
+)
 CURVES = (
     "Means over each rollout. The KL penalty keeps the policy near its reference; entropy that falls to 0 would mean "
-    "that the policy always says the same. The last round is drawn strongest."
+    "that the policy always says the same. At most the last "
+    f"{technical_plots.MOST_ROUNDS} rounds are drawn, the newest strongest."
 )
 RETURNS = "Discounted outcome from the first turn on, with 95% intervals, of data that a round has trained on."
 

@@ -57,7 +57,8 @@ def steps(run: RunRecord) -> list[Step]:
     if run.closing:
         test, first, last = run.closing.test, run.closing.first, run.closing.last
         points = (Point(CHAMPION, first, test.champion), Point(CHALLENGER, last, test.challenger))
-        found.append(Step("Closing:\nfirst and last", points))
+        both = Step("Closing:\nfirst and last", points)
+        found.append(both if run.changed else Step("Closing", points[:1]))
     return found
 
 
@@ -70,9 +71,9 @@ def _tested(one: RoundRecord) -> Step:
 
 @svg.styled
 def success(run: RunRecord) -> str | None:
-    """Success rate by round with 95 % intervals."""
+    """Success rate by round with 95 % intervals, once there are two rates to compare."""
     found = steps(run)
-    if not found:
+    if sum(len(step.points) for step in found) < 2:
         return None
     figure, (axes,) = svg.panels(9.6, 3.7)
     for x, step in enumerate(found):
@@ -82,15 +83,16 @@ def success(run: RunRecord) -> str | None:
         axes.axvspan(len(found) - 1.5, len(found) - 0.5, color=svg.LINE, alpha=0.35, linewidth=0)
     axes.set_xlim(-0.5, len(found) - 0.5)
     axes.set_ylim(0, min(100.0, 1.2 * max(100 * wilson(p.arm)[1] for step in found for p in step.points)))
-    axes.set_xticks(range(len(found)), [ticked(step.name, len(found)) for step in found])
+    axes.set_xticks(range(len(found)), ticks([step.name for step in found]))
     axes.set_ylabel("successful conversations (%)")
     _legend(axes, found)
     return svg.inline(figure, "success")
 
 
-def ticked(name: str, steps: int) -> str:
-    """A tick's label in two lines, or nothing where there are too many."""
-    return name.replace(" of ", " of\n") if steps <= MOST_LABELS else ""
+def ticks(names: Sequence[str]) -> list[str]:
+    """Labels in two lines, some left empty where there are too many."""
+    spread = 1 + len(names) // (MOST_LABELS + 1)
+    return [name.replace(" of ", " of\n") if k % spread == 0 else "" for k, name in enumerate(names)]
 
 
 def _point(axes: Axes, x: int, point: Point, labelled: bool) -> None:
@@ -109,7 +111,7 @@ def _point(axes: Axes, x: int, point: Point, labelled: bool) -> None:
     axes.plot(x + shift, 100 * point.arm.rate, marker=marker, **style)
     if labelled:
         left = point.role == CHAMPION
-        name = f"policy {point.policy}\n" if point.policy else ""
+        name = f"{words.policy(point.policy)}\n" if point.policy else ""
         text = f"{name}{words.percent(point.arm.rate)}"
         offset, side = ((-9, 0), "right") if left else ((9, 0), "left")
         place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
@@ -172,7 +174,7 @@ def labelled_groups(run: RunRecord) -> list[tuple[str, str, Group]]:
 
 
 def _owner(group: Group) -> str:
-    return f"policy {group.policy}{f' ({group.arm})' if group.arm else ''}"
+    return f"{words.policy(group.policy)}{f' ({group.arm})' if group.arm else ''}"
 
 
 def origin(before: RoundRecord | None, one: RoundRecord | None) -> str:

@@ -47,6 +47,13 @@ class RunRecord:
     def promotions(self) -> int:
         return sum(one.promoted for one in self.rounds)
 
+    @property
+    def changed(self) -> bool:
+        """Whether another policy serves now than at the start; a promotion by hand or a rollback counts."""
+        if self.closing and self.closing.first and self.closing.last:
+            return self.closing.first != self.closing.last
+        return self.promotions > 0
+
     @classmethod
     def read(cls, root: Path) -> RunRecord:
         """Read the run below `root`. Raises StoreError, naming the file, where one is damaged or newer."""

@@ -14,6 +14,7 @@ from iterative_ppo.report.round_record import Example, RoundRecord, Said
 
 NO_SUGGESTION = "(no suggestion)"
 RECENT = 5
+CHANCE = "calibration_error_by_chance_95"
 VERDICTS = {
     "test": ("good", "passed"),
     "promote": ("good", "promoted"),
@@ -54,10 +55,10 @@ def round_row(run: RunRecord, one: RoundRecord) -> dict[str, Any]:
         "conversations": words.count(one.conversations),
         "quarantined": words.count(one.quarantined),
         "r2": words.number(q.get("r2")),
-        "state_r2": words.number(q.get("state_only_r2")),
+        "state_r2": words.number(q["state_only_r2"]) if "state_only_r2" in q else "",
         "auc": words.number(q.get("auc")),
         "calibration": words.number(q.get("calibration_error")),
-        "chance": words.number(q.get("calibration_error_by_chance_95")),
+        "chance": words.number(q[CHANCE]) if CHANCE in q else "",
         "kl": words.number(one.evidence.get("kl_challenger_champion"), 2),
         "gate": _pill(one.offline),
         "gain": words.points(one.test.gain) if one.test else words.NOTHING,
@@ -87,7 +88,8 @@ def _open(run: RunRecord, one: RoundRecord) -> Pill:
 
 def _summary(one: RoundRecord) -> str:
     if one.challenger and one.champion:
-        return f"Policy {one.challenger}, from policy {one.champion}: reasons and facts"
+        challenger, champion = words.policy(one.challenger), words.policy(one.champion)
+        return f"{challenger.capitalize()}, from {champion}: reasons and facts"
     return "Reasons and facts"
 
 
@@ -162,7 +164,7 @@ def examples(run: RunRecord) -> dict[str, Any]:
 
 
 def _name(policy: str | None) -> str:
-    return f" (policy {policy})" if policy else ""
+    return f" ({words.policy(policy)})" if policy else ""
 
 
 def _talk(example: Example) -> dict[str, Any]:

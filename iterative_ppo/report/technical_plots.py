@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from iterative_ppo.report import svg, words
 from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group
-from iterative_ppo.report.plots import ROLE, origin, ticked
+from iterative_ppo.report.plots import ROLE, origin, ticks
 from iterative_ppo.report.record import RunRecord
 from iterative_ppo.report.round_record import RoundRecord
 
@@ -28,12 +28,10 @@ def calibration(run: RunRecord) -> str | None:
     rounds = [one for one in run.rounds if one.calibration and one.calibration.count][-MOST_ROUNDS:]
     if not rounds:
         return None
-    figure, panels = svg.panels(9.6, 3.1, max(3, len(rounds)), sharey=True)
+    figure, panels = svg.panels(3.2 * min(3, len(rounds)), 3.1 if len(rounds) <= 3 else 2.5, len(rounds), sharey=True)
     top = max(max(one.calibration.predicted + one.calibration.observed) for one in rounds if one.calibration)
-    for axes, one in zip(panels, rounds, strict=False):
+    for axes, one in zip(panels, rounds, strict=True):
         _reliability(axes, one, min(1.0, 1.12 * top))
-    for axes in panels[len(rounds) :]:
-        axes.set_visible(False)
     panels[0].set_ylabel("return that came true")
     return svg.inline(figure, "calibration")
 
@@ -104,7 +102,7 @@ def divergence(run: RunRecord) -> str | None:
     bound, top = rounds[-1].bounds.get("max_kl"), axes.get_ylim()[1]
     if bound is not None and bound < 3 * top:
         axes.axhline(bound, color=svg.MUTED, linewidth=1, linestyle=(0, (4, 3)), label="the gate's bound")
-    _by_round(axes, [ticked(f"round {one.number}", len(rounds)) for one in rounds], "nats a response", columns=1)
+    _by_round(axes, [f"round {one.number}" for one in rounds], "nats a response", columns=1)
     return svg.inline(figure, "divergence")
 
 
@@ -121,10 +119,10 @@ def returns(run: RunRecord) -> str | None:
         shown = [group for group in one.groups if group.returned][:3]
         for group in shown:
             _return(axes, x, group, named)
-        if not shown:
+        if not shown and one.mean_return is not None:
             axes.plot(x, one.mean_return, "s", color=svg.MUTED, label=None if "all" in named else "all conversations")
             named.add("all")
-    _by_round(axes, [ticked(name, len(measured)) for name, _ in measured], "discounted return")
+    _by_round(axes, [name for name, _ in measured], "discounted return")
     return svg.inline(figure, "returns")
 
 
@@ -138,7 +136,7 @@ def _return(axes: Axes, x: int, group: Group, named: set[str]) -> None:
 
 
 def _by_round(axes: Axes, names: Sequence[str], unit: str, columns: int = 3) -> None:
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), ticks(names))
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=1.1 * axes.get_ylim()[1])
     axes.set_ylabel(unit)

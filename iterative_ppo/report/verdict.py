@@ -1,13 +1,12 @@
-"""What the run comes to: one sentence in plain words, a line of support, and the key figures."""
+"""What the run comes to: one sentence in plain words, and a line of support."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from iterative_ppo.evaluation.ab_test import ABTest, Arm
 from iterative_ppo.report import words
-from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group, wilson
+from iterative_ppo.report.customers import CHAMPION, Group
 from iterative_ppo.report.record import Closing, RoundRecord, RunRecord
 
 
@@ -21,25 +20,16 @@ class Verdict:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Card:
-    """A key figure: what it is, its value, and what stands behind it."""
-
-    name: str
-    value: str
-    note: str = ""
-
-
 def verdict(run: RunRecord) -> Verdict:
     """The sentence at the top of the page, by how far the run has come."""
     if not run.rounds:
         return Verdict("Not begun", "open", "No round has been run yet; there is nothing to report.", _doing(run))
-    if run.closing and run.promotions:
+    if run.closing and run.changed:
         return _closed(run, run.closing)
     if (last := run.rounds[-1]).offline and last.offline.verdict == "test" and not last.decision:
         return _open_test(run, last)
     if run.phase == "finished" or (run.phase is None and last.offline):
-        return _finished(run) if run.promotions else _unchanged(run)
+        return _finished(run) if run.changed else _unchanged(run)
     return _under_way(run)
 
 
@@ -58,17 +48,15 @@ def _closed(run: RunRecord, closing: Closing) -> Verdict:
 
 
 def _open_test(run: RunRecord, last: RoundRecord) -> Verdict:
-    policy = f"policy {last.challenger}" if last.challenger else "a new policy"
+    policy = words.policy(last.challenger) if last.challenger else "a new policy"
     if last.from_logs or run.phase is None:
-        source = (
-            f"From {words.count(last.conversations, 'conversations')} in the log" if last.conversations else "Offline"
-        )
-        learned = f"{source}, {policy} was trained and passed the offline checks"
-        aim = words.succeeds(run.outcomes).split()[0]
-        sentence = f"{learned}; whether it {aim} more often, only an A/B test with customers can tell."
+        learned = f", trained on {words.count(last.conversations, 'conversations')}" if last.conversations else ""
+        aim = words.succeeds(run.outcomes).removesuffix(" in")
+        passed = f"{policy}{learned}{' of a log,' if learned else ''} passed the offline checks"
+        sentence = f"{passed[0].upper()}{passed[1:]}; only an A/B test can tell whether it {aim} more often."
         return Verdict("Awaiting an A/B test", "open", sentence, _so_far(run))
-    sentence = f"{policy.capitalize()} passed the offline checks and is being tested with customers"
-    against = f" against policy {last.champion}" if last.champion else ""
+    sentence = f"{policy[0].upper()}{policy[1:]} passed the offline checks and is being tested with customers"
+    against = f" against {words.policy(last.champion)}" if last.champion else ""
     detail = "The test is read once, when its planned number of conversations has matured."
     return Verdict("A/B test running", "open", f"{sentence}{against}.", f"{detail} {_so_far(run)}".strip())
 
@@ -78,12 +66,14 @@ def _finished(run: RunRecord) -> Verdict:
     now = current(run)
     rate = f"; in its last A/B test the assistant {_rate(run, now)}" if now else ""
     sentence = f"After {_rounds(run)}, {kept} proved better with customers{rate}."
-    return Verdict("Finished", "good", sentence, "The closing comparison with the first policy is not there yet.")
+    detail = f"{_tested(run)} The closing comparison with the first policy is not there yet."
+    return Verdict("Finished", "good", sentence, detail.strip())
 
 
 def _unchanged(run: RunRecord) -> Verdict:
     tested = any(one.test for one in run.rounds)
     why = "no challenger proved better with customers" if tested else "no challenger passed the offline checks"
+    why = "the first policy serves again" if run.promotions else why
     sentence = f"After {_rounds(run)} {why}, so the assistant stays as it was."
     now = run.closing.test.challenger if run.closing else current(run)
     return Verdict("Finished, nothing promoted", "plain", sentence, f"It {_rate(run, now)}." if now else "")
@@ -96,9 +86,7 @@ def _under_way(run: RunRecord) -> Verdict:
         sentence = f"After {_rounds(run, done)} the assistant {_rate(run, now)}"
         start = first(run)
         began = f"; it began at {words.percent(start.rate)}" if start else ""
-        return Verdict(
-            "In progress", "open", f"{sentence}{began}.", f"{_doing(run)} These are A/B tests and no final result."
-        )
+        return Verdict("In progress", "open", f"{sentence}{began}.", f"{_doing(run)} {_tested(run)}".strip())
     rate = f": so far the assistant {_rate(run, now)}" if now else ""
     return Verdict("In progress", "open", f"The run is under way{rate}.", _doing(run))
 
@@ -109,8 +97,15 @@ def _doing(run: RunRecord) -> str:
     return f"{doing[run.phase]}{where}." if run.phase in doing else ""
 
 
+def _tested(run: RunRecord) -> str:
+    found = last_test(run)
+    return f"The last A/B test: {words.gain(found[0])}." if found else ""
+
+
 def _so_far(run: RunRecord) -> str:
     now = current(run)
+    if now and run.rounds[-1].from_logs:
+        return f"In the log, {words.percent(now.rate)} of conversations succeeded."
     return f"The present assistant {_rate(run, now)}." if now else ""
 
 
@@ -145,55 +140,3 @@ def current(run: RunRecord) -> Arm | None:
         test, won = found
         return test.challenger if won else test.champion
     return first(run)
-
-
-def cards(run: RunRecord) -> tuple[Card, ...]:
-    """The key figures that are known."""
-    return tuple(card for card in (*_success(run), *_work(run)) if card)
-
-
-def _success(run: RunRecord) -> Iterator[Card | None]:
-    if run.closing:
-        test = run.closing.test
-        yield _rate_card("Success now", test.challenger, run.closing.last)
-        yield _rate_card("Success at start", test.champion, run.closing.first)
-        yield Card("Gain in points", words.points(test.gain).split()[0], _interval(test))
-        return
-    now, start = current(run), first(run)
-    if now and last_test(run):
-        yield _rate_card("Success, last A/B test", now)
-    yield _rate_card("Success at start", start) if start else None
-    if found := last_test(run):
-        yield Card("Last challenger's gain", words.points(found[0].gain).split()[0], _interval(found[0]))
-
-
-def _interval(test: ABTest) -> str:
-    return f"{words.points_span(test.gain_low, test.gain_high)}\n{words.p_value(test.p_value)}"
-
-
-def _rate_card(name: str, arm: Arm, policy: str | None = None) -> Card:
-    who = f"policy {policy}, " if policy else ""
-    note = f"{words.span(*wilson(arm))}\n{who}n = {words.count(arm.conversations)}"
-    return Card(name, words.percent(arm.rate), note)
-
-
-def _work(run: RunRecord) -> Iterator[Card | None]:
-    if not run.rounds:
-        return
-    begun = len(run.rounds)
-    yield Card("Rounds", str(begun), f"{run.promotions} of {words.count(begun, 'challengers')}\npromoted")
-    data = sum(one.conversations or 0 for one in run.rounds) + sum(g.success.conversations for g in run.tested)
-    aside = sum(one.quarantined or 0 for one in run.rounds)
-    yield Card("Conversations", words.count(data), f"{words.count(aside)} quarantined") if data else None
-    latest = serving(run)
-    if latest and latest.adoption:
-        note = f"policy {latest.policy}\n{words.percent(latest.abstained)} abstained"
-        yield Card("Sent verbatim", words.percent(latest.adoption["verbatim"]), note)
-
-
-def serving(run: RunRecord) -> Group | None:
-    """The latest conversations of the policy that serves customers now."""
-    groups = run.tested or (run.rounds[-1].groups if run.rounds else ())
-    decided = [one for one in run.rounds if one.decision]
-    won = bool(decided) and decided[-1].promoted
-    return largest(groups, CHALLENGER if won else CHAMPION) or largest(groups, CHAMPION)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from iterative_ppo.evaluation.ab_test import ABTest
 
 NOTHING = "–"
+LOGGED = "logged"
 SALES = {"purchase", "sold", "sale"}
 CHECKS = {
     "E[Q]": "Expected outcome",
@@ -47,6 +48,11 @@ GLOSSARY = (
     ("Abstention", "The policy chooses to suggest nothing and leaves the answer to a person."),
     ("Quarantine", "Where conversations with faulty records go, each with its reason; nothing learns from them."),
 )
+
+
+def policy(version: str) -> str:
+    """A policy by its version; conversations of a log that names none were somebody's, called the logged policy."""
+    return "logged policy" if version == LOGGED else f"policy\N{NO-BREAK SPACE}{version}"
 
 
 def percent(share: float | None) -> str:
@@ -89,7 +95,7 @@ def count(value: float | None, noun: str = "") -> str:
 
 def gain(test: ABTest) -> str:
     """A test's gain with its interval and p."""
-    return f"{points(test.gain)} ({points_span(test.gain_low, test.gain_high)}; {p_value(test.p_value)})"
+    return f"{points(test.gain)} ({points_span(test.gain_low, test.gain_high)}, {p_value(test.p_value)})"
 
 
 def succeeds(outcomes: Mapping[str, float]) -> str:

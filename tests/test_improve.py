@@ -1,0 +1,503 @@
+"""SingleTurnOpt: the formulas longhand, a bandit whose optimum is known, and what must not be trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from iterative_ppo.config import Config, LoggedConfig, PPOConfig, load_config
+from iterative_ppo.errors import TrainingError
+from iterative_ppo.learning.batching import EncodedTable
+from iterative_ppo.learning.compare import speak
+from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, logged_loss, turn_advantages
+from iterative_ppo.learning.improve.ppo import (
+    gae,
+    improve,
+    ppo_loss,
+    prompts_of,
+    response_rewards,
+    roll_out,
+    token_log_probs,
+)
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.q_model import QModel, QSettings, Regression, regress
+from iterative_ppo.learning.rounds import improve_policy, round_of
+from iterative_ppo.learning.tiny import build_policy
+from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
+from iterative_ppo.mdp.rendering import Encoded, single
+from iterative_ppo.mdp.turn_table import to_frame
+
+torch.set_num_threads(1)
+
+OUTCOMES = {"purchase": 1.0}
+WORDS = ("yes", "no", "maybe", "later")
+SHARE = st.floats(0, 1)
+light = settings(deadline=None, max_examples=60)
+
+
+def series(length: int) -> st.SearchStrategy[np.ndarray]:
+    return hnp.arrays(float, length, elements=st.floats(-5, 5))
+
+
+# --- advantages ------------------------------------------------------------------------------------------------------
+
+
+@light
+@given(data=st.data(), length=st.integers(1, 8), lam=SHARE)
+def test_gae_is_the_double_sum_with_gamma_1_and_nothing_after_the_end(
+    data: st.DataObject, length: int, lam: float
+) -> None:
+    reward, value = data.draw(series(length)), data.draw(series(length))
+    after = [*value[1:], 0.0]
+    delta = [reward[t] + after[t] - value[t] for t in range(length)]
+    expected = [sum(lam ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
+    assert gae(reward, value, lam) == pytest.approx(expected, abs=1e-6)
+
+
+@light
+@given(data=st.data(), length=st.integers(1, 8))
+def test_gae_with_lambda_1_is_the_return_less_the_value(data: st.DataObject, length: int) -> None:
+    reward, value = data.draw(series(length)), data.draw(series(length))
+    to_go = [reward[t:].sum() for t in range(length)]
+    assert gae(reward, value, 1.0) == pytest.approx(np.array(to_go) - value, abs=1e-6)
+
+
+@light
+@given(data=st.data(), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), gamma=st.floats(0, 0.99), lam=SHARE)
+def test_turn_advantages_are_the_double_sum_within_each_conversation(
+    data: st.DataObject, lengths: list[int], gamma: float, lam: float
+) -> None:
+    """Each conversation has `length` actions, then a terminal row whose V is NaN and whose advantage is 0."""
+    rewards, values, expected = [], [], []
+    for length in lengths:
+        r, v = data.draw(series(length)), data.draw(series(length))
+        delta = r + gamma * np.append(v[1:], 0.0) - v
+        expected += [sum((gamma * lam) ** (k - i) * delta[k] for k in range(i, length)) for i in range(length)] + [0.0]
+        rewards += [*r, 0.0]
+        values += [*v, math.nan]
+    last = np.isnan(values)
+    advantage = turn_advantages(np.array(rewards), last, np.array(values), gamma, lam)
+    assert advantage == pytest.approx(np.array(expected), abs=1e-6)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+# ratio, advantage, clip .2 -> min(ratio A, clip(ratio) A), and whether the gradient passes
+CLIPPING = [
+    (1.0, 1.0, 1.0, True),
+    (1.5, 1.0, 1.2, False),
+    (0.5, 1.0, 0.5, True),
+    (1.5, -1.0, -1.5, True),
+    (0.5, -1.0, -0.8, False),
+    (1.1, -2.0, -2.2, True),
+    (1.5, 0.0, 0.0, False),
+]
+
+
+@pytest.mark.parametrize("loss_of", [ppo_loss, logged_loss])
+def test_the_clipped_surrogate_longhand(loss_of: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+    ratio, advantage, expected, passes = (
+        torch.tensor(column, dtype=torch.float64) for column in zip(*CLIPPING, strict=True)
+    )
+    old = torch.linspace(-3, -1, len(ratio), dtype=torch.float64)
+    log_p = (old + ratio.log()).requires_grad_()
+    loss, clipped = loss_of(log_p, old, advantage, 0.2)
+    assert float(loss) == pytest.approx(-float(expected.mean()), abs=1e-9)
+    assert float(clipped) == pytest.approx(float(((ratio - 1).abs() > 0.2).double().mean()))
+    loss.backward()
+    slope = -ratio * advantage / len(ratio) * passes
+    assert log_p.grad is not None
+    assert log_p.grad.tolist() == pytest.approx(slope.tolist(), abs=1e-9)
+
+
+def test_a_hopeless_ratio_gives_a_finite_loss() -> None:
+    """Replayed by another policy, a whole response can be e^200 times as likely."""
+    loss, _ = logged_loss(torch.tensor([0.0, -400.0]), torch.tensor([-200.0, -1.0]), torch.tensor([-1.0, -1.0]), 0.5)
+    assert torch.isfinite(loss)
+
+
+def test_a_response_without_an_end_pays_the_penalty_and_gets_q_of_what_it_wrote() -> None:
+    values = [np.array([0.3, 0.5, 0.8]), np.array([0.3, 0.6])]
+    reward = response_rewards(values, np.array([True, False]), scale=2.0, missing_eos_penalty=0.25)
+    assert reward.tolist() == pytest.approx([0.4, 0.3 - 0.25])
+
+
+# --- a bandit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bandit(tiny_config: Config) -> LanguagePolicy:
+    """Says one of four words, something else, or nothing; which, it has not learnt yet. Leave its weights alone."""
+    turns = tuple(Turn("Hi", (0.0,), Suggestion(word, "suggested"), word, "verbatim") for word in WORDS)
+    talk = Conversation("c", (*turns, Turn(None, (0.0,))), "u")
+    config = tiny_config.policy.model_copy(
+        update={"hidden_size": 16, "layers": 1, "max_prompt_tokens": 60, "max_response_tokens": 3}
+    )
+    return build_policy([talk], config, seed=0)
+
+
+class Taste:
+    """A Q that pays by the response, and knows nothing before its end."""
+
+    def __init__(self, reward: Callable[[tuple[int, ...]], float]) -> None:
+        self.reward = reward
+
+    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+        values = []
+        for s in sequences:
+            span = s.spans[0]
+            values.append(np.zeros(1 + span.end - span.start))
+            values[-1][-1] = self.reward(s.tokens[span.start : span.end])
+        return values
+
+
+def said(policy: LanguagePolicy, text: str) -> tuple[int, ...]:
+    return policy.renderer.response(Suggestion(text, "suggested"))
+
+
+def likes(policy: LanguagePolicy, text: str) -> Any:
+    """Q is 1 for one response and 0 for every other."""
+    liked = said(policy, text)
+    return Taste(lambda tokens: float(tokens == liked))
+
+
+def prompt(policy: LanguagePolicy) -> tuple[int, ...]:
+    ids = policy.renderer.ids
+    return (*ids("<|customer|>"), *ids("Hi"), *ids("<|suggestion|>"))
+
+
+def probability(policy: LanguagePolicy, text: str) -> float:
+    table = EncodedTable([single(0, prompt(policy), said(policy, text), True)], 1)
+    return float(np.exp(policy.score(table)[0]))
+
+
+def ppo(**changes: Any) -> PPOConfig:
+    quick = {"episodes": 1280, "epochs": 3, "minibatch_size": 32, "learning_rate": 0.02, "kl_coefficient": 0.0}
+    return load_config().improve.ppo.model_copy(update=quick | changes)
+
+
+def trained(policy: LanguagePolicy, config: PPOConfig, seed: int = 0, q: Any = None) -> LanguagePolicy:
+    q = q or likes(policy, "maybe")
+    return improve(policy, q, [prompt(policy)], config, seed, rollout_size=128)[0]
+
+
+def parameters(policy: LanguagePolicy) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in policy.model.parameters()]
+
+
+def unchanged(policy: LanguagePolicy, before: list[torch.Tensor]) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(policy.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_finds_the_one_response_that_pays(bandit: LanguagePolicy, seed: int) -> None:
+    assert probability(bandit, "maybe") < 0.1
+    before = parameters(bandit)
+    assert probability(trained(bandit, ppo(), seed), "maybe") > 0.9
+    assert unchanged(bandit, before), "the champion keeps serving while the challenger learns"
+
+
+def test_ppo_finds_the_response_that_a_fitted_q_prefers(bandit: LanguagePolicy) -> None:
+    """The critic, too, is the fitted Q's: its running value."""
+    texts = [*WORDS, "yes no", "maybe yes"] * 6
+    table = EncodedTable(
+        [single(k, prompt(bandit), said(bandit, text), True) for k, text in enumerate(texts)], len(texts)
+    )
+    q = QModel.from_policy(bandit, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    regress(q, table, np.array([float(text == "later") for text in texts]), Regression(40.0, 0.01, 16, 0.5), seed=0)
+    assert probability(trained(bandit, ppo(episodes=2560), q=q), "later") > 0.8
+
+
+def test_the_curve_tells_of_every_rollout(bandit: LanguagePolicy) -> None:
+    told: list[tuple[int, int]] = []
+    _, curve = improve(
+        bandit, likes(bandit, "no"), [prompt(bandit)], ppo(), 0, rollout_size=256, progress=lambda *k: told.append(k)
+    )
+    assert told == [(k, 5) for k in range(1, 6)] and len(curve) == 5
+    assert curve[0]["kl_to_reference"] == pytest.approx(0.0, abs=1e-6)
+    assert curve[-1]["q"] > 0.8 > 0.2 > curve[0]["q"]
+    assert curve[-1]["entropy"] < curve[0]["entropy"]
+    assert curve[-1]["missing_eos"] < 0.1
+    assert all(math.isfinite(value) for entry in curve for value in entry.values())
+
+
+def test_the_curves_q_is_q_and_no_penalty(bandit: LanguagePolicy) -> None:
+    """What a reader compares with the gate's E[Q] must not hold the penalty of responses without an end."""
+    config = ppo(episodes=256, missing_eos_penalty=50.0)
+    _, curve = improve(bandit, likes(bandit, "no"), [prompt(bandit)], config, 0)
+    assert curve[0]["missing_eos"] > 0.1
+    assert 0.0 <= curve[0]["q"] <= 1.0
+
+
+def test_a_larger_penalty_keeps_the_policy_nearer_its_reference(bandit: LanguagePolicy) -> None:
+    distance = []
+    for beta in (0.02, 0.3, 2.0):
+        config = ppo(kl_coefficient=beta, missing_eos_penalty=0.0)
+        policy = trained(bandit, config)
+        spoken = speak(policy, bandit, likes(policy, "maybe"), [prompt(bandit)], 400, seed=1)
+        distance.append(spoken.kl)
+    assert distance[0] > 1.5 * distance[1] > 2 * distance[2] >= -0.01
+    assert distance[2] < 0.15
+
+
+def test_the_penalty_looks_to_the_reference_that_is_given(bandit: LanguagePolicy) -> None:
+    """Pulled to another policy, which says `later`, the student ends nearer to it than to where it began."""
+    other = trained(bandit, ppo(), q=likes(bandit, "later"))
+    config = ppo(kl_coefficient=1.0, missing_eos_penalty=0.0)
+    student, _ = improve(bandit, likes(bandit, "maybe"), [prompt(bandit)], config, 0, reference=other, rollout_size=128)
+    assert probability(student, "later") > 0.5
+
+
+def test_a_whole_scale_of_q_changes_nothing(bandit: LanguagePolicy) -> None:
+    """Q ten times as large over a scale ten times as large: the same policy."""
+    tenfold = Taste(lambda tokens: 10.0 * float(tokens == said(bandit, "no")))
+    config = ppo(episodes=256, kl_coefficient=0.1)
+    one, _ = improve(bandit, likes(bandit, "no"), [prompt(bandit)], config, 0, scale=1.0)
+    ten, _ = improve(bandit, tenfold, [prompt(bandit)], config, 0, scale=10.0)  # type: ignore[arg-type]
+    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(parameters(one), parameters(ten), strict=True))
+
+
+def test_the_same_seed_gives_the_same_policy(bandit: LanguagePolicy) -> None:
+    one, other, third = (parameters(trained(bandit, ppo(episodes=256), seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(one, third, strict=True))
+
+
+def test_no_episodes_leave_the_policy_as_it_is(bandit: LanguagePolicy) -> None:
+    policy, curve = improve(bandit, likes(bandit, "no"), [prompt(bandit)], ppo(episodes=0), 0)
+    assert policy is bandit and curve == []
+
+
+def test_nothing_to_improve_on_is_an_error(bandit: LanguagePolicy) -> None:
+    with pytest.raises(TrainingError, match="no prompt"):
+        improve(bandit, likes(bandit, "no"), [], ppo(), 0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, 0.7, 1 / 3])
+@pytest.mark.parametrize("penalty", [0.0, 0.2])
+def test_a_q_that_is_the_same_for_every_response_is_an_error(
+    bandit: LanguagePolicy, value: float, penalty: float
+) -> None:
+    """Also where the mean is not exactly the value, and where only the penalty tells responses apart."""
+    with pytest.raises(TrainingError, match="same reward"):
+        trained(bandit, ppo(missing_eos_penalty=penalty), q=Taste(lambda _: value))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_an_error(bandit: LanguagePolicy, value: float) -> None:
+    with pytest.raises(TrainingError, match="not a number"):
+        trained(bandit, ppo(), q=Taste(lambda tokens: value if len(tokens) == 2 else 0.0))
+
+
+def test_an_update_that_diverges_is_an_error(bandit: LanguagePolicy) -> None:
+    broken = LanguagePolicy(bandit.model, bandit.tokenizer, bandit.settings)
+    with pytest.raises(TrainingError, match=r"diverged; lower improve\.ppo\.learning_rate"):
+        trained(broken, ppo(episodes=128, learning_rate=1e30))
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def test_advantages_are_whitened_over_response_tokens_alone(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    """One advantage a response token, whatever the prompt's length: mean 0 and variance 1 over all of them."""
+    prompts = [tiny_policy.renderer.prompt(t.state(i)).tokens for t in scripted[:10] for i in range(len(t.turns) - 1)]
+    q = QModel.from_policy(tiny_policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    reference = with_noise(tiny_policy)
+    config = ppo(kl_coefficient=0.3)
+    episodes = roll_out(tiny_policy, reference, q, prompts, config, 0.5, seed=0)
+    responses = tiny_policy.respond(prompts, seed=0)
+    assert [len(a) for a in episodes.advantage] == [len(tokens) for tokens in responses.tokens]
+    flat = np.concatenate(episodes.advantage)
+    assert flat.mean() == pytest.approx(0.0, abs=1e-6) and flat.std() == pytest.approx(1.0, abs=1e-4)
+
+    table = EncodedTable(
+        [single(k, p, r, True) for k, (p, r) in enumerate(zip(prompts, responses.tokens, strict=True))], len(prompts)
+    )
+    own, other = token_log_probs(tiny_policy, table), token_log_probs(reference, table)
+    values, raw = q.running_values(table.sequences), []
+    for k, value in enumerate(values):
+        reward = -0.3 * (own[k] - other[k])
+        penalty = 0.0 if responses.finished[k] else config.missing_eos_penalty
+        reward[-1] += value[-1] / 0.5 - penalty
+        raw.append(gae(reward, value[:-1] / 0.5, config.gae_lambda))
+        assert episodes.reward[k] == pytest.approx(value[-1] / 0.5 - penalty, abs=1e-5)
+        assert episodes.kl[k] == pytest.approx(float((own[k] - other[k]).sum()), abs=1e-4)
+    every = np.concatenate(raw)
+    assert flat == pytest.approx((every - every.mean()) / every.std(), abs=1e-3)
+
+
+def with_noise(policy: LanguagePolicy) -> LanguagePolicy:
+    import copy
+
+    model = copy.deepcopy(policy.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return LanguagePolicy(model, policy.tokenizer, policy.settings)
+
+
+def test_token_log_probs_are_those_that_the_response_was_sampled_with(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    prompts = [tiny_policy.renderer.prompt(talk.state(0)).tokens for talk in scripted]
+    responses = tiny_policy.respond(prompts, seed=4)
+    table = EncodedTable(
+        [single(k, p, r, True) for k, (p, r) in enumerate(zip(prompts, responses.tokens, strict=True))], len(prompts)
+    )
+    tokens = token_log_probs(tiny_policy, table)
+    assert [len(log_p) for log_p in tokens] == [len(r) for r in responses.tokens]
+    assert np.allclose([log_p.sum() for log_p in tokens], responses.logprobs, atol=2e-4)
+
+
+def test_prompts_are_those_of_the_wanted_rows(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    """Line 6 of Algorithm 1, on shared sequences and on a row a turn alike."""
+    frame = to_frame(scripted[:8], OUTCOMES, 0.3)
+    sequences = round_of(tiny_policy, frame, load_config()).encoded.sequences
+    expected = [
+        tiny_policy.renderer.prompt(t.state(i)).tokens
+        for t in scripted[:8]
+        for i in range(len(t.turns))
+        if not t.turns[i].terminal
+    ]
+    assert prompts_of(sequences, np.arange(len(frame))) == expected
+    assert prompts_of(sequences, np.array([0])) == expected[:1]
+    assert prompts_of(sequences, np.array([], int)) == []
+
+
+def test_a_policy_is_at_no_distance_from_itself_and_q_scores_what_it_says(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    prompts = [tiny_policy.renderer.prompt(talk.state(0)).tokens for talk in scripted[:10]]
+    q = QModel.from_policy(tiny_policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    spoken = speak(tiny_policy, tiny_policy, q, prompts, 3, seed=0)
+    assert spoken.kl == 0.0 and spoken.q.shape == (10, 3)
+    tokens = spoken.responses.tokens[4]
+    alone = q.running_values([single(0, prompts[1], tokens, True)])[0][-1]
+    assert spoken.q[1, 1] == pytest.approx(alone, abs=1e-5)
+    assert speak(tiny_policy, with_noise(tiny_policy), q, prompts, 3, seed=0).kl > 0.0
+
+
+# --- the logged pass -------------------------------------------------------------------------------------------------
+
+
+def logged(**changes: Any) -> LoggedConfig:
+    quick = {"epochs": 12.0, "learning_rate": 0.01, "batch_size": 16}
+    return load_config().improve.logged.model_copy(update=quick | changes)
+
+
+def log_of(policy: LanguagePolicy, advantage: dict[str, float], copies: int = 16) -> LoggedData:
+    """Each word said `copies` times to the same prompt, with its advantage and its log-prob under `policy`."""
+    words = list(advantage) * copies
+    rows = [single(k, prompt(policy), said(policy, word), True) for k, word in enumerate(words)]
+    table = EncodedTable(rows, len(rows))
+    return LoggedData(table, np.array([advantage[word] for word in words]), policy.score(table))
+
+
+def test_what_went_better_than_expected_is_said_more_and_what_went_worse_less(bandit: LanguagePolicy) -> None:
+    before = parameters(bandit)
+    data = log_of(bandit, {"yes": 1.0, "no": -1.0, "maybe": 0.0})
+    student, curve = improve_on_log(bandit, data, logged(), seed=0)
+    assert probability(student, "yes") > 1.2 * probability(bandit, "yes")
+    assert probability(student, "no") < 0.8 * probability(bandit, "no")
+    assert unchanged(bandit, before)
+    assert curve[0]["clip_fraction"] == 0.0 < curve[-1]["clip_fraction"]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+def test_a_tighter_clip_stays_nearer(bandit: LanguagePolicy) -> None:
+    data = log_of(bandit, {"yes": 1.0, "no": -1.0})
+    moved = [
+        abs(
+            math.log(
+                probability(improve_on_log(bandit, data, logged(clip=clip), 0)[0], "yes") / probability(bandit, "yes")
+            )
+        )
+        for clip in (0.05, 1.0)
+    ]
+    assert 0.0 < moved[0] < moved[1]
+
+
+def test_actions_without_a_log_prob_train_nothing(bandit: LanguagePolicy) -> None:
+    data = log_of(bandit, {"yes": 1.0, "no": -1.0, "maybe": 0.5})
+    unknown = np.arange(len(data.advantage)) % 3 == 2
+    results = []
+    for forged in (0.5, -40.0):
+        changed = replace(
+            data,
+            advantage=np.where(unknown, forged, data.advantage),
+            behaviour=np.where(unknown, math.nan, data.behaviour),
+        )
+        results.append(parameters(improve_on_log(bandit, changed, logged(epochs=2.0), 0)[0]))
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_no_epochs_or_no_usable_row_leave_the_policy_as_it_is(bandit: LanguagePolicy) -> None:
+    data = log_of(bandit, {"yes": 1.0, "no": -1.0})
+    assert improve_on_log(bandit, data, logged(epochs=0.0), 0) == (bandit, [])
+    unknown = replace(data, behaviour=np.full(len(data.behaviour), math.nan))
+    assert improve_on_log(bandit, unknown, logged(), 0) == (bandit, [])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, 1 / 3])
+def test_advantages_that_are_all_equal_are_an_error(bandit: LanguagePolicy, value: float) -> None:
+    data = log_of(bandit, {"yes": value, "no": value}, copies=9)
+    with pytest.raises(TrainingError, match="all logged advantages are equal"):
+        improve_on_log(bandit, data, logged(), 0)
+
+
+def test_the_logged_pass_is_the_same_for_the_same_seed(bandit: LanguagePolicy) -> None:
+    data = log_of(bandit, {"yes": 1.0, "no": -1.0})
+    one, other = (parameters(improve_on_log(bandit, data, logged(), 3)[0]) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+
+
+# --- both passes -----------------------------------------------------------------------------------------------------
+
+
+def config_with(**changes: Any) -> Config:
+    return load_config(
+        overrides={"improve.ppo.episodes": 64, "improve.logged.epochs": 1.0, "improve.logged.batch_size": 8} | changes
+    )
+
+
+def test_held_out_conversations_never_enter_the_improvement(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    frame = to_frame(scripted, OUTCOMES, 0.3)
+    config = config_with()
+    data = round_of(tiny_policy, frame, config)
+    q = QModel.from_policy(tiny_policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    behaviour = tiny_policy.score(data.encoded)
+    prompts = prompts_of(data.encoded.sequences, np.flatnonzero(data.fit))
+    results = []
+    for reward in (data.reward, np.where(data.fit, data.reward, 1 - data.reward), 1 - data.reward):
+        made = improve_policy(tiny_policy, replace(data, reward=reward), behaviour, q, prompts, config, seed=0)
+        results.append(parameters(made.policy))
+    assert all(torch.equal(p, q) for p, q in zip(results[0], results[1], strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(results[0], results[2], strict=True))
+
+
+@pytest.mark.parametrize("reference", ["logged", "champion"])
+def test_ppo_follows_the_logged_pass_and_is_kept_near_the_reference_of_the_configuration(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], reference: str
+) -> None:
+    config = config_with(**{"improve.ppo.reference": reference, "improve.logged.learning_rate": 0.01})
+    data = round_of(tiny_policy, to_frame(scripted, OUTCOMES, 0.3), config)
+    q = QModel.from_policy(tiny_policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    prompts = prompts_of(data.encoded.sequences, np.flatnonzero(data.fit))
+    made = improve_policy(tiny_policy, data, tiny_policy.score(data.encoded), q, prompts, config, seed=0)
+    assert len(made.logged_curve) > 1 and len(made.ppo_curve) == 1
+    start = made.ppo_curve[0]["kl_to_reference"]
+    assert abs(start) < 1e-5 if reference == "logged" else abs(start) > 1e-3
