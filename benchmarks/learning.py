@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.results_file import figure, mean_interval, write
 from iterative_ppo.config import Config, load_config
@@ -50,6 +51,7 @@ def cell_path(method: str, seed: int) -> Path:
 
 def run_cell(method: str, seed: int, rounds: int) -> None:
     """One method and seed, round by round from where it stopped."""
+    torch.set_num_threads(1)  # cells run side by side, and threads that outnumber the cores are far slower than one
     config = configuration(method, seed)
     folder = cell_path(method, seed)
     for number in range(rounds + 1):

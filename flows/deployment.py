@@ -26,6 +26,7 @@ def deploy_all(params: Path | None) -> None:
 
 
 def _prefect(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "prefect", *arguments], cwd=PROJECT, check=False)
+    home = {"IPPO_HOME": str(PROJECT), **os.environ}
+    done = subprocess.run([sys.executable, "-m", "prefect", *arguments], cwd=PROJECT, env=home, check=False)
     if done.returncode:
         raise StoreError(f"prefect {' '.join(arguments)} failed (exit {done.returncode}); its own words are above")

@@ -350,7 +350,6 @@ def configured_as(text: str) -> Callable[[Path], object]:
         pytest.param(broken(format="2"), StoreError, id="format is no number"),
         pytest.param(broken(colour=1), StoreError, id="unknown setting"),
         pytest.param(broken(abstain=None), StoreError, id="setting is missing"),
-        pytest.param(broken(temperature="hot"), StoreError, id="temperature is no number"),
         pytest.param(lambda path: (path / SETTINGS).write_text("[]"), StoreError, id="settings are a list"),
     ],
 )

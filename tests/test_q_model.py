@@ -34,7 +34,7 @@ from iterative_ppo.learning.q_model import (
 from iterative_ppo.learning.rounds import corpus_q, evaluate_policy, round_of
 from iterative_ppo.learning.tiny import build_policy
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, Suggestion, Turn
-from iterative_ppo.mdp.rendering import single
+from iterative_ppo.mdp.rendering import Encoded, Span, single
 from iterative_ppo.mdp.returns import acceptance_rewards, monte_carlo
 from iterative_ppo.mdp.turn_table import actions, last_rows, to_frame
 
@@ -104,7 +104,7 @@ def test_v_is_read_at_the_prompts_end_and_q_at_the_responses(
                     (prompt + tiny_policy.renderer.response(turn.suggestion), values.q),
                 ):
                     with torch.no_grad():
-                        logit = q.model(torch.tensor([tokens])).logits[0, -1, 0]
+                        logit = q.logits(torch.tensor([tokens]))[0, -1]
                     assert value[row] == pytest.approx(float(torch.sigmoid(logit)), abs=1e-5)
             row += 1
 
@@ -228,7 +228,7 @@ def test_regression_learns_a_small_set_by_heart(
 
 def test_v_is_the_mean_and_q_the_outcome_of_the_action(tiny_policy: LanguagePolicy) -> None:
     """One state, one action that always pays and one that never does, seen 3 : 1."""
-    yes, no = ((40, 41, 1), 1.0), ((42, 1), 0.0)
+    yes, no = ((40, 41, 1), 1.0), ((42, 43, 1), 0.0)
     said = [yes, yes, yes, no] * 4
     table = EncodedTable([single(k, (4, 50, 6), r, True) for k, (r, _) in enumerate(said)], len(said))
     q = new_q(tiny_policy)
@@ -238,6 +238,22 @@ def test_v_is_the_mean_and_q_the_outcome_of_the_action(tiny_policy: LanguagePoli
     assert np.allclose(values.q, [g for _, g in said], atol=0.1)
     running = q.running_values([single(0, (4, 50, 6), yes[0], True)])[0]
     assert running[1] > 0.8, "the running value knows after the first token which action it is"
+
+
+def test_v_hears_as_much_of_conversations_that_go_on_as_of_those_that_end(tiny_policy: LanguagePolicy) -> None:
+    """One opening: half of the conversations end there and fail, half go on for four turns and succeed."""
+    response, prompt = (40, 41, 1), (4, 50, 6)
+    short = single(0, prompt, response, True)
+    spans, tokens = [Span(1, 3, 6, True)], prompt + response
+    for row in range(2, 6):
+        tokens += prompt + response
+        spans.append(Span(row, len(tokens) - 3, len(tokens), True))
+    sequences = [short, Encoded(tokens, tuple(spans))] * 16
+    q = new_q(tiny_policy)
+    regress(q, EncodedTable(sequences, 6), np.array([0.0, *[1.0] * 5]), how(20.0, 0.003), seed=0)
+    values = q.evaluate(EncodedTable(sequences[:2], 6))
+    assert values.v[0] == values.v[1] == pytest.approx(0.5, abs=0.15)
+    assert values.q[0] == values.q[1] == pytest.approx(0.5, abs=0.15)
 
 
 def test_rows_without_a_target_are_left_out(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.errors import ModelError, StoreError
@@ -19,6 +20,8 @@ from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches, response_positions
 from iterative_ppo.mdp.conversation import State, Suggestion
 from iterative_ppo.mdp.rendering import Renderer
+
+logging.disable_progress_bar()  # a bar for each loaded shard would hide ours
 
 SETTINGS = "policy.json"
 FORMAT = 1

@@ -63,7 +63,7 @@ def render(run: RunRecord, title: str = TITLE, now: datetime | None = None) -> s
 def figures(run: RunRecord) -> dict[str, Drawn | None]:
     """Every plot by name; None where there is nothing to draw yet."""
     drawn = {
-        "success": (plots.success, "Successful conversations, with 95% intervals", SUCCESS),
+        "success": (plots.success, "Successful conversations, with 95% intervals", _success(run)),
         "acceptance": (plots.acceptance, "What became of the suggestions", ACCEPTANCE),
         "calibration": (technical_plots.calibration, "Does Q keep its promises?", _calibration(run)),
         "curves": (technical_plots.curves, "PPO, rollout by rollout", CURVES),
@@ -74,10 +74,6 @@ def figures(run: RunRecord) -> dict[str, Drawn | None]:
     return {name: Drawn(title, Markup(svg), caption) if svg else None for name, (svg, title, caption) in found.items()}
 
 
-SUCCESS = (
-    "Wilson intervals. A promoted challenger is the champion of the next test. Compare only what was measured side by "
-    "side: the two arms of an A/B test, or the first and the last policy in the shaded closing comparison."
-)
 ACCEPTANCE = (
     "Shares of the turns at which the policy suggested something, in percent; abstentions are not counted. "
     f"At most the last {plots.MOST_BARS} bars are drawn."
@@ -88,6 +84,16 @@ CURVES = (
     f"{technical_plots.MOST_ROUNDS} rounds are drawn, the newest strongest."
 )
 RETURNS = "Discounted outcome from the first turn on, with 95% intervals, of data that a round has trained on."
+
+
+def _success(run: RunRecord) -> str:
+    closing = (
+        ", or the first and the last policy in the shaded closing comparison" if run.closing and run.changed else ""
+    )
+    return (
+        "Wilson intervals. A promoted challenger is the champion of the next test. Compare only what was measured side "
+        f"by side: the two arms of an A/B test{closing}."
+    )
 
 
 def _calibration(run: RunRecord) -> str:

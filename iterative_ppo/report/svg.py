@@ -87,7 +87,7 @@ def inline(figure: Figure, name: str) -> str:
     text = re.sub(r'\s(?:xmlns(?::\w+)?|version|width="[\d.]+pt" height)="[^"]*"', "", text, count=4)
     text = text.replace("xlink:href", "href")
     width = 72 * figure.get_figwidth()
-    text = text.replace("<svg", f'<svg style="max-width: {1.45 * width:.0f}px; min-width: {0.85 * width:.0f}px"', 1)
+    text = text.replace("<svg", f'<svg style="max-width: {1.5 * width:.0f}px; min-width: {0.85 * width:.0f}px"', 1)
     text = re.sub(r' id="(?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for colour, variable in VARIABLES.items():
