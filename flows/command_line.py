@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from iterative_ppo.config import DEFAULTS, Config, load_config
-from iterative_ppo.errors import ConfigError, IterativePPOError
+from iterative_ppo.errors import ConfigError, IterativePPOError, SourceError
 
 app = typer.Typer(
     name="ippo",
@@ -77,6 +77,19 @@ def run(
         offline_round(file, overrides)
         _show_status(config)
     _write_report(config)
+
+
+def _ready(config: Config) -> None:
+    """What would stop a run in its first second is said before a server starts."""
+    from tasks.state import load_state, only_one
+
+    if config.source.kind != "renovation":
+        if config.source.path is None:
+            raise ConfigError(f"source {config.source.kind!r} reads logs: name their file or folder with --path")
+        if not config.source.path.exists():
+            raise SourceError(f"{config.source.path}: no such file or folder")
+    with only_one(config.data.root):
+        load_state(config.data.root)
 
 
 @app.command("import")

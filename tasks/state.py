@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from iterative_ppo.errors import StoreError
 from iterative_ppo.files import read_json, write_json
 
 FORMAT = 1
+DRAFT = re.compile(r"\..+\.[a-z0-9_]{8}")
 Phase = Literal["collect", "train", "test", "finished"]
 
 
@@ -77,12 +80,23 @@ def save_state(root: Path, state: NightState) -> None:
 
 @contextmanager
 def only_one(root: Path) -> Iterator[None]:
-    """Hold the lock of a night. Raises StoreError at once where another holds it."""
+    """Hold the lock of a night, drafts of a killed one swept. Raises StoreError at once where another holds it."""
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / "night.lock", timeout=0):
+            sweep(root)
             yield
     except Timeout:
         raise StoreError(
             f"{root}: another run is at work here; wait for it, or give this one its own data.root"
         ) from None
+
+
+def sweep(root: Path) -> None:
+    """Remove the drafts that a killed run left beside what it was writing (names that `files` gives to drafts)."""
+    for folder in ("inbox", "quarantine", "rounds", "turns"):
+        for path in [p for p in (root / folder).rglob(".*") if DRAFT.fullmatch(p.name)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

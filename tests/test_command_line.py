@@ -1,0 +1,133 @@
+"""`ippo` as a person meets it: help, one-line errors, exit codes, and nothing left behind by bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.suggesting import read_state
+from iterative_ppo.errors import SourceError
+
+
+def ippo(folder: Path, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.command_line", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, input=stdin, timeout=300, check=False)
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One line on standard error that holds all the words, and this exit code."""
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_help_names_the_commands(tmp_path: Path) -> None:
+    done = ippo(tmp_path, "--help")
+    assert done.returncode == 0
+    for command in ("run", "import", "suggest", "status", "report", "promote", "rollback", "data", "deploy", "doctor"):
+        assert command in done.stdout
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    script = "import sys, flows.command_line; print([m for m in ('torch', 'mlflow', 'dvc') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    refused(ippo(tmp_path, "status", "--set", "improve.ppo.klip=1"), 2, "improve.ppo.klip", "did you mean 'clip'")
+
+
+def test_a_wrong_type_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("gamma: soon\n", encoding="utf-8")
+    refused(ippo(tmp_path, "run"), 2, "params.yaml", "gamma", "soon")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml"]
+
+
+def test_init_writes_params_once(tmp_path: Path) -> None:
+    assert ippo(tmp_path, "init").returncode == 0
+    written = (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert "kl_coefficient" in written
+    refused(ippo(tmp_path, "init"), 2, "params.yaml", "exists")
+
+
+def test_a_missing_log_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    refused(ippo(tmp_path, "import", "star", "nowhere"), 3, "nowhere")
+    assert not list((tmp_path / "data").rglob("*.parquet"))
+
+
+def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> None:
+    row = {"customer_id": "a", "customer_message": "hi", "suggestion": "hello", "business_message": "hello"}
+    good = [
+        {**row, "conversation_id": "good", "turn": 1, "outcome": 0.0},
+        {**dict.fromkeys(row), "conversation_id": "good", "turn": 2, "customer_id": "a", "customer_message": "yes"},
+    ]
+    good[1]["outcome"] = 1.0
+    bad = [{**row, "conversation_id": "bad", "turn": 1, "outcome": 7.0}]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(r) + "\n" for r in [*good, *bad]), encoding="utf-8")
+    done = ippo(tmp_path, "import", "table", str(log))
+    assert done.returncode == 0, done.stderr
+    assert "1 conversations, 1 transitions, 1 with a positive outcome" in done.stdout
+    assert "set aside: 1" in done.stdout
+    aside = json.loads(next((tmp_path / "data" / "quarantine").glob("*.json")).read_text(encoding="utf-8"))
+    assert aside[0]["conversation_id"] == "bad"
+    assert "outcome" in aside[0]["reason"]
+
+
+def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "state.json").write_text('{"format": 99}', encoding="utf-8")
+    refused(ippo(tmp_path, "status"), 8, "state.json", "format 99")
+
+
+def test_nobody_suggests_before_there_is_a_champion(tmp_path: Path) -> None:
+    talk = json.dumps({"messages": [{"customer": "hi"}]})
+    refused(ippo(tmp_path, "suggest", "-", stdin=talk), 8, "champion")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "messages"),
+        ('{"messages": [{"customer": null}]}', "message 1"),
+        ('{"messages": [{"customer": "hi"}, {"business": "hello"}]}', "last message"),
+        ('{"messages": [{"customer": "a"}, {"business": "b", "suggestion": 3}, {"customer": "c"}]}', "suggestion"),
+        ('{"messages": [{"customer": "a"}], "context": 5}', "context"),
+    ],
+)
+def test_a_conversation_that_is_none_says_where(text: str, words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        read_state(text, "talk.json")
+
+
+def test_a_conversation_in_json_becomes_a_state() -> None:
+    text = json.dumps(
+        {
+            "context": "opening hours: 9 to 5",
+            "messages": [
+                {"customer": "hi"},
+                {"business": "hello", "suggestion": "hello"},
+                {"customer": "when do you open?"},
+                {"business": "at nine"},
+                {"customer": "fine"},
+            ],
+        }
+    )
+    state = read_state(text, "-")
+    assert state.customer_message == "fine"
+    assert state.context == "opening hours: 9 to 5"
+    assert [turn.adoption for turn in state.history] == ["verbatim", None]
+    assert [turn.suggestion.status for turn in state.history if turn.suggestion] == ["suggested", "missing"]
+
+
+def test_a_run_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
+    refused(ippo(tmp_path, "run", "--source", "star"), 2, "star", "--path")
+    refused(ippo(tmp_path, "run", "--source", "star", "--path", "nowhere"), 3, "nowhere")
