@@ -65,6 +65,7 @@ def run(
     config, file, overrides = configured(
         params, sets, source__kind=source, source__path=path, rounds__max_rounds=rounds
     )
+    _ready(config)
     if config.source.kind == "renovation":
         from flows.simulation import simulated_rounds
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+
+from iterative_ppo.errors import IterativePPOError
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -26,5 +29,14 @@ def prepare() -> None:
     """Set what the user has not set. Call before importing Prefect, MLflow, DVC or transformers."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_traceback)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """An error that a user can mend is told in one line; the traceback would bury it."""
+    if record.exc_info and isinstance(record.exc_info[1], IterativePPOError):
+        record.exc_info = None
+    return True

@@ -33,7 +33,7 @@ from iterative_ppo.learning.q_model import QModel, QSettings, Regression, regres
 from iterative_ppo.learning.rounds import improve_policy, round_of
 from iterative_ppo.learning.tiny import build_policy
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
-from iterative_ppo.mdp.rendering import Encoded, Span, single
+from iterative_ppo.mdp.rendering import Encoded, single
 from iterative_ppo.mdp.turn_table import to_frame
 
 torch.set_num_threads(1)
@@ -432,18 +432,29 @@ def test_a_tighter_clip_stays_nearer(bandit: LanguagePolicy) -> None:
     assert 0.0 < moved[0] < moved[1]
 
 
-def test_an_action_whose_conversations_differ_in_length_is_judged_by_their_mean(bandit: LanguagePolicy) -> None:
-    """Advantage -1 in half of them, which end, and +1 in the others, which go on: no reason to say it more or less."""
-    yes, start = said(bandit, "yes"), prompt(bandit)
-    tokens, spans = start + yes, [Span(1, len(start), len(start + yes), True)]
-    for row in range(2, 6):
-        tokens += start + said(bandit, "no")
-        spans.append(Span(row, len(tokens) - 2, len(tokens), True))
-    sequences = [single(0, start, yes, True), Encoded(tokens, tuple(spans))] * 32
-    table = EncodedTable(sequences, 6)
-    data = LoggedData(table, np.array([-1.0, 1.0, 0.0, 0.0, 0.0, 0.0]), bandit.score(table))
-    student, _ = improve_on_log(bandit, data, logged(epochs=4.0, learning_rate=0.003, clip=10.0), seed=0)
-    assert abs(math.log(probability(student, "yes") / probability(bandit, "yes"))) < 0.2
+def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours in length share a batch; still an epoch's mean gradient is that of the mean over all turns.
+
+    Otherwise an action after which half of the conversations fail at once and half go on to succeed looks bad.
+    """
+    frame = to_frame(scripted, OUTCOMES, 0.3)
+    table = round_of(tiny_policy, frame, load_config()).encoded
+    score = tiny_policy.score(table)
+    luck = np.random.default_rng(0).standard_normal(len(score))
+    gradients: list[torch.Tensor] = []
+
+    def record(model: torch.nn.Module, loss: torch.Tensor, *_: Any) -> float:
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        return 0.0
+
+    monkeypatch.setattr("iterative_ppo.learning.improve.logged.take_step", record)
+    data = LoggedData(table, luck, score)
+    improve_on_log(tiny_policy, data, logged(epochs=1.0, batch_size=10), seed=0)
+    apart = torch.stack(gradients)
+    improve_on_log(tiny_policy, data, logged(epochs=1.0, batch_size=len(scripted)), seed=0)
+    assert len(apart) == 6 and torch.allclose(apart.mean(0), gradients[-1], atol=1e-4)
 
 
 def test_actions_without_a_log_prob_train_nothing(bandit: LanguagePolicy) -> None:

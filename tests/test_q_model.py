@@ -256,6 +256,24 @@ def test_v_hears_as_much_of_conversations_that_go_on_as_of_those_that_end(tiny_p
     assert values.q[0] == values.q[1] == pytest.approx(0.5, abs=0.15)
 
 
+def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours in length share a batch; still an epoch's mean gradient is that of the mean over all turns."""
+    data = a_round(tiny_policy, scripted)
+    gradients: list[torch.Tensor] = []
+
+    def record(model: torch.nn.Module, loss: torch.Tensor, *_: Any) -> float:
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        return 0.0
+
+    monkeypatch.setattr("iterative_ppo.learning.q_model.take_step", record)
+    regress(new_q(tiny_policy), data.encoded, data.returns, replace(how(), batch_size=10), seed=0)
+    apart = torch.stack(gradients)
+    regress(new_q(tiny_policy), data.encoded, data.returns, replace(how(), batch_size=len(scripted)), seed=0)
+    assert len(apart) == 6 and torch.allclose(apart.mean(0), gradients[-1], atol=1e-5)
+
+
 def test_rows_without_a_target_are_left_out(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
     """NaN targets give the very weights that removing those turns would give."""
     data = a_round(tiny_policy, scripted[:10])
@@ -472,7 +490,7 @@ def test_every_causal_lm_has_a_q(tiny_policy: LanguagePolicy, tmp_path: Path, fa
     values = q.evaluate(table)
     assert values.q[0] > values.q[1]
     q.save(tmp_path)
-    assert np.array_equal(QModel.load(tmp_path).evaluate(table).q, values.q)
+    assert np.allclose(QModel.load(tmp_path).evaluate(table).q, values.q, atol=1e-6)
 
 
 def settings_are(text: str) -> Callable[[Path], object]:
