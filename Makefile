@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-slow check format bench bench-learning install clean
+.PHONY: run test test-slow check format bench bench-learning bench-ranking bench-star install clean
 
 run: $(STAMP)
 	$(BIN)/ippo run
@@ -26,10 +26,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-learning bench-star
+bench: bench-learning bench-ranking bench-star
 
 bench-learning: $(STAMP)
 	$(BIN)/python -m benchmarks.learning
+
+bench-ranking: $(STAMP)
+	$(BIN)/python -m benchmarks.ranking
 
 bench-star: $(STAMP)
 	$(BIN)/python -m benchmarks.star

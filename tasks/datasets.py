@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
@@ -52,6 +53,12 @@ def arrived(config: Config, round_number: int) -> pd.DataFrame | None:
     if not folder.exists() or not any(folder.glob("*.parquet")):
         return None
     return turn_table.read(folder, config.outcomes)
+
+
+def label_outcomes(frame: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """Outcomes as reported: R is the sum of the named ones under today's weights, whatever weights a file came with."""
+    named = frame[turn_table.outcome_columns(config.outcomes)].to_numpy(dtype=float)
+    return frame.assign(outcome=named @ np.array(list(config.outcomes.values())))
 
 
 def write_once(path: Path, frame: pd.DataFrame, config: Config) -> Path:

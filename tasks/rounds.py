@@ -17,7 +17,7 @@ from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from tasks import registry, tracking, validation, versioning
-from tasks.datasets import Dataset, arrived, round_folder, turns_folder
+from tasks.datasets import Dataset, arrived, label_outcomes, round_folder, turns_folder
 from tasks.gating import decision_of, gate_stage
 from tasks.learning import (
     PolicyVersion,
@@ -130,7 +130,8 @@ def _arrival_key(context: RoundContext) -> str:
 
 
 def _validated(context: RoundContext, frame: Any, rates: dict[str, float], draft: Path) -> dict[str, float]:
-    checked = validation.validate(frame, context.config, rates, context.round_number)
+    labelled = label_outcomes(frame, context.config)
+    checked = validation.validate(labelled, context.config, rates, context.round_number)
     for warning in checked.warnings:
         get_run_logger().warning(warning)
     turn_table.write(checked.good, draft / "turns.parquet", context.config.outcomes)
