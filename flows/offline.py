@@ -49,7 +49,10 @@ def _round(config: Config) -> dict[str, Any]:
 
 def _taken_up(config: Config) -> list[Conversation]:
     if arrived(config, 0) is None:
-        import_logs(config)
+        _, talks, set_aside = import_logs(config)
+        get_run_logger().info("%d conversations imported, %d set aside", len(talks), set_aside.total())
+        for reason, count in set_aside.most_common():
+            get_run_logger().info("set aside: %d %s", count, reason)
         take_up(config, 0)
     frame = arrived(config, 0)
     assert frame is not None

@@ -30,6 +30,9 @@ def status_lines(config: Config) -> Iterator[str]:
         elif gate["verdict"] == "reject":
             line += f": {gate['reasons'][0]}"
         yield line
+        if distance := record.get("distance"):
+            nats = distance.get("held_out_nats_a_token", float("nan"))
+            yield f"the champion, cloned from the log, is {nats:.2f} nats a token from it on held-out conversations"
 
 
 def publish(config: Config, out: Path) -> Path:

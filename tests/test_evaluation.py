@@ -31,7 +31,12 @@ def score_z(champion: Arm, challenger: Arm) -> float:
 
 @pytest.mark.parametrize(
     ("champion", "challenger"),
-    [(Arm(200, 1000), Arm(250, 1000)), (Arm(30, 150), Arm(20, 140)), (Arm(1, 50), Arm(4, 60)), (Arm(0, 40), Arm(5, 40))],
+    [
+        (Arm(200, 1000), Arm(250, 1000)),
+        (Arm(30, 150), Arm(20, 140)),
+        (Arm(1, 50), Arm(4, 60)),
+        (Arm(0, 40), Arm(5, 40)),
+    ],
 )
 def test_the_p_value_is_that_of_the_score_test(champion: Arm, challenger: Arm) -> None:
     test = ab_test(champion, challenger, 0.05)
@@ -380,5 +385,7 @@ def test_a_stricter_level_asks_for_more() -> None:
     champion, challenger = Arm(100, 500), Arm(122, 500)
     p_value = measured(champion, challenger).p_value
     assert 0.01 < p_value < 0.05 + 0.01
-    verdicts = [outcome_gate(measured(champion, challenger, alpha), 1000).verdict for alpha in (p_value * 1.01, p_value * 0.99)]
+    verdicts = [
+        outcome_gate(measured(champion, challenger, alpha), 1000).verdict for alpha in (p_value * 1.01, p_value * 0.99)
+    ]
     assert verdicts == ["promote", "reject"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,8 +112,8 @@ def test_the_clipped_surrogate_longhand(loss_of: Callable[..., tuple[torch.Tenso
     old = torch.linspace(-3, -1, len(ratio), dtype=torch.float64)
     log_p = (old + ratio.log()).requires_grad_()
     loss, clipped = loss_of(log_p, old, advantage, 0.2)
-    assert float(loss) == pytest.approx(-float(expected.mean()), abs=1e-9)
-    assert float(clipped) == pytest.approx(float(((ratio - 1).abs() > 0.2).double().mean()))
+    assert loss.item() == pytest.approx(-expected.mean().item(), abs=1e-9)
+    assert clipped.item() == pytest.approx(((ratio - 1).abs() > 0.2).double().mean().item())
     loss.backward()
     slope = -ratio * advantage / len(ratio) * passes
     assert log_p.grad is not None
@@ -214,7 +215,9 @@ def test_ppo_finds_the_response_that_a_fitted_q_prefers(bandit: LanguagePolicy) 
     )
     q = QModel.from_policy(bandit, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
     regress(q, table, np.array([float(text == "later") for text in texts]), Regression(40.0, 0.01, 16, 0.5), seed=0)
-    before, after = (speak(p, bandit, q, [prompt(bandit)], 300, seed=1).q for p in (bandit, trained(bandit, ppo(), q=q)))
+    before, after = (
+        speak(p, bandit, q, [prompt(bandit)], 300, seed=1).q for p in (bandit, trained(bandit, ppo(), q=q))
+    )
     best = q.running_values([single(0, prompt(bandit), said(bandit, "later"), True)])[0][-1]
     assert before.mean() < 0.5 * best
     assert after.mean() > 0.9 * best
@@ -227,7 +230,7 @@ def test_the_curve_tells_of_every_rollout(bandit: LanguagePolicy) -> None:
     )
     assert told == [(k, 5) for k in range(1, 6)] and len(curve) == 5
     assert curve[0]["kl_to_reference"] == pytest.approx(0.0, abs=1e-6)
-    assert curve[-1]["q"] > 0.8 > 0.2 > curve[0]["q"]
+    assert curve[0]["q"] < 0.2 and curve[-1]["q"] > 0.8
     assert curve[-1]["entropy"] < curve[0]["entropy"]
     assert curve[-1]["missing_eos"] < 0.1
     assert all(math.isfinite(value) for entry in curve for value in entry.values())
@@ -341,8 +344,6 @@ def test_advantages_are_whitened_over_response_tokens_alone(
 
 
 def with_noise(policy: LanguagePolicy) -> LanguagePolicy:
-    import copy
-
     model = copy.deepcopy(policy.model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

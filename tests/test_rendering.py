@@ -49,7 +49,7 @@ CONVERSATION = st.builds(
     LAST,
     st.none() | TEXT,
 )
-light = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+light = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,9 @@ def test_wordings_of_different_acts_are_different() -> None:
     assert len(texts) == len(set(texts))
 
 
-@pytest.mark.parametrize("text", ["", "blah", "We can do your attic with our basic package.", "thanks for reaching out to us!"])
+@pytest.mark.parametrize(
+    "text", ["", "blah", "We can do your attic with our basic package.", "thanks for reaching out to us!"]
+)
 def test_anything_else_is_unclear(text: str) -> None:
     assert parse(text) == UNCLEAR and business_phrases(UNCLEAR) == ()
 
@@ -152,7 +154,8 @@ def test_the_kernel_is_a_distribution_in_every_reachable_situation() -> None:
                 chances = [chance for chance, _ in replies(hidden, progress, act)]
                 assert min(chances) > 0 and sum(chances) == pytest.approx(1.0, abs=1e-12)
                 assert all(
-                    reply.kind is None or renovation._wordings(hidden, reply) for _, reply in replies(hidden, progress, act)
+                    reply.kind is None or renovation._wordings(hidden, reply)
+                    for _, reply in replies(hidden, progress, act)
                 )
                 situations += 1
     assert len(all_hidden()) == len(set(all_hidden())) == 96
@@ -210,7 +213,7 @@ def test_what_is_sent_fits_how_it_is_said_to_have_fared() -> None:
 
 
 def test_the_posterior_is_that_of_rejection_sampling() -> None:
-    """Customers from the prior, random suggestions: among those with the same history, hidden states are as often as said."""
+    """Customers from the prior: among those with the same history, each hidden state is as frequent as it says."""
     by_history: dict[tuple[str | None, ...], list[tuple[Hidden, Progress]]] = {}
     states: dict[tuple[str | None, ...], State] = {}
     talk = Says(Act("ask_room"))
@@ -268,7 +271,10 @@ def test_what_was_told_and_what_is_pending_is_certain_from_what_was_said() -> No
 
 
 def test_an_attentive_reader_knows_what_was_told() -> None:
-    first, told = openings("brief", "bedroom", True)[0], customer_phrases("tells_budget", "thinking", "brief", "bedroom", "basic")
+    first, told = (
+        openings("brief", "bedroom", True)[0],
+        customer_phrases("tells_budget", "thinking", "brief", "bedroom", "basic"),
+    )
     assert believed(State((), first)) == renovation.Believed("bedroom", None, None)
     asked = Turn(first, (0.0,), ABSTAIN, business_phrases(Act("ask_budget"))[1], None)
     known = believed(State((asked,), told[0]))
@@ -408,7 +414,9 @@ def test_resumed_conversations_continue_the_history() -> None:
 def test_counterfactual_futures_succeed_as_often_as_fresh_ones() -> None:
     """Resuming after one turn and averaging over openings gives the policy's own rate."""
     fresh = success(collect(Script(1.0), Renovation(), 1000, seed=21, policy_version="s"))
-    sessions = [Renovation().resume(session.state, 1, seed=k)[0] for k, session in enumerate(Renovation().start(1000, 22))]
+    sessions = [
+        Renovation().resume(session.state, 1, seed=k)[0] for k, session in enumerate(Renovation().start(1000, 22))
+    ]
     play(Script(1.0, seed=1), sessions, seed=0)
     resumed = float(np.mean([session.turns[-1].outcomes[0] for session in sessions]))
     assert abs(fresh - resumed) < 4 * np.sqrt(2 * fresh * (1 - fresh) / 1000)
