@@ -113,26 +113,35 @@ def train(config: Config, store: tracking.Tracking, state: NightState) -> NightS
     assert version is not None
     context = rounds.open_round(config, store, state.round)
     champion = rounds.policy_version(store, version)
-    dataset = frozen(config, state.round)
+    record = challenge(context, champion, frozen(config, state.round))
+    state = state.advance(rounds=[*state.rounds, record])
+    if record["offline"]["verdict"] != "test":
+        return _close_round(config, store, state, "collect")
+    return _saved(config, state.advance(phase="test", experiment=experiment(record)))
+
+
+def challenge(context: RoundContext, champion: PolicyVersion, dataset: Dataset) -> dict[str, Any]:
+    """Returns, lines 5 to 7 of Algorithm 1, the offline gate, registration; the round's record in the state."""
     rounds.returns(context, dataset)
     q, candidate = policy_iteration_step(champion, dataset, TaskSteps(context))
     assert isinstance(candidate, Candidate)
     decision, _ = rounds.gate(context, champion, candidate, q, dataset)
     challenger = rounds.register(context, champion, candidate, q, dataset, decision)
-    record = {
-        "round": state.round,
-        "champion": version,
+    get_run_logger().info("round %d: policy %d, offline gate: %s", context.round_number, challenger, decision.verdict)
+    return {
+        "round": context.round_number,
+        "champion": champion.version,
         "challenger": challenger,
         "q": q.version,
         "data_md5": dataset.md5,
         "offline": decision.as_dict(),
     }
-    get_run_logger().info("round %d: policy %d, offline gate: %s", state.round, challenger, decision.verdict)
-    state = state.advance(rounds=[*state.rounds, record])
-    if decision.verdict != "test":
-        return _close_round(config, store, state, "collect")
-    experiment = Experiment(salt=f"round-{state.round:04d}", champion=version, challenger=challenger)
-    return _saved(config, state.advance(phase="test", experiment=experiment))
+
+
+def experiment(record: dict[str, Any]) -> Experiment:
+    """The A/B test that a round's record calls for; a new salt each round."""
+    salt = f"round-{record['round']:04d}"
+    return Experiment(salt=salt, champion=record["champion"], challenger=record["challenger"])
 
 
 def frozen(config: Config, number: int) -> Dataset:

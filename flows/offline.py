@@ -9,15 +9,13 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.night import TaskSteps, outcome_rates
-from iterative_ppo.algorithm import policy_iteration_step
+from flows.night import challenge, experiment, outcome_rates
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.mdp.conversation import Conversation, part_of
 from tasks import registry, rounds, tracking
 from tasks.datasets import Dataset, arrived, take_up
 from tasks.learning import PolicyVersion
-from tasks.rounds import Candidate
-from tasks.state import Experiment, NightState, load_state, only_one, save_state
+from tasks.state import NightState, load_state, only_one, save_state
 from tasks.traffic import LOGGED, import_logs
 
 
@@ -74,26 +72,12 @@ def _improve(
     config: Config, store: tracking.Tracking, state: NightState, champion: PolicyVersion, dataset: Dataset
 ) -> dict[str, Any]:
     context = rounds.open_round(config, store, state.round)
-    rounds.returns(context, dataset)
     distance = rounds.distance(context, champion, dataset)
-    q, candidate = policy_iteration_step(champion, dataset, TaskSteps(context))
-    assert isinstance(candidate, Candidate)
-    decision, _ = rounds.gate(context, champion, candidate, q, dataset)
-    version = rounds.register(context, champion, candidate, q, dataset, decision)
-    record = {
-        "round": state.round,
-        "champion": champion.version,
-        "challenger": version,
-        "q": q.version,
-        "data_md5": dataset.md5,
-        "offline": decision.as_dict(),
-        "distance": distance,
-    }
-    passed = decision.verdict == "test"
-    experiment = Experiment(salt="round-0000", champion=champion.version, challenger=version) if passed else None
+    record = challenge(context, champion, dataset) | {"distance": distance}
+    passed = record["offline"]["verdict"] == "test"
     state = state.advance(
         phase="test" if passed else "finished",
-        experiment=experiment,
+        experiment=experiment(record) if passed else None,
         rounds=[*state.rounds, record],
         outcome_rates=outcome_rates(dataset, config),
     )
