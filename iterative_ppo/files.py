@@ -48,6 +48,18 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path}: not valid JSON ({error}); restore it or remove it") from None
 
 
+def read_settings(path: Path, known: int) -> dict[str, Any]:
+    """Read a JSON object whose `format` is at most `known`. Raises StoreError."""
+    values = read_json(path)
+    written = values.get("format", 0) if isinstance(values, dict) else None
+    if not isinstance(written, int):
+        raise StoreError(f"{path}: expected a JSON object whose format is a number; restore it")
+    if written > known:
+        raise StoreError(f"{path}: format {written}, this program knows up to {known}; install a newer one")
+    settings: dict[str, Any] = values
+    return settings
+
+
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory beside `path` that becomes `path` when the block ends well, and vanishes otherwise."""
@@ -90,11 +102,12 @@ def fingerprint(*values: Any) -> str:
 
 
 def content_hash(path: Path, leave_out: str | None = None) -> str:
-    """A short hash of a file, or of all files below a directory (but those named `leave_out`) with their names."""
+    """A short hash of a file, or of all files below a directory (but `leave_out` in it) with their names."""
     if not path.exists():
         raise StoreError(f"{path}: not found")
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != leave_out)
+    left_out = path / leave_out if leave_out else None
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p != left_out)
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())

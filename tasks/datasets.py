@@ -10,6 +10,7 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.evaluation.ab_test import Arm
+from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
 
 
@@ -39,11 +40,17 @@ def inbox(config: Config) -> Path:
 
 
 def take_up(config: Config, round_number: int) -> list[Path]:
-    """Move what lies in the inbox to the round that gathers it (a rename each, so nothing is lost or taken twice)."""
+    """Move what lies in the inbox to the round that gathers it (a rename each, so nothing is lost or taken twice).
+
+    Another file under a name that was taken before gets its content's hash for a second name.
+    """
     target = round_folder(config, round_number) / "arrived"
     for file in sorted(inbox(config).glob("*.parquet")):
         target.mkdir(parents=True, exist_ok=True)
-        file.replace(target / file.name)
+        place = target / file.name
+        if place.exists() and content_hash(place) != content_hash(file):
+            place = target / f"{file.stem}-{content_hash(file)}.parquet"
+        file.replace(place)
     return sorted(target.glob("*.parquet"))
 
 

@@ -53,17 +53,24 @@ def run_stage(path: Path, inputs: Mapping[str, Any], work: Callable[[Path], Mapp
 
 def load_stage(path: Path) -> Stage:
     """A stage that must have been finished. Raises StoreError."""
-    record = read_json(path / RECORD)
+    record = _record(path)
     return Stage(path, record["key"], record["metrics"], True)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = read_json(path / RECORD)
+    if not isinstance(record, dict) or not {"key", "metrics", "content"} <= record.keys():
+        raise StoreError(f"{path / RECORD}: not the record of a stage; remove {path} to have the stage done anew")
+    return record
 
 
 def _finished(path: Path, key: str) -> dict[str, Any] | None:
     """The record, where the stage was finished with this key and its files are still what they were."""
     try:
-        record: dict[str, Any] = read_json(path / RECORD)
+        record = _record(path)
     except StoreError:
         return None
-    return record if record.get("key") == key and record.get("content") == content_hash(path, RECORD) else None
+    return record if record["key"] == key and record["content"] == content_hash(path, RECORD) else None
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -7,16 +7,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import time
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from iterative_ppo.errors import StoreError
-from iterative_ppo.files import read_json, write_json
+from iterative_ppo.files import read_settings, write_json
 
 FORMAT = 1
 DRAFT = re.compile(r"\..+\.[a-z0-9_]{8}")
+DELIVERY_SECONDS = 24 * 3600
 Phase = Literal["collect", "train", "test", "finished"]
 
 
@@ -64,11 +66,8 @@ def load_state(root: Path) -> NightState:
     path = state_file(root)
     if not path.exists():
         return NightState()
-    values = read_json(path)
-    if isinstance(values, dict) and values.get("format", 0) > FORMAT:
-        raise StoreError(f"{path}: format {values['format']}, this program knows up to {FORMAT}; install a newer one")
     try:
-        return NightState.model_validate(values)
+        return NightState.model_validate(read_settings(path, FORMAT))
     except ValidationError as error:
         first = error.errors()[0]
         raise StoreError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; restore the file") from None
@@ -82,20 +81,29 @@ def save_state(root: Path, state: NightState) -> None:
 def only_one(root: Path) -> Iterator[None]:
     """Hold the lock of a night, drafts of a killed one swept. Raises StoreError at once where another holds it."""
     root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / "night.lock", timeout=0)
     try:
-        with FileLock(root / "night.lock", timeout=0):
-            sweep(root)
-            yield
+        lock.acquire()
     except Timeout:
         raise StoreError(
             f"{root}: another run is at work here; wait for it, or give this one its own data.root"
         ) from None
+    try:
+        sweep(root)
+        yield
+    finally:
+        lock.release()
 
 
 def sweep(root: Path) -> None:
-    """Remove the drafts that a killed run left beside what it was writing (names that `files` gives to drafts)."""
+    """Remove the drafts that a killed run left beside what it was writing (names that `files` gives to drafts).
+
+    Who delivers to the inbox holds no lock of ours, so a draft there counts as left only after a day.
+    """
     for folder in ("inbox", "quarantine", "rounds", "turns"):
         for path in [p for p in (root / folder).rglob(".*") if DRAFT.fullmatch(p.name)]:
+            if folder == "inbox" and path.exists() and time() - path.stat().st_mtime < DELIVERY_SECONDS:
+                continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

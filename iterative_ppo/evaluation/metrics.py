@@ -9,8 +9,9 @@ import numpy as np
 
 def r_squared(truth: np.ndarray, predicted: np.ndarray) -> float:
     """1 - SS_res / SS_tot; NaN where the truth does not vary."""
-    total = ((truth - truth.mean()) ** 2).sum()
-    return float(1.0 - ((truth - predicted) ** 2).sum() / total) if total > 0 else float("nan")
+    if np.ptp(truth) == 0:
+        return float("nan")
+    return float(1.0 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
 
 
 def auc(positive: np.ndarray, score: np.ndarray) -> float:
@@ -65,10 +66,11 @@ def calibration(
 
 def within_state_ranking(truth: np.ndarray, predicted: np.ndarray) -> float:
     """Correlation of two (S, A) arrays after subtracting each state's mean from both: what PPO lives on."""
+    if not (np.ptp(truth, axis=1).any() and np.ptp(predicted, axis=1).any()):
+        return float("nan")
     a = (truth - truth.mean(axis=1, keepdims=True)).ravel()
     b = (predicted - predicted.mean(axis=1, keepdims=True)).ravel()
-    spread = np.sqrt((a**2).sum() * (b**2).sum())
-    return float((a * b).sum() / spread) if spread > 0 else float("nan")
+    return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
 
 
 def proportion_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:

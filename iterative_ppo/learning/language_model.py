@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.errors import ModelError, StoreError
-from iterative_ppo.files import read_json, write_json
+from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches, response_positions
 from iterative_ppo.mdp.conversation import State, Suggestion
 from iterative_ppo.mdp.rendering import Renderer
@@ -74,9 +74,9 @@ class LanguagePolicy:
     def load(cls, path: Path | str, settings: PolicySettings | None = None, device: str = "cpu") -> LanguagePolicy:
         """Load a saved policy, or any causal LM given `settings`. Raises ModelError with the reason."""
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(str(path))
+            model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{path}: not a causal language model that can be loaded offline ({reason})") from None
         if settings is None:
@@ -113,7 +113,7 @@ class LanguagePolicy:
         ended = bool(tokens) and tokens[-1] == self.renderer.eos
         text: Any = self.tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=False)
         text = text.strip()
-        status = "abstained" if text in ("", self.settings.abstain) else "suggested"
+        status = "abstained" if not text or self.settings.abstain in text else "suggested"
         action = Suggestion("" if status == "abstained" else text, status)  # type: ignore[arg-type]
         exact = self.renderer.response(action) == tuple(tokens)
         return Suggestion(action.text, action.status, logprob if exact else None)
@@ -235,11 +235,8 @@ def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Ten
 
 
 def _read_settings(path: Path) -> PolicySettings:
-    values = read_json(path)
-    if values.get("format", 0) > FORMAT:
-        raise StoreError(f"{path}: policy format {values['format']}, this program knows up to {FORMAT}")
     try:
-        return PolicySettings(**values)
+        return PolicySettings(**read_settings(path, FORMAT))
     except TypeError as error:
         raise StoreError(f"{path}: not a policy's settings ({error})") from None
 

@@ -10,16 +10,24 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForTokenClassification
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import ModelError, StoreError, TrainingError
-from iterative_ppo.files import read_json, write_json
+from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning.batching import (
     Batch,
     EncodedTable,
@@ -73,25 +81,25 @@ class QModel:
         config.num_labels = 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            try:
-                model = AutoModelForTokenClassification.from_config(config)
-            except ValueError as error:
-                raise ModelError(f"{config.model_type}: no token-level value head in transformers ({error})") from None
+            model: Any = value_class(config)(config)
         model.base_model.load_state_dict(policy.model.base_model.state_dict())
         return cls(model.to(policy.model.device), settings, policy.pad)
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> QModel:
         """Load a saved Q. Raises StoreError or ModelError with the reason."""
-        values = read_json(path / SETTINGS)
-        if values.get("format", 0) > FORMAT:
-            raise StoreError(f"{path}: Q format {values['format']}, this program knows up to {FORMAT}")
-        pad = values.pop("pad")
+        values = read_settings(path / SETTINGS, FORMAT)
         try:
-            model = AutoModelForTokenClassification.from_pretrained(str(path))
-            return cls(model.to(device), QSettings(**values), pad)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            pad = values.pop("pad")
+            settings = QSettings(**values)
+        except (KeyError, TypeError) as error:
+            raise StoreError(f"{path / SETTINGS}: not a Q's settings ({error})") from None
+        try:
+            config = AutoConfig.from_pretrained(str(path))
+            model: Any = value_class(config).from_pretrained(str(path), dtype=torch.float32)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{path}: not a saved Q-model ({' '.join(str(error).split())[:200]})") from None
+        return cls(model.to(device), settings, pad)
 
     def save(self, path: Path) -> None:
         """Save weights (safetensors) and settings into a directory that `load` reads."""
@@ -142,6 +150,22 @@ class QModel:
         return result
 
 
+def value_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """A head a token on every causal LM: transformers has one for half of the families (none for Gemma 3, OPT)."""
+    kind = type(config)
+    known: Any = AutoModelForTokenClassification._model_mapping
+    causal_lms: Any = AutoModelForCausalLM._model_mapping
+    if kind in known:
+        head: type[PreTrainedModel] = known[kind]
+        return head
+    if kind not in causal_lms:
+        raise ModelError(f"{config.model_type}: not a causal language model, so it can carry no Q")
+    causal = causal_lms[kind]
+    family = next(base for base in causal.__mro__ if base.__name__.endswith("PreTrainedModel"))
+    parts = {"config_class": kind, "__module__": causal.__module__}
+    return type(f"{causal.__name__}WithValue", (GenericForTokenClassification, family), parts)
+
+
 @dataclass(frozen=True)
 class Regression:
     """How one regression runs: passes over the data, step size, batch of conversations."""
@@ -175,8 +199,10 @@ def regress(
     optimizer, schedule = optimizer_for(q.model, how.learning_rate, steps)
     losses = []
     rng = np.random.default_rng(seed)
+    turns = sum(x.trains and bool(np.isfinite(targets[x.row])) for s in usable for x in s.spans)
+    usual = turns / step_count(len(usable), how.batch_size, 1.0)
     for step, batch in enumerate(training_batches(usable, how.batch_size, how.epochs, q.pad, rng)):
-        loss = _regression_loss(q, batch, targets, how.running_weight)
+        loss = _regression_loss(q, batch, targets, how.running_weight, usual)
         take_step(q.model, loss, optimizer, schedule)
         losses.append(loss.item())
         if progress:
@@ -186,7 +212,12 @@ def regress(
     return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
-def _regression_loss(q: QModel, batch: Batch, targets: np.ndarray, running_weight: float) -> torch.Tensor:
+def _regression_loss(q: QModel, batch: Batch, targets: np.ndarray, running_weight: float, usual: float) -> torch.Tensor:
+    """The batch's loss over the usual number of turns in a batch.
+
+    Neighbours in length share a batch, so a mean over each batch's own turns would weigh a turn by how short its
+    conversation is going to be: V(s) would hear less of the conversations that go on.
+    """
     spans = np.flatnonzero(batch.trains & np.isfinite(targets[batch.row]))
     span, sequence, position = response_positions(batch, spans)
     last = position == batch.end[span] - 1
@@ -200,7 +231,7 @@ def _regression_loss(q: QModel, batch: Batch, targets: np.ndarray, running_weigh
     device = logits.device
     chosen = logits[torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)]
     w = torch.from_numpy(weight).float().to(device)
-    return (w * q.loss(chosen, torch.from_numpy(target).float().to(device))).sum() / w.sum()
+    return (w * q.loss(chosen, torch.from_numpy(target).float().to(device))).sum() / ((2.0 + running_weight) * usual)
 
 
 def optimizer_for(

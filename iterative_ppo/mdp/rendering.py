@@ -8,6 +8,7 @@ falls back to a sequence a turn where a template or truncation breaks it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,9 @@ class Renderer:
         self.eos: int = tokenizer.eos_token_id
         vocabulary = tokenizer.get_vocab()
         self._labels = {name: token if token in vocabulary else _PLAIN[name] for name, token in MARKERS.items()}
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(tokenizer.all_special_tokens)
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def ids(self, text: str) -> tuple[int, ...]:
@@ -99,14 +103,13 @@ class Renderer:
             self._cache[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         return self._cache[text]
 
+    def _plain(self, message: str | None) -> str:
+        """A message in which special tokens stay letters: nobody writes a turn of their own into the conversation."""
+        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", message or "")
+
     def response(self, suggestion: Suggestion) -> tuple[int, ...]:
         """Token ids of an action, end of sequence included. An unlogged one has a stand-in, which never trains."""
-        return (*self._action(suggestion), self.eos)
-
-    def _action(self, suggestion: Suggestion) -> tuple[int, ...]:
-        if suggestion.status == "missing":
-            return self.ids(self._labels["missing"])
-        return self.ids(self.abstain if suggestion.status == "abstained" else suggestion.text or "")
+        return (*self.ids(self._spoken(suggestion)), self.eos)
 
     def prompt(self, state: State) -> Prompt:
         """The prompt of a state, without its oldest turns where it would be too long."""
@@ -123,34 +126,34 @@ class Renderer:
         label = {name: self.ids(text) for name, text in self._labels.items()}
         tokens: list[int] = []
         if state.context is not None:
-            tokens += label["context"] + self.ids(state.context)
+            tokens += label["context"] + self.ids(self._plain(state.context))
         for turn in state.history:
-            tokens += label["customer"] + self.ids(turn.customer_message or "") + label["suggestion"]
+            tokens += label["customer"] + self.ids(self._plain(turn.customer_message)) + label["suggestion"]
             tokens += self.response(_action_of(turn)) + label["business"]
             tokens += self.ids(self._sent(turn))
-        tokens += label["customer"] + self.ids(state.customer_message) + label["suggestion"]
+        tokens += label["customer"] + self.ids(self._plain(state.customer_message)) + label["suggestion"]
         return tuple(tokens)
 
     def _sent(self, turn: Turn) -> str:
         if turn.business_message is None:
             return self._labels["no_reply"]
-        return self._labels["verbatim"] if turn.adoption == "verbatim" else turn.business_message
+        return self._labels["verbatim"] if turn.adoption == "verbatim" else self._plain(turn.business_message)
 
     def _chat(self, state: State) -> tuple[int, ...]:
         messages: list[dict[str, str]] = []
-        heard = f"{_PLAIN['context']}{state.context}\n" if state.context is not None else ""
+        heard = f"{_PLAIN['context']}{self._plain(state.context)}\n" if state.context is not None else ""
         for turn in state.history:
-            messages.append({"role": "user", "content": f"{heard}Customer: {turn.customer_message or ''}"})
+            messages.append({"role": "user", "content": f"{heard}Customer: {self._plain(turn.customer_message)}"})
             messages.append({"role": "assistant", "content": self._spoken(_action_of(turn))})
             heard = f"Business: {self._sent(turn)}\n"
-        messages.append({"role": "user", "content": f"{heard}Customer: {state.customer_message}"})
+        messages.append({"role": "user", "content": f"{heard}Customer: {self._plain(state.customer_message)}"})
         text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _spoken(self, suggestion: Suggestion) -> str:
         if suggestion.status == "missing":
             return self._labels["missing"]
-        return self.abstain if suggestion.status == "abstained" else suggestion.text or ""
+        return self.abstain if suggestion.status == "abstained" else self._plain(suggestion.text)
 
     def encode(self, conversation: Conversation, first_row: int = 0) -> tuple[list[Encoded], int]:
         """All turns with an action as token sequences, and the number of turns that truncation took from prompts.

@@ -64,17 +64,20 @@ def improve_on_log(
     if not config.epochs or not steps:
         return policy, []
     spread = data.advantage[usable].std()
-    if not spread > 0:
+    if np.ptp(data.advantage[usable]) <= 1e-9 * np.abs(data.advantage[usable]).max():
         raise TrainingError("all logged advantages are equal: nothing to learn from (are all outcomes the same?)")
     advantage = (data.advantage - data.advantage[usable].mean()) / spread
     model = copy.deepcopy(policy.model)
     student = LanguagePolicy(model, policy.tokenizer, policy.settings)
     optimizer, schedule = optimizer_for(model, config.learning_rate, steps)
     curve = []
+    turns = sum(x.trains and bool(usable[x.row]) for s in sequences for x in s.spans)
+    usual = turns / step_count(len(sequences), config.batch_size, 1.0)
     rng = np.random.default_rng(seed)
     for step, batch in enumerate(training_batches(sequences, config.batch_size, config.epochs, policy.pad, rng)):
         spans = np.flatnonzero(batch.trains & usable[batch.row])
         loss, clipped = _batch_loss(student, batch, spans, advantage, data.behaviour, config.clip)
+        loss = loss * (len(spans) / usual)  # neighbours in length share a batch: a turn weighs the same in each
         norm = take_step(model, loss, optimizer, schedule)
         curve.append({"loss": loss.item(), "clip_fraction": clipped.item(), "gradient_norm": norm})
         if progress:

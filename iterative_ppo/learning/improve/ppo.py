@@ -50,9 +50,10 @@ def ppo_loss(
 
 @dataclass(frozen=True)
 class Episodes:
-    """Sampled responses, one sequence each. Per episode: reward and KL; per token: old log-prob, advantage."""
+    """Sampled responses, one sequence each. Per episode: Q, reward, KL; per token: old log-prob, advantage."""
 
     table: EncodedTable
+    q: np.ndarray
     reward: np.ndarray
     kl: np.ndarray
     finished: np.ndarray
@@ -115,7 +116,8 @@ def roll_out(
     flat = np.concatenate(advantages)
     mean, spread = flat.mean(), flat.std()
     whitened = [(a - mean) / (spread + 1e-8) for a in advantages]
-    return Episodes(table, reward, kls, responses.finished, old, whitened)
+    q_values = np.array([value[-1] * scale for value in values])
+    return Episodes(table, q_values, reward, kls, responses.finished, old, whitened)
 
 
 def improve(
@@ -154,10 +156,10 @@ def improve(
     for k in range(rollouts):
         chosen = [prompts[i] for i in rng.integers(len(prompts), size=per_rollout)]
         episodes = roll_out(student, anchor, q, chosen, config, scale, seed + 7919 * (k + 1))
-        if k == 0 and episodes.reward.std() == 0:
+        if k == 0 and np.ptp(episodes.q) <= 1e-6 * np.abs(episodes.q).max():
             raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
         losses = _update(student, episodes, config, optimizer, schedule, rng)
-        curve.append(_summary(episodes, losses, scale))
+        curve.append(_summary(episodes, losses))
         if progress:
             progress(k + 1, rollouts)
     if not all(torch.isfinite(p).all() for p in model.parameters()):
@@ -186,11 +188,11 @@ def _update(
     return losses
 
 
-def _summary(episodes: Episodes, losses: list[tuple[float, float]], scale: float) -> dict[str, float]:
+def _summary(episodes: Episodes, losses: list[tuple[float, float]]) -> dict[str, float]:
     loss, clipped = np.mean(losses, axis=0)
     lengths = [len(a) for a in episodes.advantage]
     return {
-        "q": float(episodes.reward.mean() * scale),
+        "q": float(episodes.q.mean()),
         "kl_to_reference": float(episodes.kl.mean()),
         "entropy": float(-np.concatenate(episodes.old_log_p).mean()),
         "response_tokens": float(np.mean(lengths)),
