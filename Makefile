@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-slow check format bench bench-learning bench-ranking bench-star install clean
+.PHONY: run test test-slow check format bench bench-run bench-learning bench-ranking bench-star install clean
 
 run: $(STAMP)
 	$(BIN)/ippo run
@@ -26,7 +26,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-learning bench-ranking bench-star
+bench: bench-run bench-learning bench-ranking bench-star
+
+bench-run: $(STAMP)
+	$(BIN)/python -m benchmarks.run
 
 bench-learning: $(STAMP)
 	$(BIN)/python -m benchmarks.learning
