@@ -11,7 +11,8 @@ from prefect.logging import get_run_logger
 
 from flows.night import challenge, experiment, outcome_rates
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.mdp.conversation import Conversation, part_of
+from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.turn_table import conversations, part_of_conversation
 from tasks import registry, rounds, tracking
 from tasks.datasets import Dataset, arrived, take_up
 from tasks.learning import PolicyVersion
@@ -54,18 +55,13 @@ def _taken_up(config: Config) -> list[Conversation]:
         take_up(config, 0)
     frame = arrived(config, 0)
     assert frame is not None
-    from iterative_ppo.mdp.turn_table import conversations
-
     return list(conversations(frame))
 
 
 def for_cloning(config: Config, talks: Sequence[Conversation]) -> list[Conversation]:
     """The fit part of a log: what pi_0 is cloned from, so that the evidence part stays unseen by it too."""
-
-    def unit(talk: Conversation) -> str:
-        return talk.customer_id if config.data.split_by == "customer" else talk.business_id or talk.customer_id
-
-    return [talk for talk in talks if part_of(unit(talk), config.data.evidence_share) == "fit"]
+    share, split_by = config.data.evidence_share, config.data.split_by
+    return [talk for talk in talks if part_of_conversation(talk, share, split_by) == "fit"]
 
 
 def _improve(

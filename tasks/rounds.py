@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -111,11 +110,14 @@ def policy_version(store: tracking.Tracking, version: int, logged_as: str | None
 def freeze_dataset(context: RoundContext, rates: dict[str, float]) -> Dataset:
     """What arrived becomes the round's dataset: outcomes labelled as reported, validated, versioned by DVC."""
     config, number = context.config, context.round_number
-    frame = arrived(config, number)
     stage = run_stage(
         context.folder / "validated",
-        {"arrived": _arrival_key(context), "data": config.data.model_dump(), "outcomes": config.outcomes},
-        lambda draft: _validated(context, frame, rates, draft),
+        {
+            "arrived": content_hash(context.folder / "arrived"),
+            "data": config.data.model_dump(),
+            "outcomes": config.outcomes,
+        },
+        lambda draft: _validated(context, rates, draft),
     )
     target = turns_folder(config, number)
     turns = turn_table.read(stage.path / "turns.parquet", config.outcomes)
@@ -125,11 +127,9 @@ def freeze_dataset(context: RoundContext, rates: dict[str, float]) -> Dataset:
     return Dataset(number, target, version.md5)
 
 
-def _arrival_key(context: RoundContext) -> str:
-    return content_hash(context.folder / "arrived")
-
-
-def _validated(context: RoundContext, frame: Any, rates: dict[str, float], draft: Path) -> dict[str, float]:
+def _validated(context: RoundContext, rates: dict[str, float], draft: Path) -> dict[str, float]:
+    frame = arrived(context.config, context.round_number)
+    assert frame is not None, "a round is frozen only after conversations have arrived"
     labelled = label_outcomes(frame, context.config)
     checked = validation.validate(labelled, context.config, rates, context.round_number)
     for warning in checked.warnings:

@@ -283,6 +283,11 @@ class Round:
     returns: np.ndarray
     fit: np.ndarray
 
+    @property
+    def fit_returns(self) -> np.ndarray:
+        """(N,) returns of the fit part, NaN in the evidence part: what a regression may see."""
+        return np.where(self.fit, self.returns, np.nan)
+
 
 def fit_q(
     policy: LanguagePolicy,
@@ -301,11 +306,11 @@ def fit_q(
     c = config.q
     if c.target == "monte_carlo":
         how = Regression(c.epochs, c.learning_rate, c.batch_size, c.running_weight)
-        regress(q, current.encoded, np.where(current.fit, current.returns, np.nan), how, config.seed, progress)
+        regress(q, current.encoded, current.fit_returns, how, config.seed, progress)
         return q
     v = q.copy()
     how = Regression(c.value_epochs, c.value_learning_rate, c.value_batch_size, c.running_weight)
-    regress(v, current.encoded, np.where(current.fit, current.returns, np.nan), how, config.seed, progress)
+    regress(v, current.encoded, current.fit_returns, how, config.seed, progress)
     rounds = [current, *replay]
     targets = [
         np.where(r.fit, one_step_targets(r.reward, r.last, v.evaluate(r.encoded).v, config.gamma), np.nan)

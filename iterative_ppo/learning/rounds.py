@@ -43,7 +43,7 @@ def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Pr
     """A first Q from the outcomes of the corpus that pi_0 was cloned from: a start for round 0's, never used itself."""
     q = QModel.from_policy(policy, QSettings.of(config), config.seed)
     how = Regression(config.q.corpus_epochs, config.q.learning_rate, 2 * config.q.batch_size, config.q.running_weight)
-    regress(q, corpus.encoded, np.where(corpus.fit, corpus.returns, np.nan), how, config.seed, progress)
+    regress(q, corpus.encoded, corpus.fit_returns, how, config.seed, progress)
     return q
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from iterative_ppo.errors import StoreError, TurnTableError, did_you_mean
 from iterative_ppo.files import write_bytes
-from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn, part_of
+from iterative_ppo.mdp.conversation import Conversation, Part, Suggestion, Turn, part_of
 
 SCHEMA_VERSION = 1
 OUTCOME_PREFIX = "outcome_"
@@ -70,8 +70,7 @@ def to_frame(
     weights = np.array(list(outcomes.values()))
     rows: list[tuple[Any, ...]] = []
     for talk in conversations:
-        unit = talk.customer_id if split_by == "customer" else talk.business_id or talk.customer_id
-        part = part_of(unit, evidence_share)
+        part = part_of_conversation(talk, evidence_share, split_by)
         for number, turn in enumerate(talk.turns, start=1):
             if len(turn.outcomes) != len(weights):
                 raise TurnTableError(
@@ -102,6 +101,12 @@ def to_frame(
                 )
             )
     return conform(pd.DataFrame(rows, columns=turn_schema(outcomes).names, dtype=object), outcomes)
+
+
+def part_of_conversation(talk: Conversation, evidence_share: float, split_by: str) -> Part:
+    """The data part of a conversation, by the id that `split_by` names; its customer stands in for no business."""
+    unit = talk.customer_id if split_by == "customer" else talk.business_id or talk.customer_id
+    return part_of(unit, evidence_share)
 
 
 def conform(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
