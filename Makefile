@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-slow check format bench bench-run bench-learning bench-ranking bench-star install clean
+.PHONY: run test test-slow check format bench bench-run bench-learning bench-ranking bench-star bench-q bench-gate install clean
 
 run: $(STAMP)
 	$(BIN)/ippo run
@@ -26,7 +26,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-run bench-learning bench-ranking bench-star
+bench: bench-run bench-learning bench-ranking bench-star bench-q bench-gate
 
 bench-run: $(STAMP)
 	$(BIN)/python -m benchmarks.run
@@ -39,6 +39,12 @@ bench-ranking: $(STAMP)
 
 bench-star: $(STAMP)
 	$(BIN)/python -m benchmarks.star
+
+bench-q: $(STAMP)
+	$(BIN)/python -m benchmarks.q
+
+bench-gate: $(STAMP)
+	$(BIN)/python -m benchmarks.gate
 
 install: $(STAMP)
 

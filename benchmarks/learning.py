@@ -26,12 +26,20 @@ from tasks.traffic import copying_lessons, environment, outcome_of, scripted_cor
 WORK = Path(__file__).parent / "work" / "learning"
 ROUND, EVALUATION = 1500, 5000
 OURS, CLONING, MYOPIC = "iterative PPO", "filtered behaviour cloning", "myopic: trained on acceptance"
+BEST_OF_N = "best of n by Q, cloned"
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
     CLONING: {},
     MYOPIC: {"improve.reward": "acceptance", "q.corpus_epochs": 0.0},
+    BEST_OF_N: {"improve.ppo.episodes": 0},
+    "logged pass, then PPO": {
+        "improve.logged.epochs": 5.0,
+        "improve.best_of_n.epochs": 0.0,
+        "improve.ppo.kl_coefficient": 0.3,
+    },
     "paper's shape: PPO alone, KL to pi_i, Monte Carlo Q": {
-        "improve.logged.epochs": 0.0,
+        "improve.best_of_n.epochs": 0.0,
+        "improve.ppo.kl_coefficient": 0.3,
         "improve.ppo.episodes": 3072,
         "improve.ppo.reference": "champion",
         "q.target": "monte_carlo",
@@ -117,7 +125,7 @@ def _clone(config: Config, policy: Any, talks: list[Any]) -> Any:
 
 def _policy_iteration(config: Config, policy: Any, frame: Any, before: Path, draft: Path) -> Any:
     """Lines 5 to 7 of Algorithm 1, in memory: the same functions as the pipeline's stages."""
-    from iterative_ppo.learning.improve.ppo import prompts_of
+    from iterative_ppo.learning.improve.episodes import prompts_of
     from iterative_ppo.learning.q_model import QModel
     from iterative_ppo.learning.rounds import evaluate_policy, improve_policy, round_of
     from iterative_ppo.mdp import turn_table
@@ -182,10 +190,15 @@ def _comparisons(rate: dict[tuple[str, int], np.ndarray], seeds: list[int], roun
         figure("mean success after the last round over pi_0's", ratio, interval, ">= 3", ratio >= 3, seeds),
         figure("pi_0's success", start.mean(), mean_interval(start)[1:], ".15 to .25", inside, seeds),
     ]
-    for name, method, number in (("filtered behaviour cloning", CLONING, rounds), ("acceptance", MYOPIC, 1)):
+    for method, number in [(m, n) for m in METHODS if m != OURS for n in range(1, rounds + 1)]:
         if (method, number) in rate:
             mean, low, high = mean_interval(rate[OURS, number] - rate[method, number])
-            rows.append(figure(f"margin over {name}, round {number}", mean, (low, high), "> 0", low > 0, seeds))
+            rows.append(figure(f"margin over {method}, round {number}", mean, (low, high), "> 0", low > 0, seeds))
+    for number, least in ((1, 0.58), (3, 0.82)):
+        if (OURS, number) in rate:
+            mean, low, high = mean_interval(rate[OURS, number])
+            what = f"success after {number} rounds"
+            rows.append(figure(what, mean, (low, high), f">= {least}", mean >= least, seeds))
     oracle = outcome_of(collect(Script(1.0), environment(configuration(OURS, 0)), EVALUATION, 99, "oracle"))
     return [*rows, figure("the scripted oracle's success", oracle.rate, None, ">= .80", oracle.rate >= 0.8)]
 
@@ -196,6 +209,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="run these alone")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "SEED"), help="one method and seed, in this process")
     arguments = parser.parse_args()
     if arguments.cell:
@@ -203,7 +217,7 @@ def main() -> None:
         run_cell(method, int(seed), ROUNDS.get(method, arguments.rounds))
         return
     seeds = list(range(arguments.seeds))
-    for method in METHODS:  # the first makes each seed's pi_0, which the others share
+    for method in arguments.methods:  # the first makes each seed's pi_0, which the others share
         _in_processes([(method, seed) for seed in seeds], arguments)
     write("bench-learning", table(seeds, arguments.rounds))
 

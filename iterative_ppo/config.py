@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from iterative_ppo.errors import ConfigError, did_you_mean
 
+GUARDRAILS = ("gate", "guardrails")
 DEFAULTS = Path(__file__).resolve().parents[1] / "params.yaml"
 
 Share = Field(ge=0.0, le=1.0)
@@ -79,9 +81,25 @@ class SimulatorConfig(Frozen):
     max_business_turns: int = Count
 
 
+class LoRAConfig(Frozen):
+    rank: int = Field(ge=0)
+    """0 trains all weights; otherwise low-rank adapters of this rank are trained (Hu et al. 2021, arXiv 2106.09685)."""
+    alpha: int = Count
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = Field(ge=0.0, le=0.0)
+    """None yet: dropout would make log-probs and their ratios noise."""
+    target_modules: list[str] | str | None
+    """Names of the layers that carry adapters, as peft reads them; null: all linear layers but the vocabulary's."""
+
+
 class PolicyConfig(Frozen):
     base_model: str | None
     """Path or name of a Hugging Face causal LM; null builds a tiny one."""
+    init: Literal["prompt", "sft"]
+    """pi_0: the base model as it is, steered by its prompt (the paper's line 1), or fine-tuned on a corpus first."""
+    lora: LoRAConfig
+    save: Literal["merged", "adapters"]
+    """What a version holds of a LoRA policy: full weights, or the adapters alone, which then need the base in place."""
     architecture: Literal["gpt2", "llama"]
     hidden_size: int = Count
     layers: int = Count
@@ -97,17 +115,58 @@ class PolicyConfig(Frozen):
     abstain: str
     """The response that means: no suggestion."""
 
+    @model_validator(mode="after")
+    def _something_to_prompt(self) -> PolicyConfig:
+        if self.init == "prompt" and self.base_model is None:
+            raise ValueError(
+                "init: prompt needs a base_model; a tiny model with fresh weights must be fine-tuned (sft)"
+            )
+        return self
+
 
 class SupervisedConfig(Frozen):
     epochs: float = Positive
     learning_rate: float = Rate
     batch_size: int = Count
+    """Conversations an update."""
+    micro_batch_size: int | None = Field(ge=1)
+    """Conversations at once: a larger batch goes through in pieces, with the same gradient. null: the whole batch."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> SupervisedConfig:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
+        return self
 
 
 class QConfig(Frozen):
-    target: Literal["one_step", "monte_carlo"]
-    """one_step: r + gamma V(s') with a Monte Carlo V; monte_carlo: the paper's G."""
-    loss: Literal["bce", "mse"]
+    target: Literal["monte_carlo", "one_step", "td_lambda", "sarsa", "fqe", "retrace", "lstd_q", "archer"]
+    """What Q is regressed on. The paper's are Monte Carlo returns; one_step is r + gamma V(s') with a Monte Carlo V;
+    td_lambda and sarsa bootstrap from Q of the logged actions, fqe, retrace, lstd_q and archer from the policy's."""
+    trace_decay: float = Share
+    """The lambda of td_lambda and retrace."""
+    iterations: int = Count
+    """Fits of td_lambda, sarsa, fqe, retrace and archer, each against a frozen copy; at least the usual horizon."""
+    samples: int = Count
+    """Responses of the policy a state, for E_pi Q(s, .)."""
+    polyak: float = Field(gt=0.0, le=1.0)
+    """Share of the way that archer's target network goes to the fitted one in each step."""
+    ridge: float = Positive
+    """Ridge penalty of lstd_q."""
+    effective_size_floor: float = Positive
+    """Off-policy estimators refuse logged actions whose ratios have a smaller effective sample size."""
+    outcome_heads: bool
+    """A head for each named outcome, Q their weighted sum; false fits one head to the weighted sum."""
+    members: int = Count
+    """Heads on the shared trunk, each on its own bootstrap of the conversations (1: no bootstrap)."""
+    judges: int = Field(ge=0)
+    """Further such heads, which improvement does not see."""
+    pessimism: Literal["min"] | Annotated[float, Field(ge=0.0)]
+    """Over members, Q is their mean less this many standard deviations, or their minimum."""
+    loss: Literal["bce", "mse", "hl_gauss"]
+    """bce: cross-entropy of the outcome scaled to [0, 1]; hl_gauss: of a histogram of it (arXiv 2403.03950)."""
+    bins: int = Field(ge=8)
+    """Bins of hl_gauss."""
     value_epochs: float = Positive
     value_learning_rate: float = Rate
     value_batch_size: int = Count
@@ -121,7 +180,15 @@ class QConfig(Frozen):
     corpus_epochs: float = Field(ge=0.0)
     """Passes over the corpus of pi_0 for the Q that round 0 starts from; 0 starts from the policy's backbone."""
     replay_rounds: int = Field(ge=0)
-    """Earlier rounds whose turns enter the one-step fit."""
+    """Earlier rounds whose turns enter the fit of every estimator but monte_carlo, td_lambda and sarsa."""
+
+    @model_validator(mode="after")
+    def _together(self) -> QConfig:
+        if self.target == "lstd_q" and self.loss != "mse":
+            raise ValueError("target lstd_q is linear in its features; set q.loss to mse")
+        if self.pessimism and self.members < 2:
+            raise ValueError("pessimism needs the spread of members; set q.members to 2 or more, or q.pessimism to 0")
+        return self
 
 
 class LoggedConfig(Frozen):
@@ -133,49 +200,169 @@ class LoggedConfig(Frozen):
     gae_lambda: float = Share
 
 
+class BestOfNConfig(Frozen):
+    epochs: float = Field(ge=0.0)
+    """Passes over the best responses; 0 leaves the sampled pass out."""
+    samples: int = Field(ge=2)
+    """Responses a state, of which the best by Q is learnt."""
+    temperature: float = Positive
+    """Of the candidates, as a share of the policy's own: below 1 they are what it is surer of, so better written."""
+    learning_rate: float = Rate
+    batch_size: int = Count
+
+
 class PPOConfig(Frozen):
     episodes: int = Field(ge=0)
     """Responses sampled against Q; 0 leaves PPO out."""
+    rollout: int = Count
+    """Responses between two looks at the policy: sampled together, then learnt from for `epochs`."""
     epochs: int = Count
     minibatch_size: int = Count
     learning_rate: float = Rate
     clip: float = Positive
     kl_coefficient: float = Field(ge=0.0)
+    """Of the KL penalty, where it begins; it stays there unless kl_target is set."""
+    kl_target: float | None = Field(gt=0.0)
+    """Nats a response from the reference that the coefficient adapts to; null keeps it fixed."""
+    kl_budget: float | None = Field(gt=0.0)
+    """Nats a response from the champion at which PPO ends; null ends it at its episodes."""
+    critic: Literal["q", "learned"]
+    """q: the frozen Q's running value; learned: a copy of it that follows the returns."""
+    critic_learning_rate: float = Rate
+    judge_patience: int | None = Field(ge=1)
+    """Rollouts without a rise in the judges' eyes (q.judges) after which PPO ends; null never asks them."""
     gae_lambda: float = Share
     missing_eos_penalty: float = Field(ge=0.0)
     """Taken from the reward of a response that reached the length limit."""
-    reference: Literal["logged", "champion"]
-    """Whom the KL penalty keeps PPO near: the policy after the logged pass, or the paper's pi_i."""
+    reference: Literal["start", "champion"]
+    """Whom the KL penalty keeps PPO near: the policy that it starts from, or the paper's pi_i."""
+
+
+class GroupConfig(Frozen):
+    size: int = Field(ge=2)
+    """Responses a prompt, whose rewards are each other's baseline; grpo and rloo take the rest from `ppo`."""
 
 
 class ImproveConfig(Frozen):
     reward: Literal["outcome", "acceptance"]
     """What returns are made of; acceptance is the myopic baseline."""
+    algorithm: Literal["ppo", "grpo", "rloo"]
+    """What improves the policy on sampled responses: our PPO, or TRL's GRPO or RLOO."""
     logged: LoggedConfig
+    best_of_n: BestOfNConfig
     ppo: PPOConfig
+    group: GroupConfig
+
+    @property
+    def group_rollout(self) -> int:
+        """Responses a rollout of grpo and rloo."""
+        return min(self.ppo.rollout, self.ppo.episodes)
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> ImproveConfig:
+        """TRL knows no smaller last rollout, minibatch or group, and no critic."""
+        if self.algorithm == "ppo" or not self.ppo.episodes:
+            return self
+        rollout = self.group_rollout
+        parts = {"ppo.minibatch_size": self.ppo.minibatch_size, "group.size": self.group.size}
+        for name, part in parts.items():
+            if rollout % part:
+                raise ValueError(f"algorithm {self.algorithm}: {name} {part} must divide the rollout of {rollout}")
+        if self.ppo.episodes % rollout:
+            raise ValueError(
+                f"algorithm {self.algorithm}: ppo.rollout {rollout} must divide ppo.episodes {self.ppo.episodes}"
+            )
+        if self.ppo.critic == "learned":
+            raise ValueError(f"algorithm {self.algorithm} has no critic; set ppo.critic to q")
+        return self
+
+
+class GuardrailConfig(Frozen):
+    function: str
+    """A measure of `iterative_ppo/evaluation/guardrails.py` by name, or one of your own as `module:function`."""
+    direction: Literal["higher", "lower"]
+    """Which way is good."""
+    margin: float = Field(ge=0.0)
+    """The loss against the champion that would be too much, in the measure's own units."""
+    limit: float | None
+    """A value that a challenger may not be worse than, whatever the champion does; null: none."""
 
 
 class GateConfig(Frozen):
+    promotion: Literal["automatic", "approve"]
+    """Who carries out a promotion, or a rollback that an alarm calls for: the flow, or it waits for `ippo approve`."""
     alpha: float = Rate
-    """Level of the A/B test."""
-    max_kl: float = Positive
-    """Largest mean KL(challenger || champion), in nats a response."""
-    max_repetition: float = Share
-    """Largest share of repeated bigrams within a response, on average."""
-    max_missing_eos: float = Share
-    """Largest share of responses without an end of sequence."""
-    max_length_ratio: float = Positive
-    """Largest ratio of mean response length to the champion's."""
+    """Level of the A/B test, of guardrails, and of each bound of an offline estimate."""
     samples: int = Count
-    """Responses a held-out state."""
+    """Responses of each policy in a held-out state."""
     states: int = Count
-    """Held-out states that the gate looks at."""
+    """Held-out states, whole conversations of them, that both policies answer."""
+    draws: int = Field(ge=100)
+    """Resamples of the bootstrap."""
+    min_effective: float = Positive
+    """Effective sample size of importance weights below which the logs cannot tell."""
+    max_weight: float = Rate
+    """Share of one weight above which the logs cannot tell."""
+    min_support: float = Share
+    """Mean importance weight, 1 where the logs hold all that the challenger does, below which they cannot tell."""
+    guardrails: dict[str, GuardrailConfig]
+    """By name; what is named here is laid over the defaults of that name, a new name is a guardrail more."""
 
 
 class ABTestConfig(Frozen):
+    design: Literal["fixed", "group_sequential", "anytime"]
+    """One look at the planned size; a few scheduled looks; looks at any time (e-process)."""
     conversations: int = Field(ge=2)
-    """Matured conversations, both arms together, at which the test is decided."""
+    """Matured conversations, both arms together, at which the test is decided; no design goes on beyond."""
     challenger_share: float = Rate
+    """Share of units that meet the challenger in the last stage of the ramp."""
+    looks: int = Count
+    """Planned looks of the group sequential design, equally far apart in matured conversations."""
+    mde: float = Rate
+    """The least gain worth finding, in outcome; a test ends early where it is ruled out."""
+    power: float = Rate
+    """Probability of finding it, for the planner."""
+    ramp: tuple[float, ...]
+    """Rising challenger shares of the safety stages, whose conversations are no evidence. Simulated customers come
+    without a clock and meet the last share at once."""
+    ramp_hours: float = Positive
+    """Length of each safety stage."""
+    unit: Literal["conversation", "business"]
+    """What is assigned to an arm, by hash: each conversation, or a business with all of its conversations."""
+    business_conversations: int = Count
+    """Conversations of a business that make its one observation in the anytime design; also for the planner."""
+    business_icc: float = Field(ge=0.0, lt=1.0)
+    """Likeness (intraclass correlation) of one business's outcomes, for the planner; tests measure it."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> ABTestConfig:
+        shares = (0.0, *self.ramp, self.challenger_share)
+        if any(later <= earlier for earlier, later in pairwise(shares)):
+            raise ValueError(f"ramp must rise from above 0 to below challenger_share ({self.challenger_share:g})")
+        return self
+
+
+class AlarmsConfig(Frozen):
+    """While a promoted champion serves: is it worse than in the A/B test that promoted it?"""
+
+    enabled: bool
+    alpha: float = Rate
+    """Probability of a false alarm over all measures and looks, where nothing is worse by more than its margin."""
+    margin: float = Share
+    """How much lower the outcome rate and the acceptance, and how much higher the abstention may be; a share."""
+    length_margin: float = Positive
+    """How much longer or shorter suggestions may be, as a share of their mean length when it was promoted."""
+    conversations: int = Field(ge=2)
+    """Conversations at which it is looked at first; then at twice as many, and so on."""
+
+
+class NotifyConfig(Frozen):
+    """Whom a round's verdict and every alarm are told."""
+
+    kind: Literal["webhook", "slack"]
+    """webhook: JSON with event, subject and body is posted; slack: a message to a channel's incoming webhook."""
+    url: SecretStr | None
+    """Where to; null: nobody. The environment's IPPO_NOTIFY_URL wins over it and keeps a secret out of files."""
 
 
 class RoundsConfig(Frozen):
@@ -183,13 +370,25 @@ class RoundsConfig(Frozen):
     final_conversations: int = Count
     """Fresh conversations an arm in the closing comparison of the last champion with pi_0."""
     converged_below: float
-    """Rounds end when the A/B test's upper bound on the gain falls below this (0: only max_rounds ends them)."""
+    """Rounds end when the certificate's upper bound on the single-turn gain is below this in two rounds running."""
+    kl_budget: float = Positive
+    """Nats a response that a round may well spend; one that moved less than half as far cannot show convergence."""
 
 
 class RuntimeConfig(Frozen):
     threads: int = Count
     """Torch threads; more than the free cores is slower than one."""
     device: str
+    precision: Literal["auto", "float32", "bfloat16"]
+    """auto: bfloat16 on a CUDA device that has it, float32 elsewhere. Log-probs are float32 in any case."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    micro_batch_tokens: int | None = Field(ge=1)
+    """Padded tokens at once in training: a larger batch goes through in pieces, with the same gradient. null: whole."""
+    processes: int = Count
+    """Processes that fit Q and improve the policy together, started by `accelerate launch`."""
+    accelerate: Path | None
+    """Accelerate's own configuration for them, for several machines or to shard the model; null: one machine, DDP."""
 
 
 class Config(Frozen):
@@ -208,6 +407,8 @@ class Config(Frozen):
     improve: ImproveConfig
     gate: GateConfig
     abtest: ABTestConfig
+    alarms: AlarmsConfig
+    notify: NotifyConfig
     rounds: RoundsConfig
     runtime: RuntimeConfig
 
@@ -292,10 +493,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _merge(
     base: Mapping[str, Any], new: Mapping[str, Any], known: Any, where: str, at: tuple[str, ...]
 ) -> dict[str, Any]:
-    """`base` with `new` laid over it. The outcomes' names are the user's own, so that section is replaced whole."""
+    """`base` with `new` laid over it. The outcomes' names are the user's own, so that section is replaced whole.
+
+    Guardrails of the user's own stand beside the known ones.
+    """
     merged = dict(base)
     for key, value in new.items():
         path = (*at, str(key))
+        if at == GUARDRAILS and key not in known and isinstance(value, Mapping):
+            merged[key] = {**merged.get(key, {}), **value}
+            continue
         if key not in known:
             raise ConfigError(f"{where}: unknown key {'.'.join(path)!r}{did_you_mean(str(key), known)}")
         if path == ("outcomes",) or not isinstance(known[key], dict):

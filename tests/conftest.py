@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +32,16 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_config() -> Config:
     return load_config(overrides=TINY)
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny policies `policy0`... and a Q `q`, saved, beside a fresh MLflow store. Tests copy what they change."""
+    from policy_store import save_models
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

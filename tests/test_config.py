@@ -22,7 +22,11 @@ def leaves(values: dict[str, Any], at: str = "") -> dict[str, Any]:
     return flat
 
 
-ALL = leaves({k: v for k, v in yaml.safe_load(DEFAULTS.read_text(encoding="utf-8")).items() if k != "profiles"})
+SECTIONS = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+PROFILES = SECTIONS.pop("profiles")
+ALL = leaves(SECTIONS)
+LOADED = ALL | leaves(PROFILES[ALL["source.kind"]])
+"""Without a file of the user's: the defaults, and the profile of the default source over them."""
 
 
 def params(folder: Path, text: str) -> Path:
@@ -35,7 +39,8 @@ def params(folder: Path, text: str) -> Path:
 
 
 def test_the_defaults_load_and_are_all_of_params_yaml() -> None:
-    assert leaves(load_config().model_dump(mode="json")) == ALL
+    assert leaves(load_config().model_dump(mode="json")) == LOADED
+    assert set(LOADED) == set(ALL), "a profile names no key that has no default"
 
 
 def test_no_default_is_written_in_the_code() -> None:
@@ -54,7 +59,7 @@ def test_no_default_is_written_in_the_code() -> None:
 def test_a_partial_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
     path = params(tmp_path, "seed: 7\nimprove:\n  ppo:\n    clip: 0.1\ndata:\n  root: elsewhere\n")
     changed = {"seed": 7, "improve.ppo.clip": 0.1, "data.root": "elsewhere"}
-    assert leaves(load_config(path).model_dump(mode="json")) == ALL | changed
+    assert leaves(load_config(path).model_dump(mode="json")) == LOADED | changed
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
@@ -75,11 +80,12 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "overrides", [["q.epochs=3", "gate.max_kl=1e-3", "data.remote="], {"q.epochs": 3, "gate.max_kl": 1e-3}, []]
+    "overrides",
+    [["q.epochs=3", "gate.min_support=1e-3", "data.remote="], {"q.epochs": 3, "gate.min_support": 1e-3}, []],
 )
 def test_overrides_are_strings_or_a_mapping(overrides: Any) -> None:
     config = load_config(None, overrides)
-    assert (config.q.epochs, config.gate.max_kl) == ((3.0, 0.001) if overrides else (ALL["q.epochs"], 5.0))
+    assert (config.q.epochs, config.gate.min_support) == ((3.0, 0.001) if overrides else (ALL["q.epochs"], 0.9))
     assert config.data.remote is None
 
 
@@ -93,7 +99,7 @@ def test_override_values_are_yaml() -> None:
 
 def test_the_defaults_are_not_changed_by_what_is_laid_over_them() -> None:
     load_config(None, {"q.epochs": 99, "outcomes": {"x": 1.0}})
-    assert leaves(load_config().model_dump(mode="json")) == ALL
+    assert leaves(load_config().model_dump(mode="json")) == LOADED
 
 
 def test_a_config_is_frozen() -> None:

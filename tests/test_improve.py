@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from iterative_ppo.config import Config, LoggedConfig, PPOConfig, load_config
-from iterative_ppo.errors import TrainingError
-from iterative_ppo.learning.batching import EncodedTable
+from iterative_ppo.config import BestOfNConfig, Config, LoggedConfig, PPOConfig, load_config
+from iterative_ppo.errors import StoreError, TrainingError
+from iterative_ppo.learning.batching import Batch, EncodedTable
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.compare import speak
-from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, logged_loss, turn_advantages
-from iterative_ppo.learning.improve.ppo import (
+from iterative_ppo.learning.improve.best_of_n import best, improve_by_best
+from iterative_ppo.learning.improve.episodes import (
     gae,
-    improve,
-    ppo_loss,
+    kl_both_ways,
     prompts_of,
     response_rewards,
     roll_out,
     token_log_probs,
 )
+from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, logged_objective, turn_advantages
+from iterative_ppo.learning.improve.ppo import adapted, clipped, improve, surrogate
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.q_model import QModel, QSettings, Regression, regress
+from iterative_ppo.learning.optimization import Objective
+from iterative_ppo.learning.q_model import QModel, QSettings
+from iterative_ppo.learning.regression import Regression, regress
 from iterative_ppo.learning.rounds import improve_policy, round_of
 from iterative_ppo.learning.tiny import build_policy
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
@@ -104,26 +109,31 @@ CLIPPING = [
 ]
 
 
-@pytest.mark.parametrize("loss_of", [ppo_loss, logged_loss])
-def test_the_clipped_surrogate_longhand(loss_of: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+def of_tokens(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return surrogate(*given), clipped(given[0], given[1], given[3])
+
+
+@pytest.mark.parametrize("objective", [of_tokens, logged_objective])
+def test_the_clipped_surrogate_longhand(objective: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
     ratio, advantage, expected, passes = (
         torch.tensor(column, dtype=torch.float64) for column in zip(*CLIPPING, strict=True)
     )
     old = torch.linspace(-3, -1, len(ratio), dtype=torch.float64)
     log_p = (old + ratio.log()).requires_grad_()
-    loss, clipped = loss_of(log_p, old, advantage, 0.2)
-    assert loss.item() == pytest.approx(-expected.mean().item(), abs=1e-9)
-    assert clipped.item() == pytest.approx(((ratio - 1).abs() > 0.2).double().mean().item())
-    loss.backward()
-    slope = -ratio * advantage / len(ratio) * passes
+    value, outside = objective(log_p, old, advantage, 0.2)
+    assert value.tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    assert outside.tolist() == ((ratio - 1).abs() > 0.2).double().tolist()
+    value.sum().backward()
+    slope = ratio * advantage * passes
     assert log_p.grad is not None
     assert log_p.grad.tolist() == pytest.approx(slope.tolist(), abs=1e-9)
 
 
 def test_a_hopeless_ratio_gives_a_finite_loss() -> None:
     """Replayed by another policy, a whole response can be e^200 times as likely."""
-    loss, _ = logged_loss(torch.tensor([0.0, -400.0]), torch.tensor([-200.0, -1.0]), torch.tensor([-1.0, -1.0]), 0.5)
-    assert torch.isfinite(loss)
+    old, new = torch.tensor([-200.0, -1.0]), torch.tensor([0.0, -400.0])
+    value, _ = logged_objective(new, old, torch.tensor([-1.0, -1.0]), 0.5)
+    assert torch.isfinite(value).all()
 
 
 def test_a_response_without_an_end_pays_the_penalty_and_gets_q_of_what_it_wrote() -> None:
@@ -169,6 +179,12 @@ def likes(policy: LanguagePolicy, text: str) -> Any:
     """Q is 1 for one response and 0 for every other."""
     liked = said(policy, text)
     return Taste(lambda tokens: float(tokens == liked))
+
+
+def leans_to(policy: LanguagePolicy, text: str) -> Any:
+    """Q rises with each token in its place, so that a first rollout tells responses apart however rare the best is."""
+    liked = said(policy, text)
+    return Taste(lambda tokens: sum(a == b for a, b in zip(tokens, liked, strict=False)) / len(liked))
 
 
 def prompt(policy: LanguagePolicy) -> tuple[int, ...]:
@@ -225,12 +241,11 @@ def test_ppo_finds_the_response_that_a_fitted_q_prefers(bandit: LanguagePolicy) 
 
 def test_the_curve_tells_of_every_rollout(bandit: LanguagePolicy) -> None:
     told: list[tuple[int, int]] = []
-    _, curve = improve(
-        bandit, likes(bandit, "no"), [prompt(bandit)], ppo(), 0, rollout_size=256, progress=lambda *k: told.append(k)
-    )
-    assert told == [(k, 5) for k in range(1, 6)] and len(curve) == 5
+    config, q = ppo(episodes=2560, rollout=256), leans_to(bandit, "no")
+    _, curve = improve(bandit, q, [prompt(bandit)], config, 0, progress=lambda *k: told.append(k))
+    assert told == [(k, 10) for k in range(1, 11)] and len(curve) == 10
     assert curve[0]["kl_to_reference"] == pytest.approx(0.0, abs=1e-6)
-    assert curve[0]["q"] < 0.2 and curve[-1]["q"] > 0.8
+    assert curve[0]["q"] < 0.4 and curve[-1]["q"] > 0.8
     assert curve[-1]["entropy"] < curve[0]["entropy"]
     assert curve[-1]["missing_eos"] < 0.1
     assert all(math.isfinite(value) for entry in curve for value in entry.values())
@@ -257,7 +272,7 @@ def test_a_larger_penalty_keeps_the_policy_nearer_its_reference(bandit: Language
 
 def test_the_penalty_looks_to_the_reference_that_is_given(bandit: LanguagePolicy) -> None:
     """Pulled to another policy, which says `later`, the student ends nearer to it than to where it began."""
-    other = trained(bandit, ppo(), q=likes(bandit, "later"))
+    other = trained(bandit, ppo(), q=leans_to(bandit, "later"))
     config = ppo(kl_coefficient=1.0, missing_eos_penalty=0.0)
     student, _ = improve(bandit, likes(bandit, "maybe"), [prompt(bandit)], config, 0, reference=other, rollout_size=128)
     assert probability(student, "later") > 0.5
@@ -324,7 +339,7 @@ def test_advantages_are_whitened_over_response_tokens_alone(
     episodes = roll_out(tiny_policy, reference, q, prompts, config, 0.5, seed=0)
     responses = tiny_policy.respond(prompts, seed=0)
     assert [len(a) for a in episodes.advantage] == [len(tokens) for tokens in responses.tokens]
-    flat = np.concatenate(episodes.advantage)
+    flat = np.concatenate(episodes.whitened())
     assert flat.mean() == pytest.approx(0.0, abs=1e-6) and flat.std() == pytest.approx(1.0, abs=1e-4)
 
     table = EncodedTable(
@@ -337,7 +352,7 @@ def test_advantages_are_whitened_over_response_tokens_alone(
         penalty = 0.0 if responses.finished[k] else config.missing_eos_penalty
         reward[-1] += value[-1] / 0.5 - penalty
         raw.append(gae(reward, value[:-1] / 0.5, config.gae_lambda))
-        assert episodes.reward[k] == pytest.approx(value[-1] / 0.5 - penalty, abs=1e-5)
+        assert episodes.q[k] == pytest.approx(value[-1], abs=1e-5)
         assert episodes.kl[k] == pytest.approx(float((own[k] - other[k]).sum()), abs=1e-4)
     every = np.concatenate(raw)
     assert flat == pytest.approx((every - every.mean()) / every.std(), abs=1e-3)
@@ -446,11 +461,12 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
     luck = np.random.default_rng(0).standard_normal(len(score))
     gradients: list[torch.Tensor] = []
 
-    def record(model: torch.nn.Module, loss: torch.Tensor, *_: Any) -> float:
+    def record(model: torch.nn.Module, batch: Batch, objective: Objective, *_: Any) -> dict[str, float]:
+        loss, _figures = objective(batch)
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-        return 0.0
+        return {"loss": 0.0}
 
-    monkeypatch.setattr("iterative_ppo.learning.improve.logged.take_step", record)
+    monkeypatch.setattr("iterative_ppo.learning.training.descend", record)
     data = LoggedData(table, luck, score)
     improve_on_log(tiny_policy, data, logged(epochs=1.0, batch_size=10), seed=0)
     apart = torch.stack(gradients)
@@ -518,7 +534,7 @@ def test_held_out_conversations_never_enter_the_improvement(
     assert not all(torch.equal(p, q) for p, q in zip(results[0], results[2], strict=True))
 
 
-@pytest.mark.parametrize("reference", ["logged", "champion"])
+@pytest.mark.parametrize("reference", ["start", "champion"])
 def test_ppo_follows_the_logged_pass_and_is_kept_near_the_reference_of_the_configuration(
     tiny_policy: LanguagePolicy, scripted: list[Conversation], reference: str
 ) -> None:
@@ -527,6 +543,193 @@ def test_ppo_follows_the_logged_pass_and_is_kept_near_the_reference_of_the_confi
     q = QModel.from_policy(tiny_policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
     prompts = prompts_of(data.encoded.sequences, np.flatnonzero(data.fit))
     made = improve_policy(tiny_policy, data, tiny_policy.score(data.encoded), q, prompts, config, seed=0)
-    assert len(made.logged_curve) > 1 and len(made.ppo_curve) == 1
-    start = made.ppo_curve[0]["kl_to_reference"]
-    assert abs(start) < 1e-5 if reference == "logged" else abs(start) > 1e-3
+    assert len(made.curves["logged"]) > 1 and len(made.curves["ppo"]) == 1
+    start = made.curves["ppo"][0]["kl_to_reference"]
+    assert abs(start) < 1e-5 if reference == "start" else abs(start) > 1e-3
+
+
+# --- best of n -------------------------------------------------------------------------------------------------------
+
+
+def best_of(**changes: Any) -> BestOfNConfig:
+    usual = {"learning_rate": 0.02, "batch_size": 16, "temperature": 1.0}
+    return load_config().improve.best_of_n.model_copy(update=usual | changes)
+
+
+def test_the_best_is_the_one_that_q_likes_among_those_that_came_to_an_end() -> None:
+    q = np.array([[0.1, 0.9, 0.5], [0.2, 0.1, 0.0], [0.3, 0.7, 0.1]])
+    finished = np.array([[True, False, True], [True, True, True], [False, False, False]])
+    assert best(q, finished).tolist() == [2, 0, 1]
+
+
+def test_the_best_of_several_is_said_more_and_what_was_never_said_is_not(bandit: LanguagePolicy) -> None:
+    """One pass moves the policy to what it said itself and Q likes; the champion stays as it is."""
+    before = parameters(bandit)
+    q = leans_to(bandit, "maybe")
+    student, curve = improve_by_best(bandit, q, [prompt(bandit)] * 256, best_of(epochs=12.0), 0)
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    old, new = (speak(p, bandit, q, [prompt(bandit)], 800, seed=1) for p in (bandit, student))
+    worth, finished = old.q.reshape(-1, 8), old.responses.finished.reshape(-1, 8)
+    aim = worth[np.arange(100), best(worth, finished)].mean()
+    assert aim > old.q.mean() + 0.05
+    assert new.q.mean() == pytest.approx(aim, abs=0.3 * (aim - old.q.mean()))
+    assert unchanged(bandit, before)
+
+
+def test_candidates_are_what_the_policy_is_surer_of(bandit: LanguagePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are drawn at a share of the policy's own temperature; the student speaks at the policy's own again."""
+    warm, drawn = bandit.at(0.8), []
+    respond = LanguagePolicy.respond
+
+    def told(policy: LanguagePolicy, *given: Any, **named: Any) -> Any:
+        drawn.append(policy.settings.temperature)
+        return respond(policy, *given, **named)
+
+    monkeypatch.setattr(LanguagePolicy, "respond", told)
+    student, _ = improve_by_best(warm, leans_to(bandit, "maybe"), [prompt(bandit)] * 8, best_of(temperature=0.5), 0)
+    assert drawn == [pytest.approx(0.4)] and student.settings.temperature == 0.8
+
+
+def test_another_temperature_is_the_same_weights_on_another_scale(bandit: LanguagePolicy) -> None:
+    logits = torch.randn(5, bandit.model.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    allowed = bandit.log_distribution(logits).isfinite()
+    aim = torch.log_softmax((logits / 0.25).masked_fill(~allowed, -math.inf), -1)
+    assert torch.allclose(bandit.at(0.25).log_distribution(logits), aim, atol=1e-6)
+    assert bandit.at(0.25).model is bandit.model and bandit.settings.temperature == 1.0
+
+
+def test_more_samples_go_further(bandit: LanguagePolicy) -> None:
+    q = leans_to(bandit, "maybe")
+    reached = []
+    for n in (2, 16):
+        student, _ = improve_by_best(bandit, q, [prompt(bandit)] * 64, best_of(samples=n), 0)
+        reached.append(speak(student, bandit, q, [prompt(bandit)], 400, seed=1).q.mean())
+    assert reached[1] > reached[0] + 0.05
+
+
+@pytest.mark.parametrize(("reward", "said_so"), [(0.3, "same reward"), (math.nan, "not a number")])
+def test_the_best_of_what_q_cannot_tell_apart_is_an_error(bandit: LanguagePolicy, reward: float, said_so: str) -> None:
+    with pytest.raises(TrainingError, match=said_so):
+        improve_by_best(bandit, Taste(lambda _: reward), [prompt(bandit)], best_of(), 0)
+
+
+def test_the_best_of_n_may_be_left_out(bandit: LanguagePolicy) -> None:
+    assert improve_by_best(bandit, likes(bandit, "no"), [prompt(bandit)], best_of(epochs=0.0), 0) == (bandit, [])
+
+
+def test_several_samples_of_a_prompt_stand_side_by_side_and_are_distributed_as_one(bandit: LanguagePolicy) -> None:
+    prompts = [prompt(bandit), (*prompt(bandit), *bandit.renderer.ids("yes"))]
+    many = bandit.respond(prompts, seed=3, samples=400)
+    table = EncodedTable([single(k, prompts[k // 400], t, True) for k, t in enumerate(many.tokens)], 800)
+    assert np.allclose([p.sum() for p in token_log_probs(bandit, table)], many.logprobs, atol=2e-4)
+    one = [bandit.respond(prompts[:1] * 400, seed=4), many]
+    ends = [np.mean([len(t) == 1 for t in r.tokens[:400]]) for r in one]
+    assert ends[0] == pytest.approx(ends[1], abs=0.12)
+    assert len(set(many.tokens[:400])) > 10
+
+
+# --- budgets, critics, checkpoints -----------------------------------------------------------------------------------
+
+
+def test_the_coefficient_adapts_to_its_target() -> None:
+    config = ppo(kl_target=0.5)
+    assert adapted(1.0, 5.0, config) == pytest.approx(1.2)
+    assert adapted(1.0, 0.25, config) == pytest.approx(0.9)
+    assert adapted(1.0, 0.5, config) == 1.0
+    assert adapted(0.3, 5.0, ppo()) == 0.3
+
+
+def test_a_target_holds_the_policy_at_its_distance(bandit: LanguagePolicy) -> None:
+    config = ppo(episodes=1920, rollout=96, epochs=2, kl_coefficient=0.05, kl_target=0.5, learning_rate=0.01)
+    _, curve = improve(bandit, leans_to(bandit, "maybe"), [prompt(bandit)], config, 0)
+    free = improve(
+        bandit, leans_to(bandit, "maybe"), [prompt(bandit)], config.model_copy(update={"kl_target": None}), 0
+    )
+    late = [np.mean([entry["kl_to_reference"] for entry in c[-6:]]) for c in (curve, free[1])]
+    assert abs(late[0] - 0.5) < abs(late[1] - 0.5)
+    assert curve[-1]["kl_coefficient"] > 0.05
+
+
+def test_ppo_ends_at_its_budget_of_kl_to_the_champion(bandit: LanguagePolicy) -> None:
+    config = ppo(episodes=2560, rollout=128, kl_budget=0.3)
+    _, curve = improve(bandit, leans_to(bandit, "maybe"), [prompt(bandit)], config, 0)
+    assert len(curve) < 20
+    assert curve[-1]["kl_to_champion"] > 0.3 >= max(entry["kl_to_champion"] for entry in curve[:-1])
+
+
+@pytest.mark.parametrize("log_p, reference", [([-1.0, -2.0], [-1.5, -0.5]), ([-0.1], [-0.1])])
+def test_kl_both_ways_longhand(log_p: list[float], reference: list[float]) -> None:
+    rho = [math.exp(r - p) for p, r in zip(log_p, reference, strict=True)]
+    forward, backward = kl_both_ways(np.array(log_p), np.array(reference))
+    assert forward == pytest.approx(-sum(math.log(x) for x in rho), abs=1e-9)
+    assert backward == pytest.approx(sum(x * math.log(x) - x + 1 for x in rho), abs=1e-9)
+
+
+def fitted(policy: LanguagePolicy, text: str) -> QModel:
+    texts = [*WORDS, "yes no", "maybe yes"] * 4
+    table = EncodedTable([single(k, prompt(policy), said(policy, t), True) for k, t in enumerate(texts)], len(texts))
+    q = QModel.from_policy(policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    regress(q, table, np.array([float(t == text) for t in texts]), Regression(20.0, 0.01, 16, 0.5), seed=0)
+    return q
+
+
+def test_a_critic_that_learns_explains_the_returns_and_leaves_q_frozen(bandit: LanguagePolicy) -> None:
+    q = fitted(bandit, "later")
+    before = [p.detach().clone() for p in q.model.parameters()]
+    config = ppo(critic="learned", critic_learning_rate=0.01, episodes=1280, rollout=128)
+    _, curve = improve(bandit, q, [prompt(bandit)], config, 0)
+    assert curve[-1]["critic_loss"] < curve[0]["critic_loss"]
+    assert curve[-1]["q"] > 2 * curve[0]["q"]
+    assert all(torch.equal(p, old) for p, old in zip(q.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("critic", ["q", "learned"])
+def test_killed_between_rollouts_it_ends_with_the_same_weights(
+    bandit: LanguagePolicy, tmp_path: Path, critic: str
+) -> None:
+    q, told = fitted(bandit, "later"), []
+    config = ppo(critic=critic, episodes=500, rollout=128, kl_coefficient=0.1, kl_target=0.4)
+    whole, curve = improve(bandit, q, [prompt(bandit)], config, 0)
+
+    def killed(done: int, total: int) -> None:
+        told.append(done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    checkpoint = Checkpoint(tmp_path / "ppo", "key")
+    with pytest.raises(KeyboardInterrupt):
+        improve(bandit, q, [prompt(bandit)], config, 0, progress=killed, checkpoint=checkpoint)
+    told.clear()
+    resumed, again = improve(bandit, q, [prompt(bandit)], config, 0, progress=killed, checkpoint=checkpoint)
+    assert told == [3, 4], "what was done is not done again"
+    assert again == curve
+    assert all(torch.equal(p, o) for p, o in zip(parameters(resumed), parameters(whole), strict=True))
+
+
+def test_killed_within_a_pass_it_ends_with_the_same_weights(bandit: LanguagePolicy, tmp_path: Path) -> None:
+    q, checkpoint = leans_to(bandit, "maybe"), Checkpoint(tmp_path / "pass", "key", every=3)
+    config = best_of(epochs=3.0)
+    given: Any = (bandit, q, [prompt(bandit)] * 64, config, 0)
+    whole, curve = improve_by_best(*given)
+
+    def killed(done: int, total: int) -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        improve_by_best(*given, progress=killed, checkpoint=checkpoint)
+    told: list[int] = []
+    resumed, again = improve_by_best(*given, progress=lambda done, _: told.append(done), checkpoint=checkpoint)
+    assert told[0] == 7 and again == curve
+    assert all(torch.equal(p, o) for p, o in zip(parameters(resumed), parameters(whole), strict=True))
+
+
+def test_a_checkpoint_of_other_inputs_is_not_taken_up_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path / "one", "key")
+    kept.save({"a": torch.ones(2)}, {"curve": []})
+    assert Checkpoint(tmp_path / "one", "other").load() is None
+    found = kept.load()
+    assert found is not None and found[0]["a"].tolist() == [1.0, 1.0]
+    (tmp_path / "one" / "tensors.safetensors").write_bytes(b"torn")
+    with pytest.raises(StoreError, match="damaged checkpoint"):
+        kept.load()

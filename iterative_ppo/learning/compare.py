@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iterative_ppo.learning.batching import EncodedTable
-from iterative_ppo.learning.improve.ppo import token_log_probs
+from iterative_ppo.learning.improve.episodes import token_log_probs
 from iterative_ppo.learning.language_model import LanguagePolicy, Responses
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.mdp.rendering import single

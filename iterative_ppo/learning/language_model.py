@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from iterative_ppo.config import PolicyConfig
+from iterative_ppo.config import LoRAConfig, PolicyConfig
 from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import read_settings, write_json
+from iterative_ppo.learning import adapters, distributed, loading, runtime, sharding
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches, response_positions
+from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
+from iterative_ppo.learning.runtime import threads
+from iterative_ppo.learning.sampling import CachedReader, Prompts, Reader, RereadingReader, chunks, write_responses
 from iterative_ppo.mdp.conversation import State, Suggestion
 from iterative_ppo.mdp.rendering import Renderer
+
+__all__ = ["INFERENCE_TOKENS", "SETTINGS", "LanguagePolicy", "PolicySettings", "Responses", "threads"]
 
 logging.disable_progress_bar()  # a bar for each loaded shard would hide ours
 
@@ -45,7 +51,7 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class Responses:
-    """Sampled actions: token ids with the end of sequence where it came, summed log-probs, and whether it came."""
+    """Sampled actions: token ids with the end of the turn where it came, summed log-probs, and whether it came."""
 
     tokens: list[tuple[int, ...]]
     logprobs: np.ndarray
@@ -55,39 +61,144 @@ class Responses:
 class LanguagePolicy:
     """pi(a | s): a causal LM, its tokenizer, and the settings under which it samples.
 
-    Log-probs are sums over the response's tokens with the end of sequence, at the policy's own temperature, over the
-    tokens that it may say: other special tokens than the end of sequence and the abstain token are left out of the
-    distribution, in sampling and in scoring alike.
+    Log-probs are sums over the response's tokens with the end of the turn, at the policy's own temperature, over the
+    tokens that it may say: other special tokens than the end of the turn and the abstain token, and ids that are no
+    token, are left out of the distribution, in sampling and in scoring alike.
+
+    Args:
+        adapter: the LoRA adapter in `model` that this policy speaks with; None is the model without any. Policies may
+            share one model and differ in this alone, so call the model within `active()`.
+        lora: how copies of it are trained; None trains all weights.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PolicySettings) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: PolicySettings,
+        adapter: str | None = None,
+        lora: LoRAConfig | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.adapter, self.lora = adapter, lora
         self.renderer = Renderer(tokenizer, settings.max_prompt_tokens, settings.max_response_tokens, settings.abstain)
         pad = tokenizer.pad_token_id
-        self.pad: int = tokenizer.eos_token_id if pad is None else pad
+        self.pad: int = self.renderer.eos if pad is None else pad
         model.eval()  # dropout would make log-probs and ratios noise
-        said = {tokenizer.eos_token_id, *self.renderer.ids(settings.abstain)}
-        banned = [i for i in tokenizer.all_special_ids if i not in said]
+        said = {self.renderer.eos, *self.renderer.ids(settings.abstain)}
+        banned = sorted(set(range(_rows(model))) - self.renderer.ordinary - said)
         self.banned = torch.tensor(banned, dtype=torch.long, device=model.device)
 
     @classmethod
-    def load(cls, path: Path | str, settings: PolicySettings | None = None, device: str = "cpu") -> LanguagePolicy:
-        """Load a saved policy, or any causal LM given `settings`. Raises ModelError with the reason."""
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"{path}: not a causal language model that can be loaded offline ({reason})") from None
+    def load(
+        cls,
+        path: Path | str,
+        settings: PolicySettings | None = None,
+        device: str = "cpu",
+        lora: LoRAConfig | None = None,
+    ) -> LanguagePolicy:
+        """Load a saved policy, or any causal LM given `settings`. Raises ModelError with the reason.
+
+        Args:
+            lora: train adapters of this rank, with the weights below them frozen (rank 0 or None: train all weights).
+        """
+        lora = lora if lora and lora.rank else None
+        half = lora is not None and runtime.current().bfloat16  # frozen weights need no more; trained ones do
+        model, tokenizer = loading.load_causal_lm(path, torch.bfloat16 if half else torch.float32)
         if settings is None:
             settings = _read_settings(Path(path) / SETTINGS)
-        return cls(model.to(device), tokenizer, settings)
+        loading.check_fits(model, tokenizer, settings.max_prompt_tokens + settings.max_response_tokens)
+        adapters.as_float32(model)
+        model.get_output_embeddings().float()
+        adapter = adapters.current(model)
+        if lora and adapter and adapters.rank_of(model, adapter) != lora.rank:
+            raise ModelError(
+                f"{path}: holds adapters of rank {adapters.rank_of(model, adapter)}, policy.lora.rank is {lora.rank}; "
+                "keep the rank, or save policies merged"
+            )
+        policy = cls(model.to(device), tokenizer, settings, adapter, lora)
+        _ = policy.abilities  # now, so that a model that cannot serve is refused before anything is done with it
+        return policy
 
-    def save(self, path: Path) -> None:
-        """Save weights (safetensors), tokenizer and settings into a directory that `load` reads."""
-        self.model.save_pretrained(path)
+    def save(self, path: Path, weights: Literal["merged", "adapters"] = "merged") -> None:
+        """Save weights (safetensors), tokenizer and settings into a directory that `load` reads.
+
+        Args:
+            weights: of a LoRA policy, full weights, or its adapter alone, which needs the base where it is.
+        """
+        if weights == "adapters" and self.lora and self.adapter is None:
+            self.trainable_copy().save(path, weights)
+            return
+        if weights == "adapters" and self.adapter:
+            with self.active(), torch.no_grad():
+                self.model.save_pretrained(path)
+        else:
+            self._plain_model().save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         write_json(path / SETTINGS, asdict(self.settings))
+
+    @cached_property
+    def abilities(self) -> loading.Abilities:
+        """What its model's own code can do. Raises ModelError where it is no causal language model."""
+        with self.active(), torch.no_grad():
+            return loading.abilities(self.model, sorted(self.renderer.ordinary), self.pad)
+
+    def active(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model with this policy's adapter on, for a block (adapters.switched)."""
+        return adapters.switched(self.model, self.adapter)
+
+    def at(self, temperature: float) -> LanguagePolicy:
+        """The same weights, shared, sampling at another temperature."""
+        return self._like(self.model, self.adapter, replace(self.settings, temperature=temperature))
+
+    def with_model(self, model: PreTrainedModel, adapter: str | None = None) -> LanguagePolicy:
+        """The same policy with other weights of the same family."""
+        return self._like(model, adapter, self.settings)
+
+    def _like(self, model: PreTrainedModel, adapter: str | None, settings: PolicySettings) -> LanguagePolicy:
+        other = LanguagePolicy(model, self.tokenizer, settings, adapter, self.lora)
+        if "abilities" in self.__dict__:
+            other.__dict__["abilities"] = self.abilities
+        return other
+
+    def trainable_copy(self) -> LanguagePolicy:
+        """A student that starts as this policy and may be trained without changing it.
+
+        Under LoRA it shares the model and differs by an adapter of its own, switched on from now; else it is a copy.
+        """
+        if self.lora is None:
+            return self.with_model(adapters.merged(self.model, self.adapter))
+        return self.with_model(self.model, adapters.add(self.model, self.lora, self.adapter))
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """What an optimizer may change: all weights, or this policy's adapter."""
+        with self.active():
+            return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What training changes, by name, for a checkpoint."""
+        with self.active():
+            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return {name: sharding.full(p.detach()).clone() for name, p in trained}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up what `training_state` of a copy made in the same way gave. Raises StoreError for another's."""
+        with self.active():
+            mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if {name: p.shape for name, p in mine.items()} != {name: p.shape for name, p in state.items()}:
+            raise StoreError("the checkpoint's weights are those of another model or adapter; remove it to begin anew")
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(sharding.like(state[name], parameter))
+
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """Weights of the model without its vocabulary head, adapters merged: what a Q starts from."""
+        state: dict[str, torch.Tensor] = self._plain_model().base_model.state_dict()
+        return state
+
+    def _plain_model(self) -> PreTrainedModel:
+        plain = not adapters.has_adapters(self.model)
+        return self.model if plain else adapters.merged(self.model, self.adapter)
 
     def log_distribution(self, logits: torch.Tensor) -> torch.Tensor:
         """(..., V) logits to log-probs at the policy's temperature, over the tokens that a response may hold."""
@@ -120,70 +231,39 @@ class LanguagePolicy:
 
     @torch.inference_mode()
     def respond(
-        self, prompts: Sequence[tuple[int, ...]], seed: int, progress: Callable[[int], None] | None = None
+        self, prompts: Prompts, seed: int, progress: Callable[[int], None] | None = None, samples: int = 1
     ) -> Responses:
-        """Sample one response a prompt, with a key-value cache, prompts of like length together."""
-        generator = torch.Generator(device=self.model.device).manual_seed(seed)
-        tokens: list[tuple[int, ...]] = [()] * len(prompts)
-        logprobs = np.zeros(len(prompts))
+        """Sample responses to prompts, `samples` to each, side by side; prompts of like length are read together.
+
+        A response depends on the seed, the prompt and its place alone, not on its batch or on who samples it: several
+        processes sample a share each, and all get all.
+        """
+        length = self.settings.max_response_tokens
+        uniform = np.random.default_rng(seed).random((len(prompts), samples, length))
+        found: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for chosen in _chunks(order, prompts, INFERENCE_TOKENS):
-            for i, (response, logprob) in zip(
-                chosen, self._generate([prompts[i] for i in chosen], generator), strict=True
-            ):
-                tokens[i], logprobs[i] = response, logprob
-            if progress:
-                progress(len(chosen))
+        with self.active(), sharding.gathered(self.model):
+            for chosen in chunks(distributed.share(order), prompts, INFERENCE_TOKENS // samples):
+                reader = self._reader([prompts[i] for i in chosen])
+                places = self._tensor(uniform[list(chosen)].reshape(-1, length))
+                written = write_responses(reader, self.log_distribution, places, self.renderer.eos, samples)
+                found |= {i: written[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
+                if progress:
+                    progress(len(chosen))
+        found = distributed.gathered(found)
+        every = [response for i in range(len(prompts)) for response in found[i]]
+        tokens, logprobs = [t for t, _ in every], np.array([p for _, p in every])
         finished = np.array([bool(t) and t[-1] == self.renderer.eos for t in tokens], dtype=bool)
         return Responses(tokens, logprobs, finished)
 
-    def _generate(
-        self, prompts: Sequence[tuple[int, ...]], generator: torch.Generator
-    ) -> list[tuple[tuple[int, ...], float]]:
-        """Token by token; rows that have ended leave the batch once they are half of it."""
-        inputs, mask = _left_padded(prompts, self.pad, self.model.device)
-        done: list[tuple[tuple[int, ...], float]] = [((), 0.0)] * len(prompts)
-        alive = torch.arange(len(prompts), device=inputs.device)
-        position = mask.cumsum(1) - 1
-        written = torch.zeros((len(prompts), 0), dtype=torch.long, device=inputs.device)
-        total = torch.zeros(len(prompts), device=inputs.device)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=inputs.device)
-        cache = None
-        for step in range(self.settings.max_response_tokens):
-            out = self.model(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=position.clamp_min(0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = out.past_key_values
-            log_p = self.log_distribution(out.logits[:, -1])
-            token = torch.multinomial(log_p.exp(), 1, generator=generator)
-            total += torch.where(ended, 0.0, log_p.gather(1, token)[:, 0])
-            token = torch.where(ended[:, None], self.renderer.eos, token)
-            written = torch.cat([written, token], dim=1)
-            ended |= token[:, 0] == self.renderer.eos
-            if ended.all() or step == self.settings.max_response_tokens - 1:
-                break
-            inputs, position = token, position[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            if ended.float().mean() >= 0.5:
-                self._store(done, alive[ended], written[ended], total[ended])
-                keep = torch.nonzero(~ended)[:, 0]
-                cache.batch_select_indices(keep)
-                alive, inputs, mask, position = alive[keep], inputs[keep], mask[keep], position[keep]
-                written, total, ended = written[keep], total[keep], ended[keep]
-        self._store(done, alive, written, total)
-        return done
+    def _reader(self, prompts: Prompts) -> Reader:
+        if self.abilities.cache:
+            return CachedReader(self.model, prompts, self.pad)
+        return RereadingReader(self.model, prompts, self.pad, self.abilities.plain_head)
 
-    def _store(
-        self, done: list[tuple[tuple[int, ...], float]], rows: torch.Tensor, written: torch.Tensor, total: torch.Tensor
-    ) -> None:
-        for row, tokens, logprob in zip(rows.tolist(), written.tolist(), total.tolist(), strict=True):
-            end = tokens.index(self.renderer.eos) + 1 if self.renderer.eos in tokens else len(tokens)
-            done[row] = tuple(tokens[:end]), logprob
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        device = self.model.device
+        return torch.from_numpy(values.astype(np.float32) if device.type == "mps" else values).to(device)
 
     def token_log_probs(self, batch: Batch, spans: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the spans' response tokens, and which span each belongs to: both (N,), spans in order.
@@ -192,12 +272,15 @@ class LanguagePolicy:
         """
         span, sequence, position = response_positions(batch, spans)
         device = self.model.device
-        hidden = last_hidden(self.model, batch.tokens.to(device))
-        chosen = hidden[torch.from_numpy(sequence).to(device), torch.from_numpy(position - 1).to(device)]
-        log_p = self.log_distribution(vocabulary_logits(self.model, chosen))
-        target = batch.tokens[torch.from_numpy(sequence), torch.from_numpy(position)].to(device)
+        row, at = torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)
+        tokens = batch.tokens.to(device)
+        with self.active() as model:
+            if self.abilities.plain_head:
+                logits = vocabulary_logits(model, last_hidden(model, tokens)[row, at - 1])
+            else:
+                logits = own_logits(model, tokens)[row, at - 1]
         index = torch.from_numpy(np.searchsorted(spans, span)).to(device)
-        return log_p.gather(1, target[:, None])[:, 0], index
+        return self.log_distribution(logits).gather(1, tokens[row, at][:, None])[:, 0], index
 
     def response_log_probs(self, batch: Batch, spans: np.ndarray) -> torch.Tensor:
         """(S,) log pi(a | s) of whole responses."""
@@ -215,23 +298,9 @@ class LanguagePolicy:
         return result
 
 
-def last_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, T, H) hidden states that the vocabulary head reads."""
-    hidden: torch.Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return hidden
-
-
-def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """(..., V) logits of hidden states, with the scaling that some families apply after the head."""
-    config = model.config.get_text_config()
-    logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):
-        logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+def _rows(model: PreTrainedModel) -> int:
+    """How many tokens its vocabulary head tells apart; more than the tokenizer has, where rows were added for speed."""
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _read_settings(path: Path) -> PolicySettings:
@@ -239,34 +308,3 @@ def _read_settings(path: Path) -> PolicySettings:
         return PolicySettings(**read_settings(path, FORMAT))
     except TypeError as error:
         raise StoreError(f"{path}: not a policy's settings ({error})") from None
-
-
-def _chunks(order: Sequence[int], prompts: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequence[int]]:
-    begin = 0
-    while begin < len(order):
-        size = max(1, tokens // max(1, len(prompts[order[begin]])))
-        yield order[begin : begin + size]
-        begin += size
-
-
-def _left_padded(
-    prompts: Sequence[tuple[int, ...]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    tokens = np.full((len(prompts), width), pad, dtype=np.int64)
-    mask = np.zeros((len(prompts), width), dtype=np.int64)
-    for k, prompt in enumerate(prompts):
-        tokens[k, width - len(prompt) :] = prompt
-        mask[k, width - len(prompt) :] = 1
-    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Torch threads for a block; more than the free cores makes it slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

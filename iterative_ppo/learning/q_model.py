@@ -1,4 +1,4 @@
-"""SingleTurnFitReward: a transformer with a scalar head, regressed on returns or on one-step targets (Observation 2).
+"""Q^pi and V^pi: a transformer with a head for each outcome and each member of an ensemble (Observation 2).
 
 One network serves V and Q: the value read at the last token of a prompt is V(s), at the end of a response Q(s, a), and
 at the tokens between a running value, E[Q | the response so far], which PPO uses as its token-level critic.
@@ -7,15 +7,14 @@ at the tokens between a running value, E[Q | the response so far], which PPO use
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,64 +25,119 @@ from transformers import (
 from transformers.modeling_layers import GenericForTokenClassification
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import ModelError, StoreError, TrainingError
+from iterative_ppo.errors import ConfigError, ModelError, StoreError, did_you_mean
 from iterative_ppo.files import read_settings, write_json
-from iterative_ppo.learning.batching import (
-    Batch,
-    EncodedTable,
-    inference_batches,
-    response_positions,
-    step_count,
-    training_batches,
-)
+from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
+from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
+from iterative_ppo.learning.sharding import full
+from iterative_ppo.learning.value_scale import ValueScale
 from iterative_ppo.mdp.rendering import Encoded
 
 SETTINGS = "q.json"
-FORMAT = 1
-Progress = Callable[[int, int], None]
+FORMAT = 2
+"""Format 1 knew one head; what it wrote is read as such."""
 
 
 @dataclass(frozen=True)
 class QSettings:
-    """How logits become values: low + (high - low) * sigmoid(logit) under bce, the logit itself under mse."""
+    """How the network's outputs become values.
+
+    Attributes:
+        loss, low, high, bins: value_scale.ValueScale; the range is that of each named outcome.
+        outcomes: weight of each named outcome in R, in the order of the heads.
+        members: heads that improvement sees, each fitted to its own bootstrap. judges: further ones held back from it.
+        pessimism: over members, Q is mean - pessimism * standard deviation, or their minimum ("min").
+        value_head: V and the running value have heads of their own beside Q's.
+    """
 
     loss: str
     low: float
     high: float
     gamma: float
+    outcomes: Mapping[str, float] = field(default_factory=lambda: {"outcome": 1.0})
+    members: int = 1
+    judges: int = 0
+    pessimism: float | str = 0.0
+    value_head: bool = False
+    bins: int = 1
     format: int = FORMAT
 
     @classmethod
     def of(cls, config: Config) -> QSettings:
-        return cls(config.q.loss, config.data.outcome_low, config.data.outcome_high, config.gamma)
+        c = config.q
+        return cls(
+            c.loss,
+            config.data.outcome_low,
+            config.data.outcome_high,
+            config.gamma,
+            head_weights(config),
+            c.members,
+            c.judges,
+            c.pessimism,
+            c.target in ("lstd_q", "archer"),
+            c.bins if c.loss == "hl_gauss" else 1,
+        )
+
+    @property
+    def heads(self) -> int:
+        """H, heads of Q: the outcomes of member 0, then those of member 1, ..., the judges last."""
+        return (self.members + self.judges) * len(self.outcomes)
+
+    @property
+    def scale(self) -> ValueScale:
+        return ValueScale(self.loss, self.low, self.high, self.bins)
+
+    def same_network(self, other: QSettings) -> bool:
+        """Whether weights fitted under `other` are a start here: the same heads, whatever a single one is called."""
+
+        def network(one: QSettings) -> QSettings:
+            return replace(one, outcomes={}, pessimism=0.0, gamma=0.0)
+
+        names, others = list(self.outcomes), list(other.outcomes)
+        return network(self) == network(other) and (names == others or len(names) == len(others) == 1)
+
+
+def head_weights(config: Config) -> dict[str, float]:
+    """Name and weight of what each head of Q learns: the named outcomes, or one reward."""
+    if config.improve.reward == "acceptance":
+        return {"acceptance": 1.0}
+    return dict(config.outcomes) if config.q.outcome_heads else {"outcome": 1.0}
 
 
 @dataclass(frozen=True)
 class Values:
-    """Per table row: V(s_i) where the row has a state to act in, Q(s_i, a_i) where it has a logged action, else NaN."""
+    """Per table row: V(s_i) where the row has a state to act in, Q(s_i, a_i) where it has a logged action, else NaN.
+
+    Both (N,), or (N, H) with a column for each head.
+    """
 
     v: np.ndarray
     q: np.ndarray
 
 
 class QModel:
-    """Q^pi and V^pi, frozen once fitted."""
+    """Q^pi and V^pi, frozen once fitted.
+
+    Attributes:
+        report: figures of the fit it comes from, by name; empty for a loaded one.
+    """
 
     def __init__(self, model: PreTrainedModel, settings: QSettings, pad: int) -> None:
         self.model, self.settings, self.pad = model, settings, pad
+        self.report: dict[str, float] = {}
         model.eval()
 
     @classmethod
-    def from_policy(cls, policy: LanguagePolicy, settings: QSettings, seed: int) -> QModel:
-        """A new Q on the policy's own backbone, with a fresh scalar head."""
-        config = copy.deepcopy(policy.model.config)
-        config.num_labels = 1
+    def from_policy(cls, source: LanguagePolicy | QModel, settings: QSettings, seed: int) -> QModel:
+        """A new Q on the backbone of a policy (or of another Q), with fresh heads."""
+        config = copy.deepcopy(source.model.config)
+        config.num_labels = settings.heads * settings.bins * (1 + settings.value_head)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: Any = value_class(config)(config)
-        model.base_model.load_state_dict(policy.model.base_model.state_dict())
-        return cls(model.to(policy.model.device), settings, policy.pad)
+        model.base_model.load_state_dict(source.backbone_state())
+        return cls(model.to(source.model.device), settings, source.pad)
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> QModel:
@@ -91,7 +145,7 @@ class QModel:
         values = read_settings(path / SETTINGS, FORMAT)
         try:
             pad = values.pop("pad")
-            settings = QSettings(**values)
+            settings = QSettings(**values | {"format": FORMAT})
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path / SETTINGS}: not a Q's settings ({error})") from None
         try:
@@ -109,45 +163,123 @@ class QModel:
     def copy(self) -> QModel:
         return QModel(copy.deepcopy(self.model), self.settings, self.pad)
 
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """Weights of the network without its heads."""
+        state: dict[str, torch.Tensor] = self.model.base_model.state_dict()
+        return state
+
+    def reweighted(self, outcomes: Mapping[str, float]) -> QModel:
+        """The same network under new weights of its outcomes, without a fit. Raises ConfigError for other names."""
+        known = self.settings.outcomes
+        if missing := [name for name in (*known, *outcomes) if name not in known or name not in outcomes]:
+            hint = did_you_mean(missing[0], known)
+            raise ConfigError(f"outcomes: this Q has heads for {', '.join(known)}, not for the weights given{hint}")
+        return self.with_settings(outcomes={name: outcomes[name] for name in known})
+
+    def with_settings(self, **changes: Any) -> QModel:
+        """The same network read in another way: other `outcomes` weights or `pessimism`."""
+        other = QModel(self.model, replace(self.settings, **changes), self.pad)
+        other.report = self.report
+        return other
+
+    @torch.no_grad()
+    def follow(self, other: QModel, share: float) -> None:
+        """Move all weights by `share` of the way to another network's (a target network, Polyak averaging)."""
+        for mine, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            mine.lerp_(full(theirs.detach()), share)
+
+    # --- outputs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        """The linear layer of all heads; transformers names it by family."""
+        found = getattr(self.model, "score", None) or getattr(self.model, "classifier", None)
+        assert isinstance(found, torch.nn.Linear), f"{type(self.model).__name__} has no linear head"
+        return found
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, T) raw head outputs."""
-        output: torch.Tensor = self.model(input_ids=tokens.to(self.model.device)).logits[..., 0]
-        return output.float()
+        """(B, T, C) raw head outputs, in float32 under autocast too."""
+        hidden = last_hidden(self.model, tokens.to(self.model.device))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype)).float()
 
-    def to_value(self, logits: torch.Tensor) -> torch.Tensor:
-        """Head outputs to values in the outcome's units."""
-        if self.settings.loss == "mse":
-            return logits
-        return self.settings.low + (self.settings.high - self.settings.low) * torch.sigmoid(logits)
+    def outputs(self, logits: torch.Tensor, at_end: torch.Tensor) -> torch.Tensor:
+        """(N, H, bins) outputs of positions (N, C): of Q's heads at a response's end, elsewhere of V's."""
+        blocks = logits.unflatten(-1, (-1, self.settings.heads, self.settings.bins))
+        if not self.settings.value_head:
+            return blocks[:, 0]
+        return torch.where(at_end[:, None, None], blocks[:, 1], blocks[:, 0])
 
-    def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """(N,) elementwise loss against targets in the outcome's units."""
-        if self.settings.loss == "mse":
-            return (logits - target) ** 2
-        unit = (target - self.settings.low) / (self.settings.high - self.settings.low)
-        return F.binary_cross_entropy_with_logits(logits, unit.clamp(0.0, 1.0), reduction="none")
+    def _values(self, batch: Batch, sequence: np.ndarray, position: np.ndarray, at_end: np.ndarray) -> np.ndarray:
+        """(N, H) values at some positions of a batch."""
+        logits = self.logits(batch.tokens)
+        device = logits.device
+        chosen = logits[torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)]
+        outputs = self.outputs(chosen, torch.from_numpy(at_end).to(device))
+        values: np.ndarray = self.settings.scale.value(outputs).cpu().numpy()
+        return values
+
+    # --- values ------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def evaluate(self, encoded: EncodedTable) -> Values:
-        """V and Q of all rows of a table, one pass a sequence."""
-        v, q = np.full(encoded.rows, np.nan), np.full(encoded.rows, np.nan)
+    def head_values(self, encoded: EncodedTable) -> Values:
+        """(N, H) V and Q of all rows of a table by each head, one pass a sequence."""
+        v, q = (np.full((encoded.rows, self.settings.heads), np.nan) for _ in range(2))
         for batch in inference_batches(encoded.sequences, INFERENCE_TOKENS, self.pad):
-            values = self.to_value(self.logits(batch.tokens)).cpu().numpy()
-            v[batch.row] = values[batch.sequence, batch.start - 1]
-            logged = batch.trains
-            q[batch.row[logged]] = values[batch.sequence[logged], batch.end[logged] - 1]
+            spans, logged = len(batch.row), np.flatnonzero(batch.trains)
+            sequence = np.concatenate([batch.sequence, batch.sequence[logged]])
+            position = np.concatenate([batch.start - 1, batch.end[logged] - 1])
+            values = self._values(batch, sequence, position, np.arange(len(sequence)) >= spans)
+            v[batch.row], q[batch.row[logged]] = values[:spans], values[spans:]
         return Values(v, q)
 
-    @torch.inference_mode()
+    def evaluate(self, encoded: EncodedTable) -> Values:
+        """(N,) V and Q of all rows of a table: outcomes weighted, members combined as settings.pessimism says."""
+        values = self.head_values(encoded)
+        return Values(*(self._combined(self._by_member(x)) for x in (values.v, values.q)))
+
     def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
         """For each single-turn sequence: values at the last prompt token and at every response token, (1 + length,)."""
+        return [self._combined(values) for values in self._running(sequences)]
+
+    def member_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+        """Like `running_values` by each member that improvement sees: (members, 1 + length)."""
+        return [values[:, : self.settings.members].T for values in self._running(sequences)]
+
+    def judge_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+        """Like `running_values`, the mean of the judges. Raises ConfigError where it was fitted without any."""
+        if not self.settings.judges:
+            raise ConfigError("this Q has no judges; set q.judges to 1 or more and fit it again")
+        return [values[:, self.settings.members :].mean(axis=-1) for values in self._running(sequences)]
+
+    @torch.inference_mode()
+    def _running(self, sequences: list[Encoded]) -> list[np.ndarray]:
+        """(1 + length, members + judges) for each single-turn sequence."""
         table = EncodedTable(sequences, len(sequences))
         result: list[np.ndarray] = [np.empty(0)] * len(sequences)
         for batch in inference_batches(table.sequences, INFERENCE_TOKENS, self.pad):
-            values = self.to_value(self.logits(batch.tokens)).cpu().numpy()
-            for k, start, end, row in zip(batch.sequence, batch.start, batch.end, batch.row, strict=True):
-                result[row] = values[k, start - 1 : end]
+            lengths = 1 + batch.end - batch.start
+            stops = np.cumsum(lengths)
+            position = np.arange(lengths.sum()) + np.repeat(batch.start - 1 - (stops - lengths), lengths)
+            at_end = np.isin(np.arange(len(position)), stops - 1)
+            values = self._by_member(self._values(batch, np.repeat(batch.sequence, lengths), position, at_end))
+            for row, part in zip(batch.row, np.split(values, stops[:-1]), strict=True):
+                result[row] = part
         return result
+
+    def _by_member(self, values: np.ndarray) -> np.ndarray:
+        """(N, H) values of the heads to (N, members + judges) weighted sums of outcomes."""
+        weights = np.array(list(self.settings.outcomes.values()), dtype=values.dtype)
+        summed: np.ndarray = values.reshape(len(values), -1, len(weights)) @ weights
+        return summed
+
+    def _combined(self, values: np.ndarray) -> np.ndarray:
+        """(N, members + judges) to (N,): what improvement sees."""
+        seen = values[:, : self.settings.members]
+        if self.settings.pessimism == "min":
+            return seen.min(axis=1)
+        mean: np.ndarray = seen.mean(axis=1)
+        return mean - float(self.settings.pessimism) * seen.std(axis=1, ddof=1) if self.settings.pessimism else mean
 
 
 def value_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -164,170 +296,3 @@ def value_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     family = next(base for base in causal.__mro__ if base.__name__.endswith("PreTrainedModel"))
     parts = {"config_class": kind, "__module__": causal.__module__}
     return type(f"{causal.__name__}WithValue", (GenericForTokenClassification, family), parts)
-
-
-@dataclass(frozen=True)
-class Regression:
-    """How one regression runs: passes over the data, step size, batch of conversations."""
-
-    epochs: float
-    learning_rate: float
-    batch_size: int
-    running_weight: float
-
-
-def regress(
-    q: QModel,
-    encoded: EncodedTable,
-    targets: np.ndarray,
-    how: Regression,
-    seed: int,
-    progress: Progress | None = None,
-) -> float:
-    """Fit `q` in place to one target a row, at the prompt's end, the response's end, and (weighted) between.
-
-    Args:
-        targets: (rows,) in the outcome's units; rows with NaN are left out.
-
-    Returns the mean loss of the last tenth of the steps. Raises TrainingError where nothing is left to fit, or the
-    loss is not finite.
-    """
-    usable = [s for s in encoded.sequences if any(x.trains and np.isfinite(targets[x.row]) for x in s.spans)]
-    steps = step_count(len(usable), how.batch_size, how.epochs)
-    if not steps:
-        raise TrainingError("no turn has both a logged suggestion and a target: nothing to fit Q to")
-    optimizer, schedule = optimizer_for(q.model, how.learning_rate, steps)
-    losses = []
-    rng = np.random.default_rng(seed)
-    turns = sum(x.trains and bool(np.isfinite(targets[x.row])) for s in usable for x in s.spans)
-    usual = turns / step_count(len(usable), how.batch_size, 1.0)
-    for step, batch in enumerate(training_batches(usable, how.batch_size, how.epochs, q.pad, rng)):
-        loss = _regression_loss(q, batch, targets, how.running_weight, usual)
-        take_step(q.model, loss, optimizer, schedule)
-        losses.append(loss.item())
-        if progress:
-            progress(step + 1, steps)
-    if not np.isfinite(losses[-1]):
-        raise TrainingError(f"the loss of Q is {losses[-1]}; lower q.learning_rate")
-    return float(np.mean(losses[-max(1, steps // 10) :]))
-
-
-def _regression_loss(q: QModel, batch: Batch, targets: np.ndarray, running_weight: float, usual: float) -> torch.Tensor:
-    """The batch's loss over the usual number of turns in a batch.
-
-    Neighbours in length share a batch, so a mean over each batch's own turns would weigh a turn by how short its
-    conversation is going to be: V(s) would hear less of the conversations that go on.
-    """
-    spans = np.flatnonzero(batch.trains & np.isfinite(targets[batch.row]))
-    span, sequence, position = response_positions(batch, spans)
-    last = position == batch.end[span] - 1
-    between = np.maximum(batch.end[span] - batch.start[span] - 1, 1)
-    weight = np.where(last, 1.0, running_weight / between)
-    sequence = np.concatenate([sequence, batch.sequence[spans]])
-    position = np.concatenate([position, batch.start[spans] - 1])
-    weight = np.concatenate([weight, np.ones(len(spans))])
-    target = np.concatenate([targets[batch.row[span]], targets[batch.row[spans]]])
-    logits = q.logits(batch.tokens)
-    device = logits.device
-    chosen = logits[torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)]
-    w = torch.from_numpy(weight).float().to(device)
-    return (w * q.loss(chosen, torch.from_numpy(target).float().to(device))).sum() / ((2.0 + running_weight) * usual)
-
-
-def optimizer_for(
-    model: torch.nn.Module, learning_rate: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a short warm-up and a linear fall to a tenth."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    warm = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / warm) * max(0.1, 1.0 - 0.9 * step / max(1, steps))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def take_step(
-    model: torch.nn.Module,
-    loss: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> float:
-    """One update with the gradient clipped at norm 1. Returns the norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    return float(norm)
-
-
-def one_step_targets(reward: np.ndarray, last: np.ndarray, v: np.ndarray, gamma: float) -> np.ndarray:
-    """(N,) y_i = r_i + gamma V(s_{i+1}), V(terminal) = 0: Q^pi of any logged action, whoever chose it.
-
-    Args:
-        reward: (N,) r_i. last: (N,) last rows of conversations. v: (N,) V(s_i), NaN in terminal rows.
-    """
-    following = np.append(v[1:], np.nan)
-    return reward + gamma * np.where(last, 0.0, np.nan_to_num(following))
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round's encoded conversations with its rewards, for fitting Q."""
-
-    encoded: EncodedTable
-    reward: np.ndarray
-    last: np.ndarray
-    returns: np.ndarray
-    fit: np.ndarray
-
-    @property
-    def fit_returns(self) -> np.ndarray:
-        """(N,) returns of the fit part, NaN in the evidence part: what a regression may see."""
-        return np.where(self.fit, self.returns, np.nan)
-
-
-def fit_q(
-    policy: LanguagePolicy,
-    current: Round,
-    replay: Iterable[Round],
-    config: Config,
-    start: QModel | None = None,
-    progress: Progress | None = None,
-) -> QModel:
-    """Line 5 of Algorithm 1: Q^pi from conversations of pi (and, one-step, from earlier rounds' turns too).
-
-    Args:
-        start: the previous round's Q, for a warm start; None starts from the policy's backbone.
-    """
-    q = start.copy() if start is not None else QModel.from_policy(policy, QSettings.of(config), config.seed)
-    c = config.q
-    if c.target == "monte_carlo":
-        how = Regression(c.epochs, c.learning_rate, c.batch_size, c.running_weight)
-        regress(q, current.encoded, current.fit_returns, how, config.seed, progress)
-        return q
-    v = q.copy()
-    how = Regression(c.value_epochs, c.value_learning_rate, c.value_batch_size, c.running_weight)
-    regress(v, current.encoded, current.fit_returns, how, config.seed, progress)
-    rounds = [current, *replay]
-    targets = [
-        np.where(r.fit, one_step_targets(r.reward, r.last, v.evaluate(r.encoded).v, config.gamma), np.nan)
-        for r in rounds
-    ]
-    encoded, y = joined([r.encoded for r in rounds]), np.concatenate(targets)
-    how = Regression(c.epochs, c.learning_rate, c.batch_size, c.running_weight)
-    regress(q, encoded, y, how, config.seed + 1, progress)
-    return q
-
-
-def joined(tables: list[EncodedTable]) -> EncodedTable:
-    """Several encoded tables as one, rows renumbered."""
-    sequences, offset = [], 0
-    for table in tables:
-        for sequence in table.sequences:
-            spans = tuple(replace(span, row=span.row + offset) for span in sequence.spans)
-            sequences.append(Encoded(sequence.tokens, spans))
-        offset += table.rows
-    return EncodedTable(sequences, offset, sum(t.truncated_turns for t in tables), sum(t.unshared for t in tables))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from iterative_ppo.config import Config
+from iterative_ppo.config import Config, ImproveConfig
 from iterative_ppo.learning.batching import encode_table
-from iterative_ppo.learning.improve import ppo
+from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.improve import group_trainers, ppo
+from iterative_ppo.learning.improve.best_of_n import improve_by_best
+from iterative_ppo.learning.improve.episodes import Prompts
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, turn_advantages
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.q_model import QModel, QSettings, Regression, Round, fit_q, regress
+from iterative_ppo.learning.policy_evaluation import Round, fit_q
+from iterative_ppo.learning.q_model import QModel, QSettings, head_weights
+from iterative_ppo.learning.regression import Regression, regress
+from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.returns import acceptance_rewards, discounted_returns, rewards
-from iterative_ppo.mdp.turn_table import last_rows
-
-Progress = Callable[[int, int], None]
+from iterative_ppo.mdp.turn_table import last_rows, outcome_columns
 
 
 def round_of(policy: LanguagePolicy, frame: pd.DataFrame, config: Config) -> Round:
@@ -27,16 +32,21 @@ def round_of(policy: LanguagePolicy, frame: pd.DataFrame, config: Config) -> Rou
     reward = acceptance_rewards(frame) if myopic else rewards(frame)
     returns = discounted_returns(reward, last, 0.0 if myopic else config.gamma)
     fit = (frame["part"] == "fit").to_numpy()
-    return Round(encode_table(frame, policy.renderer), reward, last, returns, fit)
+    behaviour = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
+    current = Round(encode_table(frame, policy.renderer), reward, last, returns, fit, behaviour)
+    heads = head_weights(config)
+    if list(heads.values()) == [1.0]:
+        return current
+    named = np.stack([rewards(frame, column) for column in outcome_columns(heads)], axis=1)
+    return replace(current, outcome_rewards=named, outcome_returns=discounted_returns(named, last, config.gamma))
 
 
 @dataclass(frozen=True)
 class Improvement:
-    """An improved policy and how it came about."""
+    """An improved policy and how it came about: the curve of each pass that ran, by name."""
 
     policy: LanguagePolicy
-    logged_curve: list[dict[str, float]] = field(default_factory=list)
-    ppo_curve: list[dict[str, float]] = field(default_factory=list)
+    curves: dict[str, Curve] = field(default_factory=dict)
 
 
 def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Progress | None = None) -> QModel:
@@ -66,25 +76,50 @@ def improve_policy(
     current: Round,
     behaviour: np.ndarray,
     q: QModel,
-    prompts: ppo.Prompts,
+    prompts: Prompts,
     config: Config,
     seed: int,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Improvement:
-    """Line 7: the logged pass on the fit part, then PPO on the prompts.
+    """Line 7: the logged pass on the fit part, the best of n and PPO (or its like) on the prompts, where configured.
 
     Args:
         behaviour: (N,) log-probs of the logged actions as sampled, NaN where unknown.
+        checkpoint: where a killed improvement goes on from.
     """
     values = q.evaluate(current.encoded)
-    gamma = 0.0 if config.improve.reward == "acceptance" else config.gamma
-    advantage = turn_advantages(current.reward, current.last, values.v, gamma, config.improve.logged.gae_lambda)
     usable = current.fit & np.isfinite(values.q)
+    c = config.improve
+
+    def kept(name: str, loop: int) -> Checkpoint | None:
+        return checkpoint and checkpoint.part(name, loop)
+
+    gamma = 0.0 if c.reward == "acceptance" else config.gamma
+    advantage = turn_advantages(current.reward, current.last, values.v, gamma, c.logged.gae_lambda)
     data = LoggedData(current.encoded, advantage, np.where(usable, behaviour, np.nan))
-    student, logged_curve = improve_on_log(policy, data, config.improve.logged, seed, progress)
-    scale = max(float(np.nanstd((values.q - values.v)[usable])), 1e-6)
-    reference = student if config.improve.ppo.reference == "logged" else policy
-    student, ppo_curve = ppo.improve(
-        student, q, prompts, config.improve.ppo, seed, reference=reference, scale=scale, progress=progress
+    student, logged = improve_on_log(policy, data, c.logged, seed, progress, kept("logged", 50))
+    student, best = improve_by_best(student, q, prompts, c.best_of_n, seed, progress, kept("best_of_n", 50))
+    student, sampled = improve_on_samples(
+        student,
+        q,
+        prompts,
+        c,
+        seed,
+        reference=student if c.ppo.reference == "start" else policy,
+        scale=max(float(np.nanstd((values.q - values.v)[usable])), 1e-6),
+        progress=progress,
+        champion=policy,
+        checkpoint=kept(c.algorithm, 1),
     )
-    return Improvement(student, logged_curve, ppo_curve)
+    curves = {"logged": logged, "best_of_n": best, c.algorithm: sampled}
+    return Improvement(student, {name: curve for name, curve in curves.items() if curve})
+
+
+def improve_on_samples(
+    policy: LanguagePolicy, q: QModel, prompts: Prompts, config: ImproveConfig, seed: int, **how: Any
+) -> tuple[LanguagePolicy, Curve]:
+    """The configured algorithm on sampled responses; `how` is what ppo.improve and group_trainers.improve share."""
+    if config.algorithm == "ppo":
+        return ppo.improve(policy, q, prompts, config.ppo, seed, **how)
+    return group_trainers.improve(policy, q, prompts, config, seed, **how)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import SupervisedConfig
 from iterative_ppo.errors import TrainingError
+from iterative_ppo.learning import runtime
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.mdp.rendering import Encoded
 
@@ -50,12 +52,14 @@ def fine_tune(
     ]
     if not rows:
         raise TrainingError("no conversation holds a logged suggestion to clone")
-    model = copy.deepcopy(policy.model)
-    with tempfile.TemporaryDirectory() as scratch:
+    student = policy.trainable_copy()
+    micro = config.micro_batch_size or config.batch_size
+    with lent(student.model) as model, tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
             output_dir=scratch,
             num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=config.batch_size // micro,
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
@@ -66,23 +70,39 @@ def fine_tune(
             report_to=[],
             disable_tqdm=True,
             use_cpu=model.device.type == "cpu",
-            bf16=False,
-            gradient_checkpointing=False,
+            bf16=False,  # the runtime's autocast holds here too
+            gradient_checkpointing=runtime.current().gradient_checkpointing,
             dataloader_pin_memory=False,
             seed=seed,
         )
+        _ = arguments.device
+        arguments._n_gpu = 1  # one process trains on one device, however many there are
         trainer = SFTTrainer(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
-            processing_class=policy.tokenizer,
+            processing_class=copy.deepcopy(policy.tokenizer),
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
     if not np.isfinite(loss):
         raise TrainingError(f"supervised loss is {loss}; lower supervised.learning_rate")
-    # The trainer leaves hooks on the model that it trained (its cached generation differs), so only weights are taken.
-    fresh = copy.deepcopy(policy.model)
-    fresh.load_state_dict(model.state_dict())
-    return LanguagePolicy(fresh, policy.tokenizer, policy.settings), {"loss": float(loss)}
+    return student, {"loss": float(loss)}
+
+
+@contextmanager
+def lent(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model for one of TRL's trainers, which afterwards generates as before.
+
+    They put a `forward` of their own on the object, with a vocabulary head that knows no cache, and leave its cache and
+    evaluation mode off.
+    """
+    before = {name: getattr(model.config, name, None) for name in ("use_cache", "pad_token_id", "bos_token_id")}
+    try:
+        yield model
+    finally:
+        model.__dict__.pop("forward", None)
+        for name, value in before.items():
+            setattr(model.config, name, value)
+        model.eval()

@@ -102,7 +102,10 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: PolicyConfig, seed: 
         return AutoModelForCausalLM.from_config(model_config)
 
 
-def build_policy(conversations: Iterable[Conversation], config: PolicyConfig, seed: int) -> LanguagePolicy:
+def build_policy(
+    conversations: Iterable[Conversation], config: PolicyConfig, seed: int, device: str = "cpu"
+) -> LanguagePolicy:
     """An untrained tiny policy whose tokenizer knows the corpus."""
     tokenizer = train_tokenizer(messages(conversations), config)
-    return LanguagePolicy(build_model(tokenizer, config, seed), tokenizer, PolicySettings.of(config))
+    model: Any = build_model(tokenizer, config, seed)
+    return LanguagePolicy(model.to(device), tokenizer, PolicySettings.of(config))

@@ -77,7 +77,10 @@ class Renderer:
         max_response_tokens: longest response, end of sequence included.
         abstain: the response that means no suggestion.
 
-    Raises ModelError where the tokenizer has no end of sequence.
+    `eos` ends a response: the token with which the chat template ends an assistant's turn, else the end of sequence.
+    `ordinary` are the ids of tokens that are not special.
+
+    Raises ModelError where the tokenizer has no end of sequence, or its chat template fails on a plain conversation.
     """
 
     def __init__(
@@ -89,13 +92,36 @@ class Renderer:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_tokens = max_prompt_tokens + max_response_tokens
         self.abstain = abstain
-        self.eos: int = tokenizer.eos_token_id
         vocabulary = tokenizer.get_vocab()
         self._labels = {name: token if token in vocabulary else _PLAIN[name] for name, token in MARKERS.items()}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self.ordinary = {i for token, i in vocabulary.items() if token not in special}
         self._cache: dict[str, tuple[int, ...]] = {}
+        self.eos: int = self._end_of_turn() if tokenizer.chat_template else tokenizer.eos_token_id
+        adds_first = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+        self._first: tuple[int, ...] = (tokenizer.bos_token_id,) if adds_first else ()
+
+    def _end_of_turn(self) -> int:
+        """The special token after an assistant's message; some templates do not end it with the tokenizer's own."""
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ANSWER"}]
+        text = self._templated(asked, add_generation_prompt=False)
+        self._templated([*asked, asked[0]], add_generation_prompt=True)
+        after = self.tokenizer.encode(text.rpartition("ANSWER")[2].strip(), add_special_tokens=False)
+        return self.tokenizer.eos_token_id if not after or after[0] in self.ordinary else after[0]
+
+    def _templated(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        apply: Any = self.tokenizer.apply_chat_template
+        try:
+            text: str = apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program of its own, and raises what it likes
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: its chat template fails on turns of user and assistant ({reason}); "
+                "mend it, or remove chat_template to have plain prompts"
+            ) from None
+        return text
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text without special tokens, remembered."""
@@ -117,14 +143,15 @@ class Renderer:
             tokens = self._state(State(state.history[skipped:], state.customer_message, state.context))
             if len(tokens) <= self.max_prompt_tokens:
                 return Prompt(tokens, skipped)
-        return Prompt(tokens[-self.max_prompt_tokens :], len(state.history))
+        first = tokens[:1] if tokens[0] == self.tokenizer.bos_token_id else ()
+        return Prompt(first + tokens[len(first) - self.max_prompt_tokens :], len(state.history))
 
     def _state(self, state: State) -> tuple[int, ...]:
         return self._chat(state) if self.tokenizer.chat_template else self._marked(state)
 
     def _marked(self, state: State) -> tuple[int, ...]:
         label = {name: self.ids(text) for name, text in self._labels.items()}
-        tokens: list[int] = []
+        tokens = list(self._first)
         if state.context is not None:
             tokens += label["context"] + self.ids(self._plain(state.context))
         for turn in state.history:
@@ -147,7 +174,7 @@ class Renderer:
             messages.append({"role": "assistant", "content": self._spoken(_action_of(turn))})
             heard = f"Business: {self._sent(turn)}\n"
         messages.append({"role": "user", "content": f"{heard}Customer: {self._plain(state.customer_message)}"})
-        text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self._templated(messages, add_generation_prompt=True)
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _spoken(self, suggestion: Suggestion) -> str:

@@ -6,8 +6,6 @@ so it needs no generalisation of Q over actions; PPO on sampled actions follows 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +14,10 @@ import torch
 from iterative_ppo.config import LoggedConfig
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.batching import Batch, EncodedTable, step_count, training_batches
+from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.improve.ppo import clipped, surrogate
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.q_model import optimizer_for, take_step
+from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.returns import discounted_returns
 
 
@@ -41,13 +41,12 @@ class LoggedData:
     behaviour: np.ndarray
 
 
-def logged_loss(
+def logged_objective(
     log_prob: torch.Tensor, behaviour: torch.Tensor, advantage: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped surrogate over whole responses, and the share of them that is clipped (Schulman et al. 2017, Eq. 7)."""
-    ratio = torch.exp((log_prob - behaviour).clamp(-20.0, 20.0))
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
-    return -surrogate.mean(), ((ratio - 1.0).abs() > clip).float().mean()
+    """(S,) the clipped objective of whole responses (Schulman et al. 2017, Eq. 7), and which of them are clipped."""
+    behaviour = log_prob - (log_prob - behaviour).clamp(-20.0, 20.0)
+    return surrogate(log_prob, behaviour, advantage, clip), clipped(log_prob, behaviour, clip)
 
 
 def improve_on_log(
@@ -55,11 +54,13 @@ def improve_on_log(
     data: LoggedData,
     config: LoggedConfig,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[LanguagePolicy, list[dict[str, float]]]:
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[LanguagePolicy, Curve]:
     """A copy of `policy` improved on logged turns, and its curve. Zero epochs leave the policy as it is."""
     usable = np.isfinite(data.behaviour) & np.isfinite(data.advantage)
-    sequences = [s for s in data.encoded.sequences if any(x.trains and usable[x.row] for x in s.spans)]
+    turns = [sum(x.trains and bool(usable[x.row]) for x in s.spans) for s in data.encoded.sequences]
+    sequences = [s for s, trained in zip(data.encoded.sequences, turns, strict=True) if trained]
     steps = step_count(len(sequences), config.batch_size, config.epochs)
     if not config.epochs or not steps:
         return policy, []
@@ -67,35 +68,19 @@ def improve_on_log(
     if np.ptp(data.advantage[usable]) <= 1e-9 * np.abs(data.advantage[usable]).max():
         raise TrainingError("all logged advantages are equal: nothing to learn from (are all outcomes the same?)")
     advantage = (data.advantage - data.advantage[usable].mean()) / spread
-    model = copy.deepcopy(policy.model)
-    student = LanguagePolicy(model, policy.tokenizer, policy.settings)
-    optimizer, schedule = optimizer_for(model, config.learning_rate, steps)
-    curve = []
-    turns = sum(x.trains and bool(usable[x.row]) for s in sequences for x in s.spans)
-    usual = turns / step_count(len(sequences), config.batch_size, 1.0)
-    rng = np.random.default_rng(seed)
-    for step, batch in enumerate(training_batches(sequences, config.batch_size, config.epochs, policy.pad, rng)):
+    student = policy.trainable_copy()
+    usual = sum(turns) / step_count(len(sequences), config.batch_size, 1.0)
+
+    def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         spans = np.flatnonzero(batch.trains & usable[batch.row])
-        loss, clipped = _batch_loss(student, batch, spans, advantage, data.behaviour, config.clip)
-        loss = loss * (len(spans) / usual)  # neighbours in length share a batch: a turn weighs the same in each
-        norm = take_step(model, loss, optimizer, schedule)
-        curve.append({"loss": loss.item(), "clip_fraction": clipped.item(), "gradient_norm": norm})
-        if progress:
-            progress(step + 1, steps)
+        log_prob, rows = student.response_log_probs(batch, spans), batch.row[spans]
+        old, gain = (torch.from_numpy(x[rows]).to(log_prob) for x in (data.behaviour, advantage))
+        value, outside = logged_objective(log_prob, old, gain, config.clip)
+        # neighbours in length share a batch: over the usual number of turns, a turn weighs the same in each
+        return -value.sum() / usual, {"clip_fraction": outside.sum() / usual}
+
+    batches = training_batches(sequences, config.batch_size, config.epochs, policy.pad, np.random.default_rng(seed))
+    curve = train(student, batches, steps, objective, config.learning_rate, progress, checkpoint)
     if not np.isfinite(curve[-1]["loss"]):
         raise TrainingError("the logged pass diverged; lower improve.logged.learning_rate")
     return student, curve
-
-
-def _batch_loss(
-    student: LanguagePolicy,
-    batch: Batch,
-    spans: np.ndarray,
-    advantage: np.ndarray,
-    behaviour: np.ndarray,
-    clip: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    log_prob = student.response_log_probs(batch, spans)
-    rows = batch.row[spans]
-    old = torch.from_numpy(behaviour[rows]).to(log_prob)
-    return logged_loss(log_prob, old, torch.from_numpy(advantage[rows]).to(log_prob), clip)

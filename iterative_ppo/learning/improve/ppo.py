@@ -1,141 +1,116 @@
 """Token-level PPO against a frozen Q (line 7 of Algorithm 1; Schulman et al. 2017, arXiv 1707.06347).
 
-Token gamma is 1. The reward is Q(s, a) at the last token and -beta (log pi - log pi_ref) at each. The critic is the
-frozen Q's own running value, so no second network is trained. Advantages are GAE with V = 0 after the end of sequence,
-whitened over response tokens.
+The critic is the frozen Q's own running value, so no second network is trained, or a copy of Q that learns on. The KL
+penalty is fixed or adapts to a target; a budget of KL to the champion, or judges that PPO does not see, end it early.
+A killed run goes on from its last rollout and ends with the weights of an unbroken one.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
 from iterative_ppo.errors import TrainingError
-from iterative_ppo.learning.batching import EncodedTable, inference_batches, training_batches
-from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
-from iterative_ppo.learning.q_model import QModel, optimizer_for, take_step
-from iterative_ppo.mdp.rendering import Encoded, Span, single
-
-Prompts = Sequence[tuple[int, ...]]
-
-
-def gae(reward: np.ndarray, value: np.ndarray, lam: float) -> np.ndarray:
-    """(L,) advantages of one response's tokens with gamma 1 and V = 0 after the last.
-
-    Args:
-        reward: (L,) one a token. value: (L,) V before each token.
-    """
-    advantage = np.zeros(len(reward))
-    running, following = 0.0, 0.0
-    for t in range(len(reward) - 1, -1, -1):
-        running = reward[t] + following - value[t] + lam * running
-        following = value[t]
-        advantage[t] = running
-    return advantage
+from iterative_ppo.learning.batching import Batch, training_batches
+from iterative_ppo.learning.checkpoint import (
+    Checkpoint,
+    below_prefix,
+    load_optimizer,
+    optimizer_tensors,
+    resume_schedule,
+    with_prefix,
+)
+from iterative_ppo.learning.improve.critic import LearnedCritic
+from iterative_ppo.learning.improve.episodes import Episodes, Prompts, RewardModel, roll_out, token_log_probs
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.optimization import descend, optimizer_for
+from iterative_ppo.learning.q_model import QModel
+from iterative_ppo.learning.training import Curve, Progress
+from iterative_ppo.mdp.rendering import Encoded
 
 
-def ppo_loss(
-    log_p: torch.Tensor, old_log_p: torch.Tensor, advantage: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped surrogate over tokens, and the share of tokens where the clip binds."""
+class Judge(Protocol):
+    """A Q of which some members judge what the others improve."""
+
+    def judge_values(self, sequences: list[Encoded]) -> list[np.ndarray]: ...
+
+
+def surrogate(log_p: torch.Tensor, old_log_p: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
+    """(N,) the clipped objective of each token (Eq. 7)."""
     ratio = torch.exp(log_p - old_log_p)
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
-    return -surrogate.mean(), ((ratio - 1.0).abs() > clip).float().mean()
+    return torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
 
 
-@dataclass(frozen=True)
-class Episodes:
-    """Sampled responses, one sequence each. Per episode: Q, reward, KL; per token: old log-prob, advantage."""
-
-    table: EncodedTable
-    q: np.ndarray
-    reward: np.ndarray
-    kl: np.ndarray
-    finished: np.ndarray
-    old_log_p: list[np.ndarray]
-    advantage: list[np.ndarray]
+def clipped(log_p: torch.Tensor, old_log_p: torch.Tensor, clip: float) -> torch.Tensor:
+    """(N,) whether a token's ratio left the trust region."""
+    return ((torch.exp(log_p - old_log_p) - 1.0).abs() > clip).float()
 
 
-def response_rewards(
-    values: Sequence[np.ndarray], finished: np.ndarray, scale: float, missing_eos_penalty: float
-) -> np.ndarray:
-    """(N,) Q(s, a) / scale at the last token, minus the penalty where the response reached the length limit.
-
-    A response cut at the limit gets Q of what it wrote and its penalty, never a bootstrap from a value beyond it.
-    """
-    q = np.array([value[-1] for value in values]) / scale
-    return q - np.where(finished, 0.0, missing_eos_penalty)
+def adapted(beta: float, kl: float, config: PPOConfig) -> float:
+    """The next coefficient: a fifth nearer to the target at most (Ziegler et al. 2019, arXiv 1909.08593)."""
+    if config.kl_target is None:
+        return beta
+    return beta * (1.0 + 0.2 * float(np.clip(kl / config.kl_target - 1.0, -1.0, 1.0)))
 
 
-@torch.inference_mode()
-def token_log_probs(policy: LanguagePolicy, table: EncodedTable) -> list[np.ndarray]:
-    """Per single-turn sequence: (length,) log pi of its response tokens."""
-    result: list[np.ndarray] = [np.empty(0)] * table.rows
-    for batch in inference_batches(table.sequences, INFERENCE_TOKENS, policy.pad):
-        spans = np.arange(len(batch.row))
-        log_p, index = policy.token_log_probs(batch, spans)
-        parts = np.split(log_p.cpu().numpy(), np.flatnonzero(np.diff(index.cpu().numpy())) + 1)
-        for row, part in zip(batch.row, parts, strict=True):
-            result[row] = part
-    return result
+@dataclass
+class Run:
+    """PPO under way: everything that a checkpoint holds."""
 
+    student: LanguagePolicy
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    critic: LearnedCritic | None
+    rng: np.random.Generator
+    beta: float
+    curve: Curve = field(default_factory=list)
 
-def roll_out(
-    policy: LanguagePolicy,
-    reference: LanguagePolicy,
-    q: QModel,
-    prompts: Prompts,
-    config: PPOConfig,
-    scale: float,
-    seed: int,
-) -> Episodes:
-    """Sample one response a prompt and compute its token rewards and advantages."""
-    responses = policy.respond(prompts, seed)
-    sequences = [
-        single(k, prompt, tokens, True)
-        for k, (prompt, tokens) in enumerate(zip(prompts, responses.tokens, strict=True))
-    ]
-    table = EncodedTable(sequences, len(sequences))
-    values = [value / scale for value in q.running_values(sequences)]
-    reward = response_rewards(values, responses.finished, 1.0, config.missing_eos_penalty)
-    if not np.isfinite(reward).all():
-        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
-    old = token_log_probs(policy, table)
-    anchor = token_log_probs(reference, table)
-    advantages, kls = [], np.zeros(len(sequences))
-    for k, (log_p, ref) in enumerate(zip(old, anchor, strict=True)):
-        token_reward = -config.kl_coefficient * (log_p - ref)
-        token_reward[-1] += reward[k]
-        kls[k] = (log_p - ref).sum()
-        advantages.append(gae(token_reward, values[k][:-1], config.gae_lambda))
-    flat = np.concatenate(advantages)
-    mean, spread = flat.mean(), flat.std()
-    whitened = [(a - mean) / (spread + 1e-8) for a in advantages]
-    q_values = np.array([value[-1] * scale for value in values])
-    return Episodes(table, q_values, reward, kls, responses.finished, old, whitened)
+    def save(self, checkpoint: Checkpoint) -> None:
+        tensors = with_prefix("policy", self.student.training_state()) | optimizer_tensors(self.optimizer)
+        if self.critic:
+            tensors |= self.critic.tensors()
+        generator = self.rng.bit_generator.state
+        checkpoint.save(tensors, {"generator": generator, "beta": self.beta, "curve": self.curve})
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        found = checkpoint.load()
+        if found is None:
+            return
+        tensors, values = found
+        self.student.load_training_state(below_prefix("policy", tensors))
+        load_optimizer(self.optimizer, tensors)
+        self.rng.bit_generator.state = values["generator"]
+        self.beta, self.curve = values["beta"], values["curve"]
+        updates = int(sum(entry["updates"] for entry in self.curve))
+        resume_schedule(self.schedule, updates)
+        if self.critic:
+            self.critic.load(tensors, updates)
 
 
 def improve(
     policy: LanguagePolicy,
-    q: QModel,
+    q: RewardModel,
     prompts: Prompts,
     config: PPOConfig,
     seed: int,
     reference: LanguagePolicy | None = None,
     scale: float = 1.0,
-    rollout_size: int = 512,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[LanguagePolicy, list[dict[str, float]]]:
+    rollout_size: int | None = None,
+    progress: Progress | None = None,
+    champion: LanguagePolicy | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[LanguagePolicy, Curve]:
     """SingleTurnOpt(Q) by PPO: a copy of `policy` improved on `prompts`, and its curve, one entry a rollout.
 
     Args:
         reference: whom the KL penalty keeps it near; None means `policy` itself.
+        champion: whose KL is budgeted; None means the reference.
         scale: the reward is Q / scale, so that beta means the same whatever Q's spread.
+        rollout_size: responses a rollout; None means the configured number.
 
     Raises TrainingError where there is no prompt, the reward is constant over the first rollout or not a number, or
     an update is not finite.
@@ -144,69 +119,110 @@ def improve(
         return policy, []
     if not prompts:
         raise TrainingError("no prompt to improve on")
-    model = copy.deepcopy(policy.model)
-    student = LanguagePolicy(model, policy.tokenizer, policy.settings)
+    sizes = _rollouts(config.episodes, rollout_size or config.rollout)
+    run = begin(policy, q, config, sizes, scale, seed)
+    if checkpoint:
+        run.load(checkpoint)
     anchor = reference or policy
-    rng = np.random.default_rng(seed)
-    rollouts = -(-config.episodes // rollout_size)
-    per_rollout = min(rollout_size, config.episodes)
-    steps = rollouts * config.epochs * -(-per_rollout // config.minibatch_size)
-    optimizer, schedule = optimizer_for(model, config.learning_rate, steps)
-    curve = []
-    for k in range(rollouts):
-        chosen = [prompts[i] for i in rng.integers(len(prompts), size=per_rollout)]
-        episodes = roll_out(student, anchor, q, chosen, config, scale, seed + 7919 * (k + 1))
+    for k in range(len(run.curve), len(sizes)):
+        if spent(run.curve, config):
+            break
+        chosen = [prompts[i] for i in run.rng.integers(len(prompts), size=sizes[k])]
+        episodes = roll_out(run.student, anchor, q, chosen, config, scale, seed + 7919 * (k + 1), run.beta, run.critic)
         if k == 0 and np.ptp(episodes.q) <= 1e-6 * np.abs(episodes.q).max():
             raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
-        losses = _update(student, episodes, config, optimizer, schedule, rng)
-        curve.append(_summary(episodes, losses))
+        entry = _described(episodes, run, q, champion)
+        entry |= _update(run, episodes, config)
+        run.curve.append(entry)
+        run.beta = adapted(run.beta, entry["kl_to_reference"], config)
+        if checkpoint and ((k + 1) % checkpoint.every == 0 or k + 1 == len(sizes)):
+            run.save(checkpoint)
         if progress:
-            progress(k + 1, rollouts)
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
+            progress(k + 1, len(sizes))
+    if not all(torch.isfinite(p).all() for p in run.student.trainable_parameters()):
         raise TrainingError("PPO diverged; lower improve.ppo.learning_rate")
-    return student, curve
+    return run.student, run.curve
 
 
-def _update(
-    student: LanguagePolicy,
-    episodes: Episodes,
-    config: PPOConfig,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    rng: np.random.Generator,
-) -> list[tuple[float, float]]:
-    losses = []
-    for batch in training_batches(episodes.table.sequences, config.minibatch_size, config.epochs, student.pad, rng):
+def _rollouts(episodes: int, size: int) -> list[int]:
+    """Sizes of the rollouts: whole ones, then what is left."""
+    whole, rest = divmod(episodes, size)
+    return [size] * whole + [rest] * (rest > 0)
+
+
+def begin(policy: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: list[int], scale: float, seed: int) -> Run:
+    """A run on rollouts of these sizes, with the updates that they ask for still before it."""
+    student = policy.trainable_copy()
+    steps = sum(config.epochs * -(-size // config.minibatch_size) for size in sizes)
+    optimizer, schedule = optimizer_for(student.model, config.learning_rate, steps)
+    critic = None
+    if config.critic == "learned":
+        assert isinstance(q, QModel), "a learned critic starts from a fitted Q"
+        critic = LearnedCritic(q, config.critic_learning_rate, steps, scale)
+    return Run(student, optimizer, schedule, critic, np.random.default_rng(seed), config.kl_coefficient)
+
+
+def spent(curve: Curve, config: PPOConfig) -> bool:
+    """Whether a budget is spent: KL to the champion, or the patience with judges that no longer see a rise."""
+    if not curve:
+        return False
+    if config.kl_budget is not None and curve[-1]["kl_to_champion"] > config.kl_budget:
+        return True
+    judged = [entry["judge"] for entry in curve if "judge" in entry]
+    if config.judge_patience is None or not judged:
+        return False
+    return len(judged) - 1 - int(np.argmax(judged)) >= config.judge_patience
+
+
+def _update(run: Run, episodes: Episodes, config: PPOConfig) -> dict[str, float]:
+    """All epochs on one rollout. A token weighs the same in every minibatch, whatever its neighbours' lengths."""
+    advantage, steps = episodes.whitened(), -(-len(episodes.q) // config.minibatch_size)
+    usual = episodes.tokens / steps
+    student = run.student
+
+    def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         log_p, _ = student.token_log_probs(batch, np.arange(len(batch.row)))
-        old = np.concatenate([episodes.old_log_p[row] for row in batch.row])
-        advantage = np.concatenate([episodes.advantage[row] for row in batch.row])
-        loss, clipped = ppo_loss(
-            log_p, torch.from_numpy(old).to(log_p), torch.from_numpy(advantage).to(log_p), config.clip
-        )
-        take_step(student.model, loss, optimizer, schedule)
-        losses.append((loss.item(), clipped.item()))
-    return losses
+        old = _at(batch, episodes.old_log_p).to(log_p)
+        loss = -surrogate(log_p, old, _at(batch, advantage).to(log_p), config.clip).sum() / usual
+        outside = clipped(log_p, old, config.clip).sum() / usual
+        return loss, {"clip_fraction": outside, "update_kl": (old - log_p).sum() / usual}
+
+    figures: dict[str, list[float]] = {}
+    sequences = episodes.table.sequences
+    for batch in training_batches(sequences, config.minibatch_size, config.epochs, student.pad, run.rng):
+        told = descend(student.model, batch, objective, run.optimizer, run.schedule)
+        if run.critic:
+            told["critic_loss"] = run.critic.learn(batch, episodes.returns, usual)
+        for name, value in told.items():
+            figures.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in figures.items()} | {"updates": float(len(figures["loss"]))}
 
 
-def _summary(episodes: Episodes, losses: list[tuple[float, float]]) -> dict[str, float]:
-    loss, clipped = np.mean(losses, axis=0)
-    lengths = [len(a) for a in episodes.advantage]
-    return {
+def _at(batch: Batch, values: list[np.ndarray]) -> torch.Tensor:
+    """(N,) the tokens' values of a batch's episodes."""
+    parts = [values[row] for row in batch.row]
+    return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0))
+
+
+def _described(episodes: Episodes, run: Run, q: Any, champion: LanguagePolicy | None) -> dict[str, float]:
+    """A rollout's figures. KL in nats a response; entropy in nats a token; Q without its penalties."""
+    value, returns = np.concatenate(episodes.value), np.concatenate(episodes.returns)
+    spread = returns.var()
+    described = {
         "q": float(episodes.q.mean()),
         "kl_to_reference": float(episodes.kl.mean()),
+        "kl_from_reference": float(episodes.reverse_kl.mean()),
+        "kl_to_champion": float(episodes.kl.mean()),
+        "kl_coefficient": run.beta,
         "entropy": float(-np.concatenate(episodes.old_log_p).mean()),
-        "response_tokens": float(np.mean(lengths)),
+        "response_tokens": episodes.tokens / len(episodes.q),
         "missing_eos": float(1.0 - episodes.finished.mean()),
-        "loss": float(loss),
-        "clip_fraction": float(clipped),
+        "explained_variance": float(1.0 - (returns - value).var() / spread) if spread > 0 else 0.0,
     }
-
-
-def prompts_of(sequences: Sequence[Encoded], rows: np.ndarray) -> list[tuple[int, ...]]:
-    """Line 6 of Algorithm 1: the prompts that the policy used for the states of the given table rows."""
-    wanted = set(rows.tolist())
-    return [s.tokens[: span.start] for s in sequences for span in _wanted(s, wanted)]
-
-
-def _wanted(sequence: Encoded, rows: set[int]) -> list[Span]:
-    return [span for span in sequence.spans if span.row in rows]
+    if champion is not None:
+        theirs = token_log_probs(champion, episodes.table)
+        gaps = [(mine - other).sum() for mine, other in zip(episodes.old_log_p, theirs, strict=True)]
+        described["kl_to_champion"] = float(np.mean(gaps))
+    if isinstance(q, QModel) and q.settings.judges:
+        described["judge"] = float(np.mean([value[-1] for value in q.judge_values(episodes.table.sequences)]))
+    return described

@@ -1,0 +1,100 @@
+"""What a training loop needs to go on after a kill: written whole or not at all, read back to the last bit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from iterative_ppo.errors import StoreError
+from iterative_ppo.files import read_json, whole_directory, write_json
+from iterative_ppo.learning import distributed
+from iterative_ppo.learning.sharding import full, like
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A place for the state of one training loop. `key` says what is trained, on what, and how.
+
+    Attributes:
+        every: updates (or rollouts) between two writes.
+    """
+
+    path: Path
+    key: str
+    every: int = 1
+
+    def part(self, name: str, every: int | None = None) -> Checkpoint:
+        """The place of one loop among several."""
+        return replace(self, path=self.path / name, every=every or self.every)
+
+    def save(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Keep tensors and JSON-able values, in place of what was kept before. The first process writes."""
+        if distributed.rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_directory(self.path) as draft:
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft / TENSORS)
+                write_json(draft / STATE, {"key": self.key, **values})
+        distributed.wait()
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What was kept; None where nothing was, or for other inputs. Raises StoreError where it is damaged."""
+        if not (self.path / STATE).exists():
+            return None
+        values = read_json(self.path / STATE)
+        if not isinstance(values, dict) or values.get("key") != self.key:
+            return None
+        try:
+            return load_file(self.path / TENSORS), values
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{self.path}: a damaged checkpoint ({error}); remove it to begin anew") from None
+
+    def clear(self) -> None:
+        """Forget it: the work is done."""
+        if distributed.rank() == 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
+    """An optimizer's state as named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{k}.{name}": full(torch.as_tensor(v)) for k, one in state.items() for name, v in one.items()}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], prefix: str = "optimizer"
+) -> None:
+    """Take up what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, tensor in tensors.items():
+        if name.startswith(f"{prefix}."):
+            index, field = name.removeprefix(f"{prefix}.").split(".")
+            state.setdefault(int(index), {})[field] = like(tensor, parameters[int(index)]) if tensor.dim() else tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def resume_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, updates: int) -> None:
+    """Set a schedule, and the rates of its optimizer, to where they are after so many updates."""
+    schedule.last_epoch = updates
+    lambdas: list[Any] = schedule.lr_lambdas  # type: ignore[attr-defined]
+    for group, rate, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, lambdas, strict=True):
+        group["lr"] = rate * factor(updates)
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Named tensors below a name."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def below_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that `with_prefix` put below a name."""
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}

@@ -1,0 +1,196 @@
+"""Q as a network, for language models: what estimators fit in the pipeline."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from iterative_ppo.config import QConfig
+from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
+from iterative_ppo.learning.estimators.protocol import Features, Learner, Schedule
+from iterative_ppo.learning.forward import last_hidden
+from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
+from iterative_ppo.learning.q_model import QModel, Values
+from iterative_ppo.learning.regression import Regression, Targets, regress
+from iterative_ppo.mdp.rendering import Encoded, single
+
+Progress = Callable[[int, int], None]
+SAMPLED_STATES = 1024
+"""States whose sampled responses are laid out as token sequences at a time."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """Encoded conversations of some rounds, and the policy whose Q is sought: what copies of a network share.
+
+    Attributes:
+        row_weights: (N, H) weight of each row for each head; None is 1.
+        seeds: one for each fit, in order.
+    """
+
+    policy: LanguagePolicy
+    tables: Sequence[EncodedTable]
+    config: QConfig
+    seed: int
+    row_weights: np.ndarray | None = None
+    progress: Progress | None = None
+    seeds: Iterator[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", itertools.count(self.seed))
+
+    @cached_property
+    def encoded(self) -> EncodedTable:
+        return joined(self.tables)
+
+    @cached_property
+    def states(self) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+        """((S,) table rows, their prompts) of all states to act in."""
+        found = [(span.row, s.tokens[: span.start]) for s in self.encoded.sequences for span in s.spans]
+        return np.array([row for row, _ in found], dtype=int), [prompt for _, prompt in found]
+
+    @cached_property
+    def responses(self) -> list[tuple[int, ...]]:
+        """`samples` responses of the policy to each of `states`, drawn once."""
+        repeated = [prompt for prompt in self.states[1] for _ in range(self.config.samples)]
+        return self.policy.respond(repeated, self.seed).tokens
+
+    def sampled(self) -> Iterator[tuple[np.ndarray, EncodedTable]]:
+        """Some states at a time: (their table rows, a sequence for each response to them)."""
+        rows, prompts = self.states
+        samples = self.config.samples
+        for begin in range(0, len(rows), SAMPLED_STATES):
+            chosen = range(begin, min(begin + SAMPLED_STATES, len(rows)))
+            pairs = [(prompts[k], self.responses[k * samples + m]) for k in chosen for m in range(samples)]
+            sequences = [single(n, prompt, said, True) for n, (prompt, said) in enumerate(pairs)]
+            yield rows[chosen.start : chosen.stop], EncodedTable(sequences, len(sequences))
+
+    def mean_of_samples(self, of: Callable[[EncodedTable], np.ndarray], columns: int) -> np.ndarray:
+        """(N, columns) mean of something over the policy's responses in each state, NaN in terminal rows."""
+        result = np.full((self.encoded.rows, columns), np.nan)
+        for rows, table in self.sampled():
+            result[rows] = of(table).reshape(len(rows), self.config.samples, columns).mean(axis=1)
+        return result
+
+
+class Network:
+    """A QModel as the estimators see it. Fits change `q` in place.
+
+    Each table is evaluated on its own, and a fit sees the sequences that have a target, in their order: adding a round
+    that a fit does not use changes nothing in it.
+    """
+
+    def __init__(self, q: QModel, log: Log) -> None:
+        self.q, self.log = q, log
+
+    def copy(self) -> Network:
+        return Network(self.q.copy(), self.log)
+
+    def values(self) -> Values:
+        found = [self.q.head_values(table) for table in self.log.tables]
+        return Values(np.concatenate([f.v for f in found]), np.concatenate([f.q for f in found]))
+
+    def expected(self) -> np.ndarray:
+        return self.log.mean_of_samples(lambda table: self.q.head_values(table).q, self.q.settings.heads)
+
+    def fit(
+        self,
+        q: np.ndarray,
+        v: np.ndarray | None = None,
+        schedule: Schedule = "q",
+        share: float = 1.0,
+        target: Learner | None = None,
+    ) -> None:
+        targets = Targets.of(q, self.q.settings.heads, v, self.log.row_weights)
+        how, log = regression(self.log.config, schedule), self.log
+        follow = None
+        if target is not None:
+            assert isinstance(target, Network)
+            slow = target.q
+
+            def follow() -> None:
+                slow.follow(self.q, log.config.polyak)
+
+        how = replace(how, epochs=how.epochs * share)
+        loss = regress(self.q, log.encoded, targets, how, next(log.seeds), log.progress, follow)
+        self.q.report["fit_loss"] = loss
+
+    def weights(self) -> np.ndarray:
+        given = self.log.row_weights
+        return np.ones((self.log.encoded.rows, self.q.settings.heads)) if given is None else given
+
+    # --- as a linear function of its backbone's last hidden state ----------------------------------------------------
+
+    def features(self) -> Features:
+        width = self.q.head.in_features + 1
+        logged = np.zeros((self.log.encoded.rows, width), np.float32)
+        for batch, hidden in self._hidden(self.log.encoded):
+            spans = np.flatnonzero(batch.trains)
+            logged[batch.row[spans]] = hidden[batch.sequence[spans], batch.end[spans] - 1]
+        expected = self.log.mean_of_samples(self._at_ends, width)
+        return Features(logged, np.nan_to_num(expected))
+
+    def solve(self, weights: np.ndarray) -> None:
+        """Q's heads take `weights`; V's are fitted by ridge regression to E_pi Q at prompts' ends, to Q between."""
+        q_weights = torch.from_numpy(weights.astype(np.float32))
+        heads = self.q.settings.heads
+        v = np.nan_to_num(self.log.mean_of_samples(lambda table: self._at_ends(table) @ weights, heads))
+        with torch.no_grad():
+            for block, solved in ((1, q_weights), (0, torch.from_numpy(self._value_weights(weights, v)))):
+                part = slice(block * heads, (block + 1) * heads)
+                self.q.head.weight[part], self.q.head.bias[part] = solved[:-1].T, solved[-1]
+
+    def _value_weights(self, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        moments = self.log.config.ridge * np.eye(len(weights))
+        products = np.zeros(weights.shape)
+        for batch, hidden in self._hidden(self.log.encoded):
+            for sequence, start, end, row, trains in zip(
+                batch.sequence, batch.start, batch.end, batch.row, batch.trains, strict=True
+            ):
+                x = hidden[sequence, start - 1 : end].astype(float)
+                between = self.log.config.running_weight / max(1, len(x) - 2) if trains else 0.0
+                weight = np.array([1.0] + [between] * (len(x) - 2))
+                target = np.stack([v[row]] + [x[-1] @ weights] * (len(x) - 2))
+                moments += (x[:-1] * weight[:, None]).T @ x[:-1]
+                products += (x[:-1] * weight[:, None]).T @ target
+        solved: np.ndarray = np.linalg.solve(moments, products).astype(np.float32)
+        return solved
+
+    def _at_ends(self, table: EncodedTable) -> np.ndarray:
+        """(rows, F) features of the responses of single-turn sequences."""
+        found = np.zeros((table.rows, self.q.head.in_features + 1), np.float32)
+        for batch, hidden in self._hidden(table):
+            found[batch.row] = hidden[batch.sequence, batch.end - 1]
+        return found
+
+    @torch.inference_mode()
+    def _hidden(self, table: EncodedTable) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Batches with (B, T, F) features of each token: the last hidden state, and 1."""
+        for batch in inference_batches(table.sequences, INFERENCE_TOKENS, self.q.pad):
+            hidden = last_hidden(self.q.model, batch.tokens.to(self.q.model.device)).float()
+            yield batch, torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1).cpu().numpy()
+
+
+def regression(config: QConfig, schedule: Schedule) -> Regression:
+    """The passes of a Monte Carlo V or of Q."""
+    if schedule == "value":
+        return Regression(
+            config.value_epochs, config.value_learning_rate, config.value_batch_size, config.running_weight
+        )
+    return Regression(config.epochs, config.learning_rate, config.batch_size, config.running_weight)
+
+
+def joined(tables: Sequence[EncodedTable]) -> EncodedTable:
+    """Several encoded tables as one, rows renumbered."""
+    sequences, offset = [], 0
+    for table in tables:
+        for sequence in table.sequences:
+            spans = tuple(replace(span, row=span.row + offset) for span in sequence.spans)
+            sequences.append(Encoded(sequence.tokens, spans))
+        offset += table.rows
+    return EncodedTable(sequences, offset, sum(t.truncated_turns for t in tables), sum(t.unshared for t in tables))

@@ -1,0 +1,71 @@
+"""The sampled pass: of several responses a state, the one that Q likes best is learnt as it stands.
+
+Observation 1's greedy policy within reach of the policy: it only ever raises what the policy itself said, so it neither
+leaves the support in which Q was fitted nor unlearns how to write. The candidates are what the policy is surer of: at
+its full temperature the best of n is too often a slip that Q, fitted on few of them, does not know to be one. The
+projection onto the network is maximum likelihood, as in MPO (Abdolmaleki et al. 2018, arXiv 1806.06920).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from iterative_ppo.config import BestOfNConfig
+from iterative_ppo.errors import TrainingError
+from iterative_ppo.learning.batching import Batch, step_count, training_batches
+from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.improve.episodes import Prompts, RewardModel
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.training import Curve, Progress, train
+from iterative_ppo.mdp.rendering import single
+
+
+def best(q: np.ndarray, finished: np.ndarray) -> np.ndarray:
+    """(S,) which of each state's (S, n) responses Q likes best; one cut at the limit only where all of them were."""
+    cut = ~finished & finished.any(axis=1, keepdims=True)
+    chosen: np.ndarray = np.where(cut, -np.inf, q).argmax(axis=1)
+    return chosen
+
+
+def improve_by_best(
+    policy: LanguagePolicy,
+    q: RewardModel,
+    prompts: Prompts,
+    config: BestOfNConfig,
+    seed: int,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[LanguagePolicy, Curve]:
+    """A copy of `policy` moved towards what Q prefers of its own responses, and its curve. Zero epochs change nothing.
+
+    Raises TrainingError where there is no prompt, or Q is not a number or the same for every response.
+    """
+    if not config.epochs:
+        return policy, []
+    if not prompts:
+        raise TrainingError("no prompt to improve on")
+    n = config.samples
+    surer = policy.at(config.temperature * policy.settings.temperature)
+    responses = surer.respond(prompts, seed, samples=n)
+    sequences = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
+    worth = np.array([values[-1] for values in q.running_values(sequences)]).reshape(-1, n)
+    if not np.isfinite(worth).all():
+        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+    if np.ptp(worth) <= 1e-6 * np.abs(worth).max():
+        raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
+    chosen = best(worth, responses.finished.reshape(-1, n))
+    liked = [sequences[k * n + j] for k, j in enumerate(chosen)]
+    student = policy.trainable_copy()
+    steps = step_count(len(liked), config.batch_size, config.epochs)
+    usual = sum(s.spans[0].end - s.spans[0].start for s in liked) / step_count(len(liked), config.batch_size, 1.0)
+
+    def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        log_p, _ = student.token_log_probs(batch, np.arange(len(batch.row)))
+        return -log_p.sum() / usual, {}
+
+    batches = training_batches(liked, config.batch_size, config.epochs, policy.pad, np.random.default_rng(seed))
+    curve = train(student, batches, steps, objective, config.learning_rate, progress, checkpoint)
+    if not np.isfinite(curve[-1]["loss"]):
+        raise TrainingError("the sampled pass diverged; lower improve.best_of_n.learning_rate")
+    return student, curve

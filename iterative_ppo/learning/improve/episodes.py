@@ -1,0 +1,170 @@
+"""Sampled responses and what they are worth: token rewards, values, advantages (Schulman et al., arXiv 1506.02438).
+
+Token gamma is 1. The reward is Q(s, a) at the last token and -beta (log pi - log pi_ref) at each; V = 0 after the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from iterative_ppo.config import PPOConfig
+from iterative_ppo.errors import TrainingError
+from iterative_ppo.learning.batching import EncodedTable, inference_batches
+from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
+from iterative_ppo.mdp.rendering import Encoded, Span, single
+
+Prompts = Sequence[tuple[int, ...]]
+
+
+class RewardModel(Protocol):
+    """The frozen Q, as improvement sees it."""
+
+    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+        """(1 + length,) a sequence: V(s), the values after each token of the response, Q(s, a) last."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Sampled responses, one sequence each.
+
+    Per episode (N,): Q, KL in both directions to the reference. Per token, in lists of (length,): log-probs as sampled
+    and of the reference, value, advantage as GAE left it, and the return that a critic learns.
+    """
+
+    table: EncodedTable
+    q: np.ndarray
+    kl: np.ndarray
+    reverse_kl: np.ndarray
+    finished: np.ndarray
+    old_log_p: list[np.ndarray]
+    value: list[np.ndarray]
+    advantage: list[np.ndarray]
+    returns: list[np.ndarray]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.advantage))
+
+    def whitened(self) -> list[np.ndarray]:
+        """Advantages with mean 0 and variance 1 over all response tokens."""
+        flat = np.concatenate(self.advantage)
+        return [(a - flat.mean()) / (flat.std() + 1e-8) for a in self.advantage]
+
+
+def gae(reward: np.ndarray, value: np.ndarray, lam: float) -> np.ndarray:
+    """(L,) advantages of one response's tokens with gamma 1 and V = 0 after the last.
+
+    Args:
+        reward: (L,) one a token. value: (L,) V before each token.
+    """
+    advantage = np.zeros(len(reward))
+    running, following = 0.0, 0.0
+    for t in range(len(reward) - 1, -1, -1):
+        running = reward[t] + following - value[t] + lam * running
+        following = value[t]
+        advantage[t] = running
+    return advantage
+
+
+def response_rewards(
+    values: Sequence[np.ndarray], finished: np.ndarray, scale: float, missing_eos_penalty: float
+) -> np.ndarray:
+    """(N,) Q(s, a) / scale at the last token, minus the penalty where the response reached the length limit.
+
+    A response cut at the limit gets Q of what it wrote and its penalty, never a bootstrap from a value beyond it.
+    """
+    q = np.array([value[-1] for value in values]) / scale
+    return q - np.where(finished, 0.0, missing_eos_penalty)
+
+
+def kl_both_ways(log_p: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Estimates, in nats, of KL(pi || ref) and KL(ref || pi) summed over the tokens of one response sampled from pi.
+
+    The first is the sum of log-ratios. The second weighs each token by rho = ref / pi: rho log rho - (rho - 1), never
+    negative (http://joschu.net/blog/kl-approx.html); it is of the states that pi visits.
+    """
+    log_rho = np.clip(reference - log_p, -20.0, 20.0)
+    rho = np.exp(log_rho)
+    return float((log_p - reference).sum()), float((rho * log_rho - (rho - 1.0)).sum())
+
+
+@torch.inference_mode()
+def token_log_probs(policy: LanguagePolicy, table: EncodedTable) -> list[np.ndarray]:
+    """Per single-turn sequence: (length,) log pi of its response tokens."""
+    result: list[np.ndarray] = [np.empty(0)] * table.rows
+    for batch in inference_batches(table.sequences, INFERENCE_TOKENS, policy.pad):
+        spans = np.arange(len(batch.row))
+        log_p, index = policy.token_log_probs(batch, spans)
+        parts = np.split(log_p.cpu().numpy(), np.flatnonzero(np.diff(index.cpu().numpy())) + 1)
+        for row, part in zip(batch.row, parts, strict=True):
+            result[row] = part
+    return result
+
+
+def roll_out(
+    policy: LanguagePolicy,
+    reference: LanguagePolicy,
+    q: RewardModel,
+    prompts: Prompts,
+    config: PPOConfig,
+    scale: float,
+    seed: int,
+    beta: float | None = None,
+    critic: RewardModel | None = None,
+) -> Episodes:
+    """Sample one response a prompt and compute its token rewards and advantages.
+
+    Args:
+        beta: the KL penalty's coefficient; None means the configured one.
+        critic: whose running values are V, already over `scale`; None means those of Q.
+
+    Raises TrainingError where Q is not a number.
+    """
+    responses = policy.respond(prompts, seed)
+    sequences = [
+        single(k, prompt, tokens, True)
+        for k, (prompt, tokens) in enumerate(zip(prompts, responses.tokens, strict=True))
+    ]
+    table = EncodedTable(sequences, len(sequences))
+    q_values = q.running_values(sequences)
+    reward = response_rewards(q_values, responses.finished, scale, config.missing_eos_penalty)
+    if not np.isfinite(reward).all():
+        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+    values = critic.running_values(sequences) if critic else [value / scale for value in q_values]
+    old = token_log_probs(policy, table)
+    anchor = token_log_probs(reference, table)
+    beta = config.kl_coefficient if beta is None else beta
+    advantages, kls = [], []
+    for k, (log_p, ref) in enumerate(zip(old, anchor, strict=True)):
+        token_reward = -beta * (log_p - ref)
+        token_reward[-1] += reward[k]
+        kls.append(kl_both_ways(log_p, ref))
+        advantages.append(gae(token_reward, values[k][:-1], config.gae_lambda))
+    before = [value[:-1] for value in values]
+    kl, reverse = np.array(kls).T
+    return Episodes(
+        table,
+        np.array([value[-1] for value in q_values]),
+        kl,
+        reverse,
+        responses.finished,
+        old,
+        before,
+        advantages,
+        [a + v for a, v in zip(advantages, before, strict=True)],
+    )
+
+
+def prompts_of(sequences: Sequence[Encoded], rows: np.ndarray) -> list[tuple[int, ...]]:
+    """Line 6 of Algorithm 1: the prompts that the policy used for the states of the given table rows."""
+    wanted = set(rows.tolist())
+    return [s.tokens[: span.start] for s in sequences for span in _wanted(s, wanted)]
+
+
+def _wanted(sequence: Encoded, rows: set[int]) -> list[Span]:
+    return [span for span in sequence.spans if span.row in rows]

@@ -1,0 +1,297 @@
+"""GRPO (Shao et al. 2024, arXiv 2402.03300) and RLOO (Ahmadian et al. 2024, 2402.14740) against a frozen Q, by TRL.
+
+Its trainers have the groups, their advantages, the losses and the updates. Prompts and responses never become text in
+between: their prompts are our token ids, and the policy samples and scores them itself, so that training and serving
+know one distribution (temperature, tokens that may not be said, positions that do not depend on the padding).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from iterative_ppo.config import ImproveConfig
+from iterative_ppo.errors import ConfigError, TrainingError
+from iterative_ppo.learning import distributed, runtime
+from iterative_ppo.learning.batching import Batch, EncodedTable
+from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.improve.episodes import (
+    Prompts,
+    RewardModel,
+    kl_both_ways,
+    response_rewards,
+    token_log_probs,
+)
+from iterative_ppo.learning.improve.ppo import Run, adapted, begin, spent
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.q_model import QModel
+from iterative_ppo.learning.supervised import lent
+from iterative_ppo.learning.training import Curve, Progress
+from iterative_ppo.mdp.rendering import single
+
+TOLD = {"loss": "loss", "clip_ratio/region_mean": "clip_fraction", "grad_norm": "gradient_norm"}
+"""TRL's figures of the updates, by their names in the curve."""
+
+
+def improve(
+    policy: LanguagePolicy,
+    q: RewardModel,
+    prompts: Prompts,
+    config: ImproveConfig,
+    seed: int,
+    reference: LanguagePolicy | None = None,
+    scale: float = 1.0,
+    progress: Progress | None = None,
+    champion: LanguagePolicy | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[LanguagePolicy, Curve]:
+    """SingleTurnOpt(Q) by `config.algorithm`, grpo or rloo: the call, budgets, checkpoints and curve of `ppo.improve`.
+
+    GRPO's loss is TRL's usual one, in which all tokens of a rollout weigh the same. It adds an estimate of each token's
+    KL, weighted by the token's ratio: without that weight its gradient on a fresh rollout would be KL(pi_ref || pi)'s,
+    with it KL(pi || pi_ref)'s (DeepSeek-V3.2, arXiv 2512.02556). RLOO takes the KL of the response from its reward.
+
+    Raises TrainingError where there is no prompt, Q is the same for all responses of every prompt in the first rollout
+    or not a number, or the weights diverge; ConfigError where several processes train.
+    """
+    c = config.ppo
+    if not c.episodes:
+        return policy, []
+    if not prompts:
+        raise TrainingError("no prompt to improve on")
+    if distributed.size() > 1:
+        raise ConfigError(f"improve.algorithm {config.algorithm} trains in one process; set runtime.processes to 1")
+    rollout = config.group_rollout
+    rollouts = c.episodes // rollout
+    run = begin(policy, q, c, [rollout] * rollouts, scale, seed)
+    if checkpoint:
+        run.load(checkpoint)
+    drawn = np.random.default_rng(seed).integers(len(prompts), size=(rollouts, rollout // config.group.size))
+    left = drawn[len(run.curve) :].ravel()
+    if len(left) and not spent(run.curve, c):
+        groups = Groups(run, reference or policy, champion, q, config, scale, seed)
+        recorder = Recorder(groups, rollouts, progress, checkpoint)
+        _train([prompts[int(i)] for i in left], groups, recorder)
+    _refuse_diverged(run.student)
+    return run.student, run.curve
+
+
+@dataclass
+class Groups:
+    """What TRL asks of us while it trains: responses, their rewards, and how likely they are."""
+
+    run: Run
+    reference: LanguagePolicy
+    champion: LanguagePolicy | None
+    q: RewardModel
+    config: ImproveConfig
+    scale: float
+    seed: int
+
+    def respond(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """One response a prompt; equal prompts are neighbours, in groups of the configured size."""
+        student, size = self.run.student, self.config.group.size
+        _refuse_diverged(student)
+        seed = self.seed + 7919 * (len(self.run.curve) + 1)
+        torch.manual_seed(seed)  # TRL shuffles the rollout: after a kill, as it would have been
+        student.model.eval()
+        try:
+            responses = student.respond([tuple(prompt) for prompt in prompts[::size]], seed, samples=size)
+        finally:
+            student.model.train()
+        return [list(tokens) for tokens in responses.tokens]
+
+    def reward(self, prompts: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """Q(s, a) / scale of each response, less its penalty. Begins the rollout's entry in the curve."""
+        pairs = enumerate(zip(prompts, completion_ids, strict=True))
+        sequences = [single(k, tuple(prompt), tuple(tokens), True) for k, (prompt, tokens) in pairs]
+        eos = self.run.student.renderer.eos
+        finished = np.array([tokens[-1] == eos for tokens in completion_ids])
+        values = self.q.running_values(sequences)
+        reward = response_rewards(values, finished, self.scale, self.config.ppo.missing_eos_penalty)
+        if not np.isfinite(reward).all():
+            raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+        worth = np.array([value[-1] for value in values])
+        spread = np.ptp(worth.reshape(-1, self.config.group.size), axis=1).max()
+        if not self.run.curve and spread <= 1e-6 * np.abs(worth).max():
+            raise TrainingError(
+                "Q gives all responses to a prompt the same reward: nothing to improve; the round is rejected"
+            )
+        self.run.curve.append(self._described(EncodedTable(sequences, len(sequences)), worth, finished))
+        return [float(value) for value in reward]
+
+    def _described(self, table: EncodedTable, worth: np.ndarray, finished: np.ndarray) -> dict[str, float]:
+        """A rollout's figures, as in PPO's curve."""
+        mine, anchor = token_log_probs(self.run.student, table), token_log_probs(self.reference, table)
+        kl, reverse = np.mean([kl_both_ways(p, ref) for p, ref in zip(mine, anchor, strict=True)], axis=0)
+        lengths = [len(log_p) for log_p in mine]
+        described = {
+            "q": float(worth.mean()),
+            "kl_to_reference": float(kl),
+            "kl_from_reference": float(reverse),
+            "kl_to_champion": float(kl),
+            "kl_coefficient": self.run.beta,
+            "entropy": float(-np.concatenate(mine).mean()),
+            "response_tokens": float(np.mean(lengths)),
+            "missing_eos": float(1.0 - finished.mean()),
+        }
+        if self.champion is not None:
+            theirs = token_log_probs(self.champion, table)
+            described["kl_to_champion"] = float(np.mean([(p - o).sum() for p, o in zip(mine, theirs, strict=True)]))
+        if isinstance(self.q, QModel) and self.q.settings.judges:
+            described["judge"] = float(np.mean([value[-1] for value in self.q.judge_values(table.sequences)]))
+        return described
+
+
+class Recorder(TrainerCallback):
+    """After each rollout: its entry in the curve, the next KL coefficient, a checkpoint, and whether to go on."""
+
+    def __init__(self, groups: Groups, rollouts: int, progress: Progress | None, checkpoint: Checkpoint | None) -> None:
+        self.groups, self.rollouts, self.progress, self.checkpoint = groups, rollouts, progress, checkpoint
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:  # the summary at the end of training
+            return
+        run, config = self.groups.run, self.groups.config.ppo
+        run.curve[-1] |= {ours: float(logs[theirs]) for theirs, ours in TOLD.items()}
+        run.curve[-1]["updates"] = float(args.logging_steps)
+        run.beta = adapted(run.beta, run.curve[-1]["kl_to_reference"], config)
+        done = len(run.curve)
+        if self.checkpoint and (done % self.checkpoint.every == 0 or done == self.rollouts):
+            run.save(self.checkpoint)
+        if self.progress:
+            self.progress(done, self.rollouts)
+        control.should_training_stop |= spent(run.curve, config)
+
+
+class PolicyHooks:
+    """Laid over one of TRL's trainers: the policy itself samples and scores, on token ids as they are."""
+
+    def __init__(self, groups: Groups, **given: Any) -> None:
+        super().__init__(**given)
+        self.groups = groups
+        self.ref_model = groups.reference  # TRL would read one from the path of a model that may never have had one
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> Any:
+        self.beta = self.groups.run.beta
+        return self.groups.respond(prompt_ids)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """(B, C) log-probs of the C last tokens; for the entropy, what was sampled stands for its mean."""
+        scorer = model if isinstance(model, LanguagePolicy) else self.groups.run.student
+        parts = zip(
+            input_ids.split(batch_size or len(input_ids)),
+            attention_mask.split(batch_size or len(input_ids)),
+            strict=True,
+        )
+        log_p = torch.cat([padded_log_probs(scorer, ids, mask, logits_to_keep) for ids, mask in parts])
+        return log_p, -log_p.detach(), None
+
+
+def padded_log_probs(policy: LanguagePolicy, ids: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, width) log-probs of the last `width` tokens, 0 where nothing was said.
+
+    Args:
+        ids, mask: (B, T) as TRL pads them, prompts on the left and responses on the right.
+    """
+    real, end = mask.bool(), mask.sum(1).cpu().numpy()
+    said = real[:, -width:]
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [row[kept] for row, kept in zip(ids, real, strict=True)], batch_first=True, padding_value=policy.pad
+    )
+    rows = np.arange(len(ids))
+    batch = Batch(tokens, rows, end - said.sum(1).cpu().numpy(), end, rows, np.ones(len(ids), dtype=bool))
+    log_p, _ = policy.token_log_probs(batch, rows)
+    return log_p.new_zeros(said.shape).masked_scatter(said, log_p)
+
+
+def _train(prompts: Prompts, groups: Groups, recorder: Recorder) -> None:
+    """Updates on one group of responses to each of the prompts, in their order."""
+    from datasets import Dataset
+
+    run, config = groups.run, groups.config
+    c, rollout = config.ppo, config.group_rollout
+    trainer_class, arguments_of = _trl(config.algorithm)
+    steps = c.epochs * rollout // c.minibatch_size
+    with lent(run.student.model) as model, tempfile.TemporaryDirectory() as scratch:
+        arguments = arguments_of(
+            output_dir=scratch,
+            num_generations=config.group.size,
+            generation_batch_size=rollout,
+            num_iterations=c.epochs,
+            per_device_train_batch_size=c.minibatch_size,
+            gradient_accumulation_steps=1,
+            max_steps=steps * (len(prompts) * config.group.size // rollout),
+            max_completion_length=run.student.settings.max_response_tokens,
+            learning_rate=c.learning_rate,
+            epsilon=c.clip,
+            beta=0.0,  # set rollout by rollout, with the reference
+            router_aux_loss_coef=0.0,
+            disable_dropout=True,
+            shuffle_dataset=False,
+            logging_strategy="steps",
+            logging_steps=steps,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=model.device.type == "cpu",
+            bf16=False,  # the runtime's autocast holds here too
+            gradient_checkpointing=runtime.current().gradient_checkpointing,
+            dataloader_pin_memory=False,
+            seed=groups.seed,
+        )
+        _ = arguments.device
+        arguments._n_gpu = 1  # one process trains on one device, however many there are
+        trainer = trainer_class(
+            groups=groups,
+            model=model,
+            reward_funcs=[groups.reward],
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": [list(prompt) for prompt in prompts]}),
+            processing_class=copy.deepcopy(run.student.tokenizer),
+            callbacks=[recorder],
+            optimizers=(run.optimizer, run.schedule),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def _trl(algorithm: str) -> tuple[Any, Any]:
+    """TRL's trainer with our hooks over it, and what makes its arguments."""
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    grpo_config = functools.partial(GRPOConfig, loss_type="dapo", use_bias_correction_kl=True)
+
+    class GRPO(PolicyHooks, GRPOTrainer):  # type: ignore[misc]
+        def _generate_single_turn(self, *given: Any) -> tuple[list[list[int]], None]:
+            return super()._generate_single_turn(*given), None
+
+    class RLOO(PolicyHooks, RLOOTrainer):  # type: ignore[misc]
+        pass
+
+    return {"grpo": (GRPO, grpo_config), "rloo": (RLOO, RLOOConfig)}[algorithm]
+
+
+def _refuse_diverged(policy: LanguagePolicy) -> None:
+    if not all(torch.isfinite(p).all() for p in policy.trainable_parameters()):
+        raise TrainingError("the group updates diverged; lower improve.ppo.learning_rate")

@@ -1,0 +1,93 @@
+"""Fitting Q and improving a policy as jobs: they name their models by path, so that any process can do them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from iterative_ppo.config import Config
+from iterative_ppo.files import read_json, write_json
+from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.policy_evaluation import Round
+from iterative_ppo.learning.q_model import QModel
+from iterative_ppo.learning.rounds import Improvement, evaluate_policy, improve_policy
+from iterative_ppo.learning.training import Progress
+
+Result = TypeVar("Result")
+REPORT, CURVES = "report.json", "curves.json"
+
+
+class Job(Protocol[Result]):
+    """Work whose result can be saved in a folder and loaded from there."""
+
+    @property
+    def config(self) -> Config:
+        """What it is done with."""
+
+    def run(self, progress: Progress | None) -> Result:
+        """Do it, alone or, in each of several processes, together."""
+
+    def save(self, result: Result, folder: Path) -> None:
+        """Write a result into an empty folder."""
+
+    def load(self, folder: Path) -> Result:
+        """Read it again."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Line 5: fit Q^pi (rounds.evaluate_policy)."""
+
+    config: Config
+    policy: Path
+    start: Path | None
+    current: Round
+    replay: tuple[Round, ...]
+
+    def run(self, progress: Progress | None = None) -> QModel:
+        device = self.config.runtime.device
+        policy = LanguagePolicy.load(self.policy, device=device)
+        start = QModel.load(self.start, device) if self.start else None
+        return evaluate_policy(policy, self.current, self.replay, self.config, start, progress)
+
+    def save(self, result: QModel, folder: Path) -> None:
+        result.save(folder / "model")
+        write_json(folder / REPORT, result.report)
+
+    def load(self, folder: Path) -> QModel:
+        q = QModel.load(folder / "model", self.config.runtime.device)
+        q.report |= read_json(folder / REPORT)
+        return q
+
+
+@dataclass(frozen=True)
+class Improving:
+    """Line 7: every configured pass against the frozen Q (rounds.improve_policy)."""
+
+    config: Config
+    policy: Path
+    q: Path
+    current: Round
+    behaviour: np.ndarray
+    prompts: list[tuple[int, ...]]
+    checkpoint: Checkpoint | None = None
+
+    def run(self, progress: Progress | None = None) -> Improvement:
+        runtime, config = self.config.runtime, self.config
+        policy = LanguagePolicy.load(self.policy, device=runtime.device, lora=config.policy.lora)
+        q = QModel.load(self.q, runtime.device)
+        return improve_policy(
+            policy, self.current, self.behaviour, q, self.prompts, config, config.seed, progress, self.checkpoint
+        )
+
+    def save(self, result: Improvement, folder: Path) -> None:
+        result.policy.save(folder / "model", self.config.policy.save)
+        write_json(folder / CURVES, result.curves)
+
+    def load(self, folder: Path) -> Improvement:
+        policy = LanguagePolicy.load(folder / "model", device=self.config.runtime.device, lora=self.config.policy.lora)
+        return Improvement(policy, read_json(folder / CURVES))

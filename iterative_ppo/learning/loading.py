@@ -1,0 +1,141 @@
+"""A causal LM and its tokenizer from a directory or a name, refused before any training where they cannot serve."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from iterative_ppo.errors import ModelError, StoreError
+from iterative_ppo.files import read_json
+from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
+from iterative_ppo.learning.sampling import CachedReader, right_padded
+
+ADAPTERS = "adapter_config.json"
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What holds for a family's code: logits are the head of the hidden states; a padded batch reads from a cache."""
+
+    plain_head: bool
+    cache: bool
+
+
+def load_causal_lm(path: Path | str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Weights and tokenizer; a directory of adapters brings its base. Raises ModelError with the reason."""
+    there = Path(path).exists()
+    source = str(Path(path).resolve()) if there else str(path)
+    if not there and (Path(path).is_absolute() or source.startswith((".", "~"))):
+        raise ModelError(f"{path}: no such directory; expected the path or the name of a causal language model")
+    _check_base(Path(path))
+    auto: Any = AutoModelForCausalLM
+    try:
+        model, info = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path}: not a causal language model that can be loaded offline ({reason})") from None
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{path}: its weights lack {missing[0]} and {len(missing) - 1} more that {type(model).__name__} needs; "
+            "expected the checkpoint of a causal language model with its vocabulary head"
+        )
+    return model, tokenizer
+
+
+def _check_base(path: Path) -> None:
+    if not (path / ADAPTERS).exists():
+        return
+    try:
+        base = read_json(path / ADAPTERS).get("base_model_name_or_path")
+    except (StoreError, AttributeError) as error:
+        raise ModelError(f"{path / ADAPTERS}: not a peft configuration ({error})") from None
+    if base and Path(base).is_absolute() and not Path(base).exists():
+        raise ModelError(f"{path}: adapters of {base}, which is not there; put the base back, or save policies merged")
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    """Raise ModelError where a prompt with its response, or the vocabulary, is more than the model takes."""
+    config, name = model.config.get_text_config(), tokenizer.name_or_path
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit and tokens > limit:
+        raise ModelError(
+            f"{name}: its context is {limit} tokens, but policy.max_prompt_tokens + policy.max_response_tokens is "
+            f"{tokens}; lower them"
+        )
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"{name}: the tokenizer has token ids up to {largest}, the model embeds {rows}; they do not match"
+        )
+
+
+@torch.inference_mode()
+def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilities:
+    """Try two short texts of different length: what differs from the model's own logits is not used.
+
+    Args:
+        ordinary: token ids of which the texts are made.
+
+    Raises ModelError where a token's logits depend on what follows it.
+    """
+    drawn = torch.randint(len(ordinary), (18,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = [ordinary[k] for k in drawn]
+    texts, prompts = [tuple(ids[:10]), tuple(ids[10:])], [tuple(ids[:7]), tuple(ids[10:15])]
+    device, name = model.device, model.config.model_type
+    begin = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    rows, at = torch.arange(2, device=device)[:, None], begin[:, None] + torch.arange(3, device=device)
+    padded = right_padded(texts, pad, device)
+    try:
+        expected = own_logits(model, padded)[rows, at]
+    except Exception as error:  # see _holds
+        raise ModelError(f"{name}: fails on a short text ({' '.join(str(error).split())[:200]})") from error
+    alone = torch.stack([own_logits(model, right_padded([prompt], pad, device))[0, -1] for prompt in prompts])
+    if not _alike(alone, expected[:, 0], model):
+        raise ModelError(f"{name}: what it says after a text depends on what follows; expected a causal language model")
+
+    def plain() -> bool:
+        return _alike(vocabulary_logits(model, last_hidden(model, padded)[rows, at]), expected, model)
+
+    def cached() -> bool:
+        reader, twice = CachedReader(model, prompts, pad), torch.tensor([0, 0, 1, 1], device=device)
+        first = reader.logits()
+        reader.repeat(2)
+        reader.write(padded[twice, begin[twice] + 1])
+        second = reader.logits()
+        reader.write(padded[twice, begin[twice] + 2])
+        reader.keep(torch.tensor([0, 2], device=device))
+        found = torch.cat([first, second, reader.logits()])
+        return _alike(found, torch.cat([expected[:, 0], expected[twice, 1], expected[:, 2]]), model)
+
+    plain_head = _holds(plain)
+    cache = plain_head and _holds(cached)
+    if not cache:
+        _LOG.warning(
+            "%s: samples without a key-value cache, which is slower; its own does not serve batches here", name
+        )
+    return Abilities(plain_head, cache)
+
+
+def _holds(check: Callable[[], bool]) -> bool:
+    try:
+        return check()
+    except Exception:  # a family's own code raises what it likes where it does not know an argument
+        return False
+
+
+def _alike(found: torch.Tensor, expected: torch.Tensor, model: PreTrainedModel) -> bool:
+    """Equal up to the rounding of the precision that the model computes in."""
+    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(found.device.type)
+    difference = (found.float() - expected.float()).abs().mean()
+    return bool(difference <= (1e-3 if exact else 5e-2) * expected.float().std())

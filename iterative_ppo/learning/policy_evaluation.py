@@ -1,0 +1,181 @@
+"""Line 5 of Algorithm 1: Q^pi from conversations, by the estimator that q.target names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from iterative_ppo.config import Config
+from iterative_ppo.errors import TrainingError, TurnTableError
+from iterative_ppo.learning.batching import EncodedTable
+from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
+from iterative_ppo.learning.estimators.network import Log, Network
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.q_model import QModel, QSettings
+
+LOGPROB_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's encoded conversations with its rewards, for fitting Q.
+
+    Attributes:
+        reward, returns: (N,) r_i and G_i of the weighted outcome. last: (N,) last rows. fit: (N,) not held out.
+        behaviour: (N,) log b(a_i | s_i) as logged, NaN where unknown; None where no row knows it.
+        outcome_rewards, outcome_returns: (N, K) the same of each named outcome, where Q has a head for each.
+    """
+
+    encoded: EncodedTable
+    reward: np.ndarray
+    last: np.ndarray
+    returns: np.ndarray
+    fit: np.ndarray
+    behaviour: np.ndarray | None = None
+    outcome_rewards: np.ndarray | None = None
+    outcome_returns: np.ndarray | None = None
+
+    @property
+    def head_rewards(self) -> np.ndarray:
+        """(N, K) what each outcome's head is about."""
+        return self.reward[:, None] if self.outcome_rewards is None else self.outcome_rewards
+
+    @property
+    def head_returns(self) -> np.ndarray:
+        """(N, K) returns of `head_rewards`."""
+        return self.returns[:, None] if self.outcome_returns is None else self.outcome_returns
+
+    @property
+    def fit_returns(self) -> np.ndarray:
+        """(N, K) returns of the fit part, NaN in the evidence part: what a regression may see."""
+        return np.where(self.fit[:, None], self.head_returns, np.nan)
+
+
+def fit_q(
+    policy: LanguagePolicy,
+    current: Round,
+    replay: Iterable[Round],
+    config: Config,
+    start: QModel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> QModel:
+    """Line 5 of Algorithm 1: Q^pi from conversations of pi, and, where the estimator takes them, of other policies.
+
+    Args:
+        replay: conversations of other policies.
+        start: the previous round's Q, for a warm start; of one with other heads the trunk alone. None starts from the
+            policy's backbone, as lstd_q always does.
+
+    The result's `report` says how many turns it was fitted on, how many lack a behaviour log-prob, and their effective
+    sample size. Raises TrainingError where the outcomes are all equal or the log does not support the estimator,
+    TurnTableError where a log-prob is above 0.
+    """
+    estimator, settings = estimator_of(config.q), QSettings.of(config)
+    rounds = [current] if estimator.own_only else [current, *replay]
+    data = transitions(policy, rounds, estimator, settings)
+    report = checked(data, estimator, config.q.effective_size_floor, len(settings.outcomes))
+    weights = bootstrap_weights(data.last, settings, config.seed)
+    log = Log(policy, [r.encoded for r in rounds], config.q, config.seed, weights, progress)
+    q = _first(None if config.q.target == "lstd_q" else start, policy, settings, config.seed)
+    estimator.fit(Network(q, log), data)
+    q.report |= report
+    return q
+
+
+def _first(start: QModel | None, policy: LanguagePolicy, settings: QSettings, seed: int) -> QModel:
+    if start is not None and start.settings.same_network(settings):
+        return QModel(copy.deepcopy(start.model), settings, start.pad)
+    return QModel.from_policy(start or policy, settings, seed)
+
+
+def transitions(
+    policy: LanguagePolicy, rounds: Sequence[Round], estimator: Estimator, settings: QSettings
+) -> Transitions:
+    """The rounds' turns, flat; the first round is the policy's own. Ratios where the estimator is off-policy."""
+    members = settings.members + settings.judges
+    ratios = [log_ratios(policy, r) if estimator.off_policy else np.full(len(r.last), np.nan) for r in rounds]
+    return Transitions(
+        reward=np.tile(np.concatenate([r.head_rewards for r in rounds]), (1, members)),
+        returns=np.tile(np.concatenate([r.head_returns for r in rounds]), (1, members)),
+        last=np.concatenate([r.last for r in rounds]),
+        own=np.concatenate([np.full(len(r.last), k == 0) for k, r in enumerate(rounds)]),
+        fit=np.concatenate([r.fit for r in rounds]),
+        logged=np.concatenate([_logged(r.encoded) for r in rounds]),
+        log_ratio=np.concatenate(ratios),
+        gamma=settings.gamma,
+    )
+
+
+def _logged(encoded: EncodedTable) -> np.ndarray:
+    """(N,) rows whose action was logged."""
+    logged = np.zeros(encoded.rows, bool)
+    logged[[span.row for s in encoded.sequences for span in s.spans if span.trains]] = True
+    return logged
+
+
+def log_ratios(policy: LanguagePolicy, data: Round) -> np.ndarray:
+    """(N,) log rho_i over whole responses, NaN where the behaviour's log-prob is unknown.
+
+    Raises TurnTableError where one is above 0.
+    """
+    if data.behaviour is None:
+        return np.full(len(data.last), np.nan)
+    if (above := np.flatnonzero(data.behaviour > LOGPROB_ROUNDING)).size:
+        raise TurnTableError(
+            f"row {above[0]}: behaviour_logprob is {data.behaviour[above[0]]:g}, expected at most 0 "
+            f"({above.size} such rows); log probabilities are natural logarithms, summed over a response's tokens"
+        )
+    return policy.score(data.encoded) - data.behaviour
+
+
+def effective_size(log_ratio: np.ndarray) -> float:
+    """(sum rho)^2 / sum rho^2 over rows with a known ratio (Kish): how many rows of pi's own they are worth."""
+    known = log_ratio[np.isfinite(log_ratio)]
+    rho = np.exp(known - known.max()) if len(known) else np.zeros(1)
+    return float(rho.sum() ** 2 / max((rho**2).sum(), 1e-300))
+
+
+def checked(data: Transitions, estimator: Estimator, effective_size_floor: float, outcomes: int) -> dict[str, float]:
+    """Figures of what is to be fitted. Raises TrainingError, with the figure and a remedy, where it teaches no Q^pi."""
+    rows = data.fit & data.logged
+    mine = rows if estimator.off_policy else rows & data.own
+    known = rows & np.isfinite(data.log_ratio)
+    figures = {"fit_turns": float(rows.sum())}
+    if mine.any():
+        constant = np.ptp(data.returns[mine], axis=0) == 0
+        if constant.all():
+            raise TrainingError(
+                f"all {mine.sum()} returns are {data.returns[mine][0, 0]:g}: no outcome differs, so Q has nothing to "
+                "learn; collect more conversations, or check how outcomes are labelled"
+            )
+        figures["fit_constant_outcomes"] = float(constant[:outcomes].sum())
+    if not estimator.off_policy:
+        return figures
+    figures["fit_turns_without_logprob"] = float(rows.sum() - known.sum())
+    if estimator.needs_ratios and not known.any():
+        raise TrainingError(
+            f"none of {rows.sum()} logged suggestions has a behaviour_logprob, which q.target retrace needs; log it "
+            "when sampling, or set q.target to fqe, which needs none"
+        )
+    if known.any():
+        size = figures["fit_effective_size"] = effective_size(data.log_ratio[known])
+        if size < effective_size_floor:
+            raise TrainingError(
+                f"{known.sum()} logged suggestions are worth {size:.1f} of the policy's own (effective sample size), "
+                f"fewer than q.effective_size_floor = {effective_size_floor:g}; collect conversations nearer to the "
+                "policy, or set q.target to one_step"
+            )
+    return figures
+
+
+def bootstrap_weights(last: np.ndarray, settings: QSettings, seed: int) -> np.ndarray | None:
+    """(N, H) Poisson(1) weights, one for each conversation and member; None for a single member, which sees all."""
+    members = settings.members + settings.judges
+    if members == 1:
+        return None
+    conversation = np.cumsum(last) - last
+    drawn = np.random.default_rng(seed).poisson(1.0, (int(last.sum()), members))
+    return np.repeat(drawn[conversation], len(settings.outcomes), axis=1).astype(np.float32)

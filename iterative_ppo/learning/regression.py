@@ -1,0 +1,126 @@
+"""SingleTurnFitReward: the network of Q regressed on targets of the turn table's rows (Observation 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from iterative_ppo.errors import TrainingError
+from iterative_ppo.learning.batching import Batch, EncodedTable, response_positions, step_count, training_batches
+from iterative_ppo.learning.optimization import descend, optimizer_for
+from iterative_ppo.learning.q_model import QModel
+from iterative_ppo.learning.sharding import in_shards
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Regression:
+    """How one regression runs: passes over the data, step size, batch of conversations."""
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    running_weight: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the heads of Q should say, by table row: all (N, H) float32, finite where `usable`.
+
+    Attributes:
+        q: at the response's end and between. v: at the prompt's end. weight: of each row and head.
+        usable: (N,) rows that have a target.
+    """
+
+    q: np.ndarray
+    v: np.ndarray
+    weight: np.ndarray
+    usable: np.ndarray
+
+    @classmethod
+    def of(cls, q: np.ndarray, heads: int, v: np.ndarray | None = None, weight: np.ndarray | None = None) -> Targets:
+        """Targets of (N,) or (N, K) values, K columns repeated for each member; rows with NaN are left out."""
+        spread = _columns(q, heads)
+        ones = np.ones(spread.shape, np.float32) if weight is None else weight.astype(np.float32)
+        return cls(spread, spread if v is None else _columns(v, heads), ones, np.isfinite(spread).all(axis=1))
+
+
+def _columns(values: np.ndarray, heads: int) -> np.ndarray:
+    columns = (values if values.ndim == 2 else values[:, None]).astype(np.float32)
+    return columns if columns.shape[1] == heads else np.tile(columns, (1, heads // columns.shape[1]))
+
+
+@in_shards
+def regress(
+    q: QModel,
+    encoded: EncodedTable,
+    targets: np.ndarray | Targets,
+    how: Regression,
+    seed: int,
+    progress: Progress | None = None,
+    after_step: Callable[[], None] | None = None,
+) -> float:
+    """Fit `q` in place to one target a row, at the prompt's end, the response's end, and (weighted) between.
+
+    Args:
+        targets: (N,) in the outcome's units, or (N, K) with a column for each outcome; rows with NaN are left out. Or
+            Targets, with a column for each head.
+        after_step: called after each update.
+
+    Returns the mean loss of the last tenth of the steps. Raises TrainingError where nothing is left to fit, or the
+    loss is not finite.
+    """
+    wanted = targets if isinstance(targets, Targets) else Targets.of(targets, q.settings.heads)
+    trained = [sum(x.trains and bool(wanted.usable[x.row]) for x in s.spans) for s in encoded.sequences]
+    usable = [s for s, turns in zip(encoded.sequences, trained, strict=True) if turns]
+    steps = step_count(len(usable), how.batch_size, how.epochs)
+    if not steps:
+        raise TrainingError("no turn has both a logged suggestion and a target: nothing to fit Q to")
+    optimizer, schedule = optimizer_for(q.model, how.learning_rate, steps)
+    usual = sum(trained) / step_count(len(usable), how.batch_size, 1.0)
+
+    def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return _regression_loss(q, batch, wanted, how.running_weight, usual), {}
+
+    losses = []
+    rng = np.random.default_rng(seed)
+    for step, batch in enumerate(training_batches(usable, how.batch_size, how.epochs, q.pad, rng)):
+        losses.append(descend(q.model, batch, objective, optimizer, schedule)["loss"])
+        if after_step:
+            after_step()
+        if progress:
+            progress(step + 1, steps)
+    if not np.isfinite(losses[-1]):
+        raise TrainingError(f"the loss of Q is {losses[-1]}; lower q.learning_rate")
+    return float(np.mean(losses[-max(1, steps // 10) :]))
+
+
+def _regression_loss(q: QModel, batch: Batch, targets: Targets, running_weight: float, usual: float) -> torch.Tensor:
+    """The batch's loss, a mean over heads, over the usual number of turns in a batch.
+
+    Neighbours in length share a batch, so a mean over each batch's own turns would weigh a turn by how short its
+    conversation is going to be: V(s) would hear less of the conversations that go on.
+    """
+    spans = np.flatnonzero(batch.trains & targets.usable[batch.row])
+    span, sequence, position = response_positions(batch, spans)
+    last = position == batch.end[span] - 1
+    between = np.maximum(batch.end[span] - batch.start[span] - 1, 1)
+    weight = np.where(last, 1.0, running_weight / between)
+    sequence = np.concatenate([sequence, batch.sequence[spans]])
+    position = np.concatenate([position, batch.start[spans] - 1])
+    weight = np.concatenate([weight, np.ones(len(spans))])
+    rows = np.concatenate([batch.row[span], batch.row[spans]])
+    weights = weight[:, None] * targets.weight[rows]
+    target = np.concatenate([targets.q[batch.row[span]], targets.v[batch.row[spans]]])
+    at_end = np.concatenate([last, np.zeros(len(spans), bool)])
+    logits = q.logits(batch.tokens)
+    device = logits.device
+    chosen = logits[torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)]
+    outputs = q.outputs(chosen, torch.from_numpy(at_end).to(device))
+    losses = q.settings.scale.loss(outputs, torch.from_numpy(target).to(device))
+    weighted = torch.from_numpy(weights).float().to(device) * losses
+    return weighted.sum() / ((2.0 + running_weight) * usual * q.settings.heads)

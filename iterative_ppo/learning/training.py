@@ -1,0 +1,72 @@
+"""The loop of every supervised pass: batches, updates, a curve, and a checkpoint to go on from after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from iterative_ppo.learning.batching import Batch
+from iterative_ppo.learning.checkpoint import (
+    Checkpoint,
+    below_prefix,
+    load_optimizer,
+    optimizer_tensors,
+    resume_schedule,
+    with_prefix,
+)
+from iterative_ppo.learning.optimization import Objective, descend, optimizer_for
+from iterative_ppo.learning.sharding import in_shards
+
+Progress = Callable[[int, int], None]
+Curve = list[dict[str, float]]
+
+
+class Trainee(Protocol):
+    """What can be trained: a policy or a Q."""
+
+    model: PreTrainedModel
+
+    def training_state(self) -> dict[str, torch.Tensor]: ...
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+@in_shards
+def train(
+    trainee: Trainee,
+    batches: Iterable[Batch],
+    steps: int,
+    objective: Objective,
+    learning_rate: float,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+    after_step: Callable[[], None] | None = None,
+) -> Curve:
+    """Fit in place, one update a batch; figures of each update.
+
+    Args:
+        batches: the same ones in the same order after a kill, for those that were learnt from are passed over.
+        after_step: called after each update.
+    """
+    optimizer, schedule = optimizer_for(trainee.model, learning_rate, steps)
+    curve: Curve = []
+    if checkpoint and (found := checkpoint.load()):
+        tensors, values = found
+        trainee.load_training_state(below_prefix("weights", tensors))
+        load_optimizer(optimizer, tensors)
+        curve = values["curve"]
+        resume_schedule(schedule, len(curve))
+    for batch in islice(batches, len(curve), None):
+        curve.append(descend(trainee.model, batch, objective, optimizer, schedule))
+        if after_step:
+            after_step()
+        if checkpoint and (len(curve) % checkpoint.every == 0 or len(curve) == steps):
+            weights = with_prefix("weights", trainee.training_state())
+            checkpoint.save(weights | optimizer_tensors(optimizer), {"curve": curve})
+        if progress:
+            progress(len(curve), steps)
+    return curve

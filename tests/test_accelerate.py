@@ -1,0 +1,184 @@
+"""Several processes: each does its share, and the loss curve is that of one process with the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from shared_jobs import Cloning, Dying
+
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.errors import TrainingError
+from iterative_ppo.learning import distributed
+from iterative_ppo.learning.batching import EncodedTable, collate
+from iterative_ppo.learning.improve.episodes import prompts_of
+from iterative_ppo.learning.jobs import Evaluation, Improving, Job
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.optimization import pieces
+from iterative_ppo.learning.policy_evaluation import Round
+from iterative_ppo.learning.rounds import round_of
+from iterative_ppo.learning.worker import do
+from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.turn_table import to_frame
+
+torch.set_num_threads(1)
+ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate"
+QUICK = {
+    "improve.ppo.episodes": 96,
+    "improve.ppo.minibatch_size": 14,
+    "improve.ppo.rollout": 48,
+    "improve.logged.epochs": 1.0,
+    "improve.logged.batch_size": 9,
+    "q.epochs": 1.0,
+    "q.batch_size": 7,
+    "q.value_epochs": 1.0,
+    "q.value_batch_size": 9,
+    "runtime.micro_batch_tokens": 500,
+}
+
+
+def config_of(**changes: Any) -> Config:
+    return load_config(overrides=QUICK | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_policy: LanguagePolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("policy") / "model"
+    tiny_policy.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def played(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> Round:
+    config = config_of()
+    frame = to_frame(scripted, config.outcomes, config.data.evidence_share, config.data.split_by)
+    return round_of(tiny_policy, frame, config)
+
+
+def finished(job: Job[Any], folder: Path) -> Any:
+    folder.mkdir()
+    return do(job, folder)
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_shares_make_up_the_batch_and_its_gradient(
+    tiny_policy: LanguagePolicy, played: Round, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Also where there are more processes than sequences: those left over meet the others with nothing."""
+    batch = collate(played.encoded.sequences[:5], tiny_policy.pad)
+    student = tiny_policy.trainable_copy()
+
+    def gradient(parts: list[Any]) -> torch.Tensor:
+        student.model.zero_grad()
+        for part in parts:
+            student.response_log_probs(part, np.flatnonzero(part.trains)).sum().backward()
+        return torch.cat([p.grad.flatten() for p in student.trainable_parameters() if p.grad is not None])
+
+    whole = gradient([batch])
+    monkeypatch.setattr(distributed, "size", lambda: size)
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(pieces(batch, 400))
+    assert sorted(row for share in shares for piece in share for row in piece.row) == sorted(batch.row)
+    assert all(share for share in shares)
+    assert torch.allclose(gradient([piece for share in shares for piece in share]), whole, atol=1e-4)
+
+
+def test_one_process_needs_no_other() -> None:
+    assert (distributed.size(), distributed.rank()) == (1, 0)
+    assert list(distributed.share([3, 4, 5])) == [3, 4, 5]
+    assert distributed.gathered({1: "a"}) == {1: "a"}
+    assert distributed.largest(3) == 3
+
+
+def test_accelerates_configurations_say_what_the_runtime_decides() -> None:
+    """Mixed precision is ours: accelerate's own would come on top."""
+    for name, kind in (("ddp", "MULTI_GPU"), ("fsdp", "FSDP")):
+        values = yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text())
+        assert values["distributed_type"] == kind
+        assert values["mixed_precision"] == values["dynamo_backend"] == "no"
+    assert values["fsdp_config"]["fsdp_version"] == 2
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accelerate", [None, "ddp.yaml", "fsdp.yaml"])
+def test_two_processes_fit_the_q_of_one(saved: Path, played: Round, tmp_path: Path, accelerate: str | None) -> None:
+    parallel = {"runtime__processes": 2, "runtime__accelerate": str(ACCELERATE / accelerate) if accelerate else None}
+    alone, together = (
+        finished(Evaluation(config_of(**changes), saved, None, played, ()), tmp_path / str(len(changes)))
+        for changes in ({}, parallel)
+    )
+    assert together.report == pytest.approx(alone.report, rel=1e-5)
+    assert torch.allclose(weights(alone.model), weights(together.model), atol=1e-4)
+    assert np.allclose(alone.evaluate(played.encoded).q, together.evaluate(played.encoded).q, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.slow
+def test_two_processes_improve_as_one_does(
+    saved: Path, tiny_policy: LanguagePolicy, played: Round, tmp_path: Path
+) -> None:
+    """Every figure of every update and rollout, to rounding; sampled responses are the same ones."""
+    finished(Evaluation(config_of(), saved, None, played, ()), tmp_path / "q")
+    prompts = prompts_of(played.encoded.sequences, np.flatnonzero(played.fit))
+    behaviour, q = tiny_policy.score(played.encoded), tmp_path / "q" / "model"
+    alone, together = (
+        finished(Improving(config_of(runtime__processes=n), saved, q, played, behaviour, prompts), tmp_path / str(n))
+        for n in (1, 2)
+    )
+    for name in ("logged", "ppo"):
+        curves = alone.curves[name], together.curves[name]
+        assert len(curves[0]) == len(curves[1]) >= 2
+        for one, other in zip(*curves, strict=True):
+            assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    assert torch.allclose(weights(alone.policy.model), weights(together.policy.model), atol=1e-3)
+    start = weights(tiny_policy.model)
+    assert (weights(alone.policy.model) - start).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_sharded_student_learns_and_says_the_same(
+    saved: Path, played: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 on two processes, sampling in between, tied embeddings, a last batch that one process has no share of."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    rows = np.flatnonzero(played.fit)
+    table = EncodedTable([s for s in played.encoded.sequences if s.spans][:15], played.encoded.rows)
+    prompts = prompts_of(played.encoded.sequences, rows)[:11]
+    parallel = config_of(runtime__processes=2, runtime__accelerate=str(ACCELERATE / "fsdp.yaml"))
+    alone = finished(Cloning(config_of(), saved, table, prompts), tmp_path / "1")
+    together = finished(Cloning(parallel, saved, table, prompts), tmp_path / "2")
+    assert len(alone[1]) == 6
+    for one, other in zip(alone[1], together[1], strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
+    assert alone[1][-1]["loss"] < alone[1][0]["loss"]
+    assert torch.allclose(weights(alone[0].model), weights(together[0].model), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_is_said_as_if_it_were_done_here(
+    saved: Path, played: Round, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    flat = replace(played, returns=np.ones_like(played.returns))
+    with pytest.raises(TrainingError, match="returns are 1: no outcome differs"):
+        finished(Evaluation(config_of(runtime__processes=2), saved, None, flat, ()), tmp_path / "flat")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with pytest.raises(TrainingError, match="a training process ended with exit code"):
+        finished(Dying(config_of(runtime__processes=2)), tmp_path / "dying")
+    assert not any(tmp_path.glob("**/.job-*"))
