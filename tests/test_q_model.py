@@ -11,31 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.chain import ACTIONS, Chain
-from iterative_ppo.errors import ModelError, StoreError, TrainingError
+from iterative_ppo.errors import ConfigError, ModelError, StoreError, TrainingError
 from iterative_ppo.learning.batching import EncodedTable, encode_table, inference_batches, training_batches
+from iterative_ppo.learning.estimators.network import joined
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.q_model import (
-    SETTINGS,
-    QModel,
-    QSettings,
-    Regression,
-    Round,
-    fit_q,
-    joined,
-    one_step_targets,
-    regress,
-)
+from iterative_ppo.learning.policy_evaluation import Round, bootstrap_weights, fit_q
+from iterative_ppo.learning.q_model import SETTINGS, QModel, QSettings
+from iterative_ppo.learning.regression import Regression, Targets, regress
 from iterative_ppo.learning.rounds import corpus_q, evaluate_policy, round_of
 from iterative_ppo.learning.tiny import build_policy
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, Turn
 from iterative_ppo.mdp.rendering import Encoded, Span, single
-from iterative_ppo.mdp.returns import acceptance_rewards, monte_carlo
+from iterative_ppo.mdp.returns import acceptance_rewards, monte_carlo, one_step_targets
 from iterative_ppo.mdp.turn_table import actions, last_rows, to_frame
 
 torch.set_num_threads(1)
@@ -129,20 +123,42 @@ def test_running_values_start_at_v_and_end_at_q(tiny_policy: LanguagePolicy, scr
 
 
 @pytest.mark.parametrize(("loss", "low", "high"), [("bce", 0, 1), ("bce", -2, 6), ("mse", 0, 1), ("mse", -2, 6)])
-def test_values_and_losses_are_in_the_outcomes_units(
-    untrained_policy: LanguagePolicy, loss: str, low: float, high: float
-) -> None:
-    q = new_q(untrained_policy, QSettings(loss, low, high, 0.9))
+def test_values_and_losses_are_in_the_outcomes_units(loss: str, low: float, high: float) -> None:
+    scale = QSettings(loss, low, high, 0.9).scale
     logits, target = torch.tensor([-3.0, 0.0, 40.0]), torch.tensor([low, (low + high) / 2, high])
     p = torch.sigmoid(logits.double())
     if loss == "mse":
-        assert q.to_value(logits).tolist() == logits.tolist()
+        assert scale.value(logits[:, None]).tolist() == logits.tolist()
         expected = (logits - target) ** 2
     else:
-        assert q.to_value(logits).tolist() == pytest.approx((low + (high - low) * p).tolist(), abs=1e-6)
+        value = scale.value(logits[:, None])
+        assert value.tolist() == pytest.approx((low + (high - low) * p).tolist(), abs=1e-6)
         unit = torch.tensor([0.0, 0.5, 1.0])
         expected = -(unit * p.log() + (1 - unit) * torch.log1p(-p).clamp_min(-40)).float()
-    assert q.loss(logits, target).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert scale.loss(logits[:, None], target).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-2.0, 6.0)])
+@pytest.mark.parametrize("loss", ["bce", "mse", "hl_gauss"])
+def test_the_least_loss_is_at_the_mean_of_the_targets_also_of_some_outside_the_range(
+    loss: str, low: float, high: float
+) -> None:
+    """Bootstrapped targets leave the range; a loss that cut them there would learn something else than their mean."""
+    width = high - low
+    scale = QSettings(loss, low, high, 0.9, bins=51 if loss == "hl_gauss" else 1).scale
+    spread = (-0.4, 0.1, 0.9) if loss != "hl_gauss" else (0.0, 0.3, 1.0)
+    targets = torch.tensor([low + width * x for x in spread])
+    outputs = torch.zeros(1, scale.bins, requires_grad=True)
+    optimizer = torch.optim.LBFGS([outputs], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = scale.loss(outputs.expand(3, -1), targets).mean()
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    assert float(scale.value(outputs.detach())[0]) == pytest.approx(float(targets.mean()), abs=0.01 * width)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -256,6 +272,28 @@ def test_v_hears_as_much_of_conversations_that_go_on_as_of_those_that_end(tiny_p
     assert values.q[0] == values.q[1] == pytest.approx(0.5, abs=0.15)
 
 
+def test_a_value_head_of_its_own_learns_targets_of_its_own(tiny_policy: LanguagePolicy) -> None:
+    q = new_q(tiny_policy, replace(UNIT, value_head=True))
+    table = EncodedTable([single(k, (4, 50, 6), (40, 41, 1), True) for k in range(4)], 4)
+    regress(q, table, Targets.of(np.ones(4), 1, v=np.zeros(4)), replace(how(40.0, 0.01, 0.0), batch_size=4), seed=0)
+    values, running = q.evaluate(table), q.running_values([table.sequences[0]])[0]
+    assert values.v.max() < 0.1 and values.q.min() > 0.9
+    assert running[0] == pytest.approx(values.v[0]) and running[-1] == pytest.approx(values.q[0])
+
+
+def test_members_have_targets_and_weights_of_their_own(tiny_policy: LanguagePolicy) -> None:
+    """Two members, two outcomes: a row counts for a member as often as its bootstrap drew it."""
+    outcomes = {"purchase": 2.0, "contact": -1.0}
+    q = new_q(tiny_policy, replace(UNIT, outcomes=outcomes, members=2))
+    table = EncodedTable([single(k, (4, 50, 6), (40, 41, 1), True) for k in range(2)], 2)
+    target = np.array([[1.0, 0.0], [0.0, 1.0]])
+    drawn = np.array([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
+    regress(q, table, Targets.of(target, 4, weight=drawn), replace(how(60.0, 0.01, 0.0), batch_size=2), seed=0)
+    heads = q.head_values(table)
+    assert np.allclose(heads.q, [[1, 0, 0, 1]] * 2, atol=0.15), "the first member saw one row, the second the other"
+    assert np.allclose(q.evaluate(table).q, (heads.q @ [2, -1, 0, 0] + heads.q @ [0, 0, 2, -1]) / 2, atol=1e-6)
+
+
 def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
     tiny_policy: LanguagePolicy, scripted: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,11 +301,12 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
     data = a_round(tiny_policy, scripted)
     gradients: list[torch.Tensor] = []
 
-    def record(model: torch.nn.Module, loss: torch.Tensor, *_: Any) -> float:
+    def record(model: torch.nn.Module, batch: Any, objective: Any, *_: Any) -> dict[str, float]:
+        loss = objective(batch)[0]
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-        return 0.0
+        return {"loss": 0.0}
 
-    monkeypatch.setattr("iterative_ppo.learning.q_model.take_step", record)
+    monkeypatch.setattr("iterative_ppo.learning.regression.descend", record)
     regress(new_q(tiny_policy), data.encoded, data.returns, replace(how(), batch_size=10), seed=0)
     apart = torch.stack(gradients)
     regress(new_q(tiny_policy), data.encoded, data.returns, replace(how(), batch_size=len(scripted)), seed=0)
@@ -448,6 +487,133 @@ def test_q_of_the_chain_is_near_the_exact_one(tiny_config: Config, target: str) 
     assert abs(values.q[held].mean() - exact[state, action].mean()) < 0.06
 
 
+# --- outcomes, members and judges ------------------------------------------------------------------------------------
+
+THREE = {"purchase": 1.0, "contact": 0.5, "complaint": -2.0}
+
+
+def three_outcomes(scripted: list[Conversation]) -> pd.DataFrame:
+    """The scripted conversations with two more outcomes at their ends."""
+    rng = np.random.default_rng(0)
+    talks = []
+    for talk in scripted:
+        *acted, last = talk.turns
+        bought, luck = last.outcomes[0], rng.random(2)
+        turns = [replace(turn, outcomes=(0.0, 0.0, 0.0)) for turn in acted]
+        ending = replace(last, outcomes=(bought, float(luck[0] < 0.5), float(luck[1] < 0.2)))
+        talks.append(replace(talk, turns=(*turns, ending)))
+    return to_frame(talks, THREE, 0.3)
+
+
+def test_a_head_for_each_outcome_and_new_weights_without_a_fit(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    frame, config = three_outcomes(scripted[:30]), config_with(outcomes=THREE)
+    data = round_of(tiny_policy, frame, config)
+    assert data.head_returns.shape == (len(frame), 3)
+    assert np.allclose(data.head_returns @ list(THREE.values()), data.returns)
+    q = fit_q(tiny_policy, data, [], config)
+    assert list(q.settings.outcomes) == list(THREE)
+    heads, values = q.head_values(data.encoded), q.evaluate(data.encoded)
+    assert heads.q.shape == (len(frame), 3)
+    assert np.allclose(values.q, heads.q @ list(THREE.values()), atol=1e-6, equal_nan=True)
+    other = q.reweighted({"complaint": -1.0, "purchase": 0.0, "contact": 3.0})
+    assert np.allclose(other.evaluate(data.encoded).v, heads.v @ [0.0, 3.0, -1.0], atol=1e-6, equal_nan=True)
+    assert np.allclose(q.evaluate(data.encoded).v, values.v, equal_nan=True), "the first stays as it was"
+
+
+@pytest.mark.parametrize("names", [{"purchase": 1.0}, {**THREE, "visit": 1.0}, {}])
+def test_weights_of_other_outcomes_are_refused(untrained_policy: LanguagePolicy, names: dict[str, float]) -> None:
+    q = new_q(untrained_policy, replace(UNIT, outcomes=THREE))
+    with pytest.raises(ConfigError, match="heads for purchase, contact, complaint"):
+        q.reweighted(names)
+
+
+def test_one_head_may_learn_the_weighted_sum(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    config = config_with(outcomes=THREE, **{"q.outcome_heads": False, "data.outcome_low": -2.0, "q.loss": "mse"})
+    data = round_of(tiny_policy, three_outcomes(scripted[:20]), config)
+    assert np.array_equal(data.head_returns[:, 0], data.returns)
+    assert fit_q(tiny_policy, data, [], config).settings.outcomes == {"outcome": 1.0}
+
+
+def test_a_weight_other_than_one_scales_what_its_head_says(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    frame = to_frame(scripted[:10], {"purchase": 1.0}, 0.3)
+    priced = frame.assign(outcome=250 * frame["outcome"])
+    plain, rich = config_with(), config_with(outcomes={"purchase": 250.0})
+    one = fit_q(tiny_policy, round_of(tiny_policy, frame, plain), [], plain)
+    other = fit_q(tiny_policy, round_of(tiny_policy, priced, rich), [], rich)
+    assert equal(weights(one), weights(other))
+    table = round_of(tiny_policy, frame, plain).encoded
+    assert np.allclose(250 * one.evaluate(table).q, other.evaluate(table).q, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 1.5, "min"])
+def test_improvement_sees_the_members_and_never_the_judges(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], pessimism: float | str
+) -> None:
+    q = new_q(tiny_policy, replace(UNIT, members=3, judges=2, pessimism=pessimism))
+    sequences = [replace(s, spans=(replace(s.spans[0], row=k),)) for k, s in enumerate(singles(tiny_policy, scripted))]
+    members = q.member_values(sequences)
+    assert [m.shape for m in members] == [(3, 1 + s.spans[0].end - s.spans[0].start) for s in sequences]
+    for seen, each in zip(q.running_values(sequences), members, strict=True):
+        spread = {"min": each.min(axis=0)}.get(str(pessimism))
+        expected = each.mean(0) - float(pessimism) * each.std(0, ddof=1) if spread is None else spread
+        assert np.allclose(seen, expected, atol=1e-6)
+    judged = q.judge_values(sequences)
+    with torch.no_grad():
+        q.head.weight[3:] += 1.0
+    assert all(np.allclose(a, b) for a, b in zip(q.member_values(sequences), members, strict=True))
+    assert not any(np.allclose(a, b) for a, b in zip(q.judge_values(sequences), judged, strict=True))
+    values = q.evaluate(EncodedTable(sequences, len(sequences)))
+    assert np.allclose([x[-1] for x in q.running_values(sequences)], values.q, atol=1e-6)
+
+
+def singles(policy: LanguagePolicy, talks: list[Conversation]) -> list[Encoded]:
+    return split_up(policy, a_round(policy, talks[:4]).encoded).sequences
+
+
+def test_a_q_without_judges_says_so(untrained_policy: LanguagePolicy) -> None:
+    with pytest.raises(ConfigError, match=r"no judges; set q\.judges"):
+        new_q(untrained_policy).judge_values([])
+
+
+def test_pessimism_needs_members() -> None:
+    with pytest.raises(ConfigError, match=r"set q\.members to 2 or more"):
+        load_config(overrides={"q.pessimism": 1.0})
+
+
+def test_members_are_fitted_to_bootstraps_of_conversations(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    settings = replace(UNIT, outcomes=THREE, members=2, judges=1)
+    last = np.tile([False, False, True], 400)
+    drawn = bootstrap_weights(last, settings, seed=0)
+    assert drawn is not None and drawn.shape == (1200, 9)
+    by_talk = drawn.reshape(400, 3, 3, 3)
+    assert (by_talk == by_talk[:, :1, :, :1]).all(), "a conversation's rows and a member's outcomes are drawn together"
+    counts = by_talk[:, 0, :, 0]
+    assert counts.mean() == pytest.approx(1.0, abs=0.1) and counts.var() == pytest.approx(1.0, abs=0.15)
+    assert abs(np.corrcoef(counts.T)[np.triu_indices(3, 1)]).max() < 0.2
+    assert bootstrap_weights(last, UNIT, seed=0) is None
+    config = config_with(**{"q.members": 2, "q.judges": 1})
+    data = a_round(tiny_policy, scripted[:30])
+    q = fit_q(tiny_policy, data, [], config)
+    heads = q.head_values(data.encoded).q[np.isfinite(q.evaluate(data.encoded).q)]
+    assert heads.shape[1] == 3 and heads.std(axis=1).min() > 0
+
+
+def test_a_q_with_other_heads_lends_its_trunk(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+    start = new_q(tiny_policy)
+    with torch.no_grad():
+        next(start.model.base_model.parameters()).add_(1.0)
+    slow = {"q.learning_rate": 1e-6, "q.value_learning_rate": 1e-6, "q.members": 2}
+    q = fit_q(tiny_policy, a_round(tiny_policy, scripted[:6]), [], config_with(**slow), start)
+    mine, its = q.backbone_state(), start.backbone_state()
+    assert max(float((mine[name] - its[name]).abs().max()) for name in its) < 1e-3 and q.head.out_features == 2
+
+
 # --- files and families ----------------------------------------------------------------------------------------------
 
 
@@ -493,6 +659,22 @@ def test_every_causal_lm_has_a_q(tiny_policy: LanguagePolicy, tmp_path: Path, fa
     assert np.allclose(QModel.load(tmp_path).evaluate(table).q, values.q, atol=1e-6)
 
 
+def test_a_q_of_the_former_format_is_read(tiny_policy: LanguagePolicy, tmp_path: Path) -> None:
+    q = new_q(tiny_policy, WIDE)
+    q.save(tmp_path)
+    former = {"loss": "bce", "low": -2.0, "high": 6.0, "gamma": 0.95, "format": 1, "pad": q.pad}
+    (tmp_path / SETTINGS).write_text(json.dumps(former))
+    assert QModel.load(tmp_path).settings == q.settings
+
+
+def test_heads_and_members_are_saved(tiny_policy: LanguagePolicy, tmp_path: Path) -> None:
+    settings = replace(UNIT, outcomes=THREE, members=2, judges=1, pessimism="min", value_head=True)
+    q, table = new_q(tiny_policy, settings), EncodedTable([single(0, (4, 50, 6), (40, 41, 1), True)], 1)
+    q.save(tmp_path)
+    again = QModel.load(tmp_path)
+    assert again.settings == settings and again.evaluate(table).q == q.evaluate(table).q
+
+
 def settings_are(text: str) -> Callable[[Path], object]:
     return lambda path: (path / SETTINGS).write_text(text)
 
@@ -515,7 +697,7 @@ def cut_weights(path: Path) -> None:
         pytest.param(lambda path: (path / "model.safetensors").unlink(), ModelError, id="no weights"),
         pytest.param(cut_weights, ModelError, id="weights cut short"),
         pytest.param(lambda path: (path / SETTINGS).unlink(), StoreError, id="no settings"),
-        pytest.param(settings_are('{"format": 2}'), StoreError, id="newer settings"),
+        pytest.param(settings_are('{"format": 3}'), StoreError, id="newer settings"),
         pytest.param(settings_are('{"format": "2"}'), StoreError, id="format is no number"),
         pytest.param(settings_are("[]"), StoreError, id="settings are a list"),
         pytest.param(settings_are("{"), StoreError, id="settings are no JSON"),

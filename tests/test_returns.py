@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.mdp.conversation import MISSING, Adoption, Conversation, Suggestion, Turn, adoption_of
 from iterative_ppo.mdp.returns import (
     acceptance_rewards,
     discounted_returns,
-    distance_to_end,
     monte_carlo,
     rewards,
 )
@@ -70,20 +68,6 @@ def test_discounted_returns_of_any_rewards_even_in_terminal_rows(blocks: list[li
     assert np.array_equal(reward, before), "the rewards given are left alone"
 
 
-@given(st.lists(st.integers(1, 30), max_size=20))
-def test_distance_to_end_counts_the_rows_that_follow(lengths: list[int]) -> None:
-    last = np.array([row == length - 1 for length in lengths for row in range(length)], dtype=bool)
-    assert distance_to_end(last).tolist() == [length - 1 - row for length in lengths for row in range(length)]
-
-
-@given(hnp.arrays(bool, st.integers(0, 50)))
-def test_distance_to_end_of_any_ends(ends: np.ndarray) -> None:
-    last = np.append(ends, True)
-    distance = distance_to_end(last)
-    assert (distance[last] == 0).all()
-    assert (distance[:-1][~last[:-1]] == distance[1:][~last[:-1]] + 1).all()
-
-
 @settings(deadline=None, max_examples=30)
 @given(TALKS)
 def test_rewards_are_the_outcome_on_arrival_and_never_anothers(talks: list[list[tuple[float, float]]]) -> None:
@@ -121,12 +105,7 @@ def test_integer_rewards_are_not_truncated() -> None:
 
 def test_a_table_without_rows_has_no_returns() -> None:
     frame = to_frame([], OUTCOMES, 0.2)
-    for values in (
-        monte_carlo(frame, 0.9),
-        rewards(frame),
-        acceptance_rewards(frame),
-        distance_to_end(np.zeros(0, bool)),
-    ):
+    for values in (monte_carlo(frame, 0.9), rewards(frame), acceptance_rewards(frame)):
         assert values.shape == (0,)
 
 

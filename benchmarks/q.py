@@ -1,0 +1,57 @@
+"""`make bench-q`: the estimators of Q on the chain, in the simulator and on STAR; several outcomes; speed.
+
+Resumable by part, method and seed: what is in benchmarks/work is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.q_cells import Row
+from benchmarks.q_chain import chain
+from benchmarks.q_outcomes import outcomes
+from benchmarks.q_simulator import ranking
+from benchmarks.q_speed import speed
+from benchmarks.results_file import write
+
+PARTS = ("speed", "chain", "outcomes", "ranking", "star")
+
+
+def star(data: Path) -> list[Row]:
+    """The default Q's held-out AUC on STAR beside TF-IDF regression: the rows of `make bench-star`."""
+    from benchmarks.star import configuration, learnability
+    from iterative_ppo.sources import import_log
+
+    if not data.exists():
+        print(f"{data}: the public logs are not here; name their folder with --data")
+        return []
+    path = data / "star"
+    return learnability(list(import_log(configuration("star", path)).conversations), path)
+
+
+def main() -> None:
+    """Measure what is missing, then print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--states", type=int, default=200)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = list(range(arguments.seeds))
+    made: dict[str, Callable[[], list[Row]]] = {
+        "speed": speed,
+        "chain": lambda: chain(seeds),
+        "outcomes": lambda: outcomes(seeds),
+        "ranking": lambda: ranking(seeds, arguments.states),
+        "star": lambda: star(arguments.data),
+    }
+    write("bench-q", [one for part in PARTS if part in arguments.parts for one in made[part]()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""A figure of `make bench-q` by part, method and seed, measured once and kept in benchmarks/work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.results_file import figure, mean_interval
+from iterative_ppo.files import fingerprint, read_json, write_json
+
+WORK = Path(__file__).parent / "work" / "q"
+TARGETS = ("monte_carlo", "one_step", "td_lambda", "sarsa", "fqe", "retrace", "lstd_q", "archer")
+Row = dict[str, Any]
+
+
+def cell(part: str, method: str, seed: int, settings: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What one method gave with one seed, done once under these settings."""
+    place = WORK / part / f"{method.replace(' ', '-').replace(chr(39), '')}-{seed}-{fingerprint(settings)}.json"
+    if not place.exists():
+        began = time.process_time()
+        found = work()
+        write_json(place, {**found, "cpu_seconds": time.process_time() - began})
+        print(f"{part}, {method}, seed {seed}: {found}", flush=True)
+    found = read_json(place)
+    return dict(found)
+
+
+def row(name: str, found: Sequence[dict[str, Any]], key: str, **judged: Any) -> Row:
+    """The mean of one figure over seeds with its interval."""
+    mean, low, high = mean_interval([f[key] for f in found])
+    cpu = float(np.mean([f["cpu_seconds"] for f in found]))
+    return figure(name, mean, (low, high), seeds=list(range(len(found))), cpu_seconds=cpu, **judged)

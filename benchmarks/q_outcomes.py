@@ -1,0 +1,57 @@
+"""A head for each outcome beside one for their weighted sum, where a purchase needs three facts first."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks import facts
+from benchmarks.q_cells import Row, cell, row
+from benchmarks.results_file import figure, mean_interval
+from iterative_ppo.config import load_config
+from iterative_ppo.evaluation.metrics import within_state_ranking
+from iterative_ppo.mdp.rendering import single
+from iterative_ppo.mdp.turn_table import to_frame
+
+FACTS_LOG, FACTS_STATES = 750, 200
+
+
+def facts_ranking(heads: bool, seed: int) -> dict[str, float]:
+    """Within-state correlation with the exact Q of the weighted sum, after 750 conversations."""
+    from iterative_ppo.learning.policy_evaluation import fit_q
+    from iterative_ppo.learning.rounds import round_of
+    from iterative_ppo.learning.tiny import build_policy
+
+    weights = np.array(list(facts.OUTCOMES.values()))
+    most = 1.0 if heads else float(weights.sum())
+    given = {"seed": seed, "outcomes": facts.OUTCOMES, "q.outcome_heads": heads, "data.outcome_high": most}
+    rates = {"q.learning_rate": 0.005, "q.value_learning_rate": 0.005, "q.epochs": 6.0, "q.value_epochs": 4.0}
+    config = load_config(None, {**given, **rates, "policy.hidden_size": 32, "policy.heads": 2})
+    talks = facts.conversations(FACTS_LOG, seed)
+    policy = build_policy(talks, config.policy, seed)
+    q = fit_q(policy, round_of(policy, to_frame(talks, config.outcomes, 0.15), config), [], config)
+    rng, exact = random.Random(seed), facts.exact_q(config.gamma)
+    truth, sequences = [], []
+    for talk in facts.conversations(FACTS_STATES, 10_000 + seed):
+        turn = rng.randrange(len(talk.turns) - 1)
+        truth.append(exact[facts.facts_known(talk, turn), turn] @ weights)
+        prompt = policy.renderer.prompt(talk.state(turn)).tokens
+        for action in facts.ACTIONS:
+            said = (*policy.renderer.ids(action), policy.renderer.eos)
+            sequences.append(single(len(sequences), prompt, said, True))
+    predicted = np.array([value[-1] for value in q.running_values(sequences)]).reshape(len(truth), -1)
+    return {"ranking": within_state_ranking(np.array(truth), predicted)}
+
+
+def outcomes(seeds: Sequence[int]) -> list[Row]:
+    """A head for each of four outcomes beside one for their weighted sum, on the same conversations."""
+    found = {
+        name: [cell("outcomes", name, s, FACTS_LOG, lambda h=heads, s=s: facts_ranking(h, s)) for s in seeds]
+        for name, heads in (("a head each", True), ("one scalar", False))
+    }
+    rows = [row(f"three facts, within-state correlation, {name}", f, "ranking") for name, f in found.items()]
+    pairs = zip(found["a head each"], found["one scalar"], strict=True)
+    mean, low, high = mean_interval([a["ranking"] - b["ranking"] for a, b in pairs])
+    return [*rows, figure("three facts, heads less scalar", mean, (low, high), "> 0", low > 0, seeds)]

@@ -1,0 +1,104 @@
+"""How well each estimator orders the actions of a state of the renovation simulator, at 1,500 conversations."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from benchmarks.q_cells import TARGETS, Row, cell, row
+from benchmarks.results_file import figure, mean_interval
+from iterative_ppo.config import load_config
+from iterative_ppo.evaluation.metrics import within_state_ranking
+from iterative_ppo.mdp.rendering import single
+
+PLAIN = "Monte Carlo from the policy's backbone"
+RANKED: dict[str, dict[str, Any]] = {
+    PLAIN: {"q.target": "monte_carlo", "q.corpus_epochs": 0.0},
+    "one_step from the policy's backbone": {"q.corpus_epochs": 0.0},
+    **{target: {"q.target": target} for target in TARGETS if target != "lstd_q"},
+    "lstd_q": {"q.target": "lstd_q", "q.loss": "mse"},
+    "one_step, mse": {"q.loss": "mse", "q.corpus_epochs": 0.0},
+    "one_step, hl_gauss": {"q.loss": "hl_gauss", "q.corpus_epochs": 0.0},
+    "one_step, 5 members": {"q.members": 5, "q.corpus_epochs": 0.0},
+}
+"""Those without corpus_epochs 0 start from the Q of the corpus, as far as their heads are the same."""
+
+
+@lru_cache(maxsize=1)
+def simulated(seed: int, states: int) -> dict[str, Any]:
+    """A seed's pi_0 with 1,500 conversations of it, and the truth that its Qs are ranked by."""
+    from benchmarks.learning import OURS, ROUND, cell_path, run_cell
+    from iterative_ppo.environments.renovation import Renovation
+    from iterative_ppo.environments.rollout import collect
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from tasks.ranking import distinct_actions, true_values
+
+    config = load_config(None, {"seed": seed})
+    if not (start := cell_path(OURS, seed) / "0").exists():
+        run_cell(OURS, seed, 0)
+    policy, environment = LanguagePolicy.load(start / "model"), Renovation(config.simulator.max_business_turns)
+    talks = collect(policy, environment, ROUND, 10_000 * (seed + 1), "0")
+    rng = random.Random(seed)
+    fresh = collect(policy, environment, states, 9_000_000 + seed, "ranking")
+    held = [talk.state(rng.randrange(len(talk.turns) - 1)) for talk in fresh]
+    chosen = distinct_actions(policy, held, 8, seed)
+    truth = true_values(policy, environment, chosen, 64, config.gamma, seed)
+    halves = [truth[:, :, part].mean(axis=2) for part in (slice(0, 32), slice(32, 64))]
+    pairs = [(state, action) for state, said in chosen for action in said]
+    render = policy.renderer
+    sequences = [single(k, render.prompt(s).tokens, render.response(a), True) for k, (s, a) in enumerate(pairs)]
+    ceiling = within_state_ranking(*halves)
+    return {
+        "policy": policy,
+        "talks": talks,
+        "start": start / "q",
+        "sequences": sequences,
+        "truth": truth.mean(axis=2),
+        "ceiling": ceiling,
+    }
+
+
+def simulator_ranking(overrides: dict[str, Any], seed: int, states: int) -> dict[str, float]:
+    """The within-state ranking of one Q, the ceiling, and what the fit took."""
+    from iterative_ppo.learning.q_model import QModel
+    from iterative_ppo.learning.rounds import evaluate_policy, round_of
+    from tasks.traffic import to_rows
+
+    given, config = simulated(seed, states), load_config(None, {"seed": seed, **overrides})
+    current = round_of(given["policy"], to_rows(config, given["talks"]), config)
+    start = QModel.load(given["start"]) if config.q.corpus_epochs else None
+    began = time.process_time()
+    q = evaluate_policy(given["policy"], current, [], config, start)
+    took = time.process_time() - began
+    truth = given["truth"]
+    predicted = np.array([value[-1] for value in q.running_values(given["sequences"])]).reshape(truth.shape)
+    return {"ranking": within_state_ranking(truth, predicted), "ceiling": given["ceiling"], "fit_cpu_seconds": took}
+
+
+def ranking(seeds: Sequence[int], states: int) -> list[Row]:
+    """How well each estimator orders the actions of a state after 1,500 conversations of pi_0."""
+    found = {
+        name: [
+            cell("ranking", name, s, [states, overrides], lambda o=overrides, s=s: simulator_ranking(o, s, states))
+            for s in seeds
+        ]
+        for name, overrides in RANKED.items()
+    }
+    rows = []
+    for name, cells in found.items():
+        judged: dict[str, Any] = {}
+        if name == "one_step":
+            mean = np.mean([c["ranking"] for c in cells])
+            judged = {"target": ">= .65", "holds": bool(mean >= 0.65)}
+        rows.append(row(f"simulator, within-state correlation, {name}", cells, "ranking", **judged))
+        rows.append(row(f"simulator, CPU seconds of the fit, {name}", cells, "fit_cpu_seconds"))
+    ours, plain = found["one_step"], found[PLAIN]
+    ratio = [a["ranking"] / b["ranking"] for a, b in zip(ours, plain, strict=True)]
+    mean, low, high = mean_interval(ratio)
+    rows.append(figure("simulator, one_step over plain Monte Carlo", mean, (low, high), ">= 2", mean >= 2, seeds))
+    return [*rows, row("simulator, ceiling", ours, "ceiling")]

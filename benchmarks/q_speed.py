@@ -1,0 +1,95 @@
+"""Speed of returns and of fitting with shared prefixes, and what an encoded turn holds in memory."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import numpy as np
+
+from benchmarks.q_cells import Row, cell
+from benchmarks.results_file import figure
+from iterative_ppo.config import load_config
+from iterative_ppo.environments.renovation import Renovation, Script
+from iterative_ppo.environments.rollout import collect
+from iterative_ppo.mdp.rendering import single
+from iterative_ppo.mdp.returns import discounted_returns
+from iterative_ppo.mdp.turn_table import to_frame
+
+GAMMA = 0.95
+
+
+def returns_speed(turns: int = 10_000_000) -> dict[str, float]:
+    """CPU time of returns and of one numpy copy of the rewards, in one thread, taken in turn, the best of each."""
+    rng = np.random.default_rng(0)
+    last = rng.random(turns) < 1 / 8
+    last[-1] = True
+    reward = rng.random(turns)
+    seconds: list[tuple[float, float]] = []
+    for _ in range(20):
+        began = time.process_time()
+        reward.copy()
+        copied = time.process_time()
+        discounted_returns(reward, last, GAMMA)
+        seconds.append((copied - began, time.process_time() - copied))
+    copy, took = np.min(seconds, axis=0)
+    return {"copy_ms": 1000 * copy, "returns_ms": 1000 * took, "ratio": took / copy}
+
+
+def sharing_speed(conversations: int = 300) -> dict[str, float]:
+    """Turns a second of one pass of the same regression: a sequence a conversation, beside a row a turn."""
+    from iterative_ppo.learning.batching import EncodedTable
+    from iterative_ppo.learning.q_model import QModel, QSettings
+    from iterative_ppo.learning.regression import Regression, regress
+    from iterative_ppo.learning.rounds import round_of
+    from iterative_ppo.learning.tiny import build_policy
+
+    config = load_config()
+    talks = collect(Script(0.6), Renovation(), conversations, 1, "script")
+    policy = build_policy(talks, config.policy, 0)
+    data = round_of(policy, to_frame(talks, config.outcomes, 0.15), config)
+    spans = [(s.tokens, x) for s in data.encoded.sequences for x in s.spans if x.trains]
+    rows = [single(x.row, tokens[: x.start], tokens[x.start : x.end], True) for tokens, x in spans]
+    turns = len(rows)
+    speeds = {}
+    for name, table, batch in (
+        ("shared", data.encoded, config.q.batch_size),
+        ("apart", EncodedTable(rows, data.encoded.rows), config.q.batch_size * turns // conversations),
+    ):
+        q = QModel.from_policy(policy, QSettings.of(config), 0)
+        began = time.process_time()
+        regress(q, table, data.head_returns, Regression(1.0, 0.001, batch, config.q.running_weight), 0)
+        speeds[name] = turns / (time.process_time() - began)
+    return {**speeds, "ratio": speeds["shared"] / speeds["apart"], "turns": turns}
+
+
+def encoding_memory(conversations: int = 2000) -> dict[str, float]:
+    """Bytes a turn that an encoded round holds in memory."""
+    from iterative_ppo.learning.rounds import round_of
+    from iterative_ppo.learning.tiny import build_policy
+
+    config = load_config()
+    talks = collect(Script(0.6), Renovation(), conversations, 1, "script")
+    policy, frame = build_policy(talks, config.policy, 0), to_frame(talks, config.outcomes, 0.15)
+    tracemalloc.start()
+    data = round_of(policy, frame, config)
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return {"held": held / len(data.last), "peak": most / len(data.last)}
+
+
+def speed() -> list[Row]:
+    """Measured once, whatever the number of seeds."""
+    returns = cell("speed", "returns", 0, 1, returns_speed)
+    sharing = cell("speed", "sharing", 0, 1, sharing_speed)
+    memory = cell("speed", "memory", 0, 1, encoding_memory)
+    fast, double = returns["ratio"] <= 10, sharing["ratio"] >= 2
+    return [
+        figure("returns of 10 million turns, CPU time over one copy's", returns["ratio"], None, "<= 10", fast),
+        figure("returns of 10 million turns, CPU milliseconds", returns["returns_ms"]),
+        figure("turns a second, a sequence a conversation", sharing["shared"]),
+        figure("turns a second, a row a turn", sharing["apart"]),
+        figure("prefix sharing, times as fast", sharing["ratio"], None, ">= 2", double),
+        figure("an encoded turn in memory, bytes", memory["held"]),
+        figure("encoding a turn, bytes at most", memory["peak"]),
+    ]
