@@ -1,18 +1,26 @@
-"""What a challenger's responses on held-out states tell: E[Q], KL in both directions, and signs of degeneration."""
+"""What the offline gate knows of a challenger: Q's opinion, what the logs say, and how what it says compares."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from iterative_ppo.evaluation.certificate import Certificate
+from iterative_ppo.evaluation.non_inferiority import NonInferiority
+from iterative_ppo.evaluation.ope import Estimate
+
 
 @dataclass(frozen=True)
 class OfflineEvidence:
-    """Champion and challenger on the same held-out states. KL in nats a response; shares in [0, 1]."""
+    """Champion and challenger on the same held-out states. KL in nats a response; shares in [0, 1].
+
+    Attributes:
+        certificate: the single-turn gain on held-out conversations. estimates: off-policy values, by estimator.
+        guardrails: those that can be judged on sampled responses.
+    """
 
     states: int
     samples: int
@@ -28,16 +36,24 @@ class OfflineEvidence:
     abstained: float
     q_r2: float
     state_baseline_r2: float
+    certificate: Certificate
+    estimates: Mapping[str, Estimate]
+    guardrails: tuple[NonInferiority, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: what is not a number becomes null."""
-        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(self).items()}
+        values: dict[str, Any] = _jsonable(asdict(self))
+        return values
 
 
-def repetition(responses: Sequence[Sequence[int]]) -> float:
-    """Mean share of bigrams in a response that already stood in it; 0 for responses of one token."""
-    shares = [1.0 - len(set(pairs)) / len(pairs) for r in responses if (pairs := list(pairwise(r)))]
-    return float(np.mean(shares)) if shares else 0.0
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def paired_gain(champion: np.ndarray, challenger: np.ndarray, group: np.ndarray) -> tuple[float, float]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from iterative_ppo.config import GateConfig
-from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.certificate import Certificate
 from iterative_ppo.evaluation.evidence import OfflineEvidence
+from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.evaluation.guardrails import LIMIT
+from iterative_ppo.evaluation.non_inferiority import NonInferiority
+from iterative_ppo.evaluation.ope import Estimate
 
-Verdict = Literal["test", "promote", "reject", "continue"]
+Verdict = Literal["test", "promote", "reject", "continue", "halt"]
+Finding = Literal["failed", "cannot tell from these logs", "passed"]
+Check = tuple[Finding, str]
+UNTOLD: Finding = "cannot tell from these logs"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict and why; `reasons` speak of every check, failed ones first."""
+    """A verdict and why; `reasons` speak of every check: failed ones first, then what cannot be told.
+
+    test: an A/B test with customers may begin. promote, reject: what becomes of the challenger. continue: the A/B test
+    goes on. halt: it is at fault itself, and a person must look.
+    """
 
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -23,52 +34,54 @@ class Decision:
         return {"verdict": self.verdict, "reasons": list(self.reasons)}
 
 
-def offline_gate(evidence: OfflineEvidence, config: GateConfig) -> Decision:
-    """Whether a challenger may meet customers: near the champion, well-formed, and better in Q's eyes.
+def offline_gate(evidence: OfflineEvidence) -> Decision:
+    """Whether a challenger may meet customers: better in Q's eyes, not worse by the logs, and within its guardrails.
 
-    A measure that is not a number fails its check: no evidence is not good evidence.
+    Logs that cannot tell stand in nobody's way: the A/B test can. A measure that is not a number fails its check.
     """
     e = evidence
     gain = e.q_challenger - e.q_champion
-    checks = [
-        (
-            e.q_gain_low > 0,
-            f"E[Q] on held-out states moved by {gain:+.4f} ({e.q_gain_low:+.4f} to {e.q_gain_high:+.4f})",
-        ),
-        (
-            e.kl_challenger_champion <= config.max_kl,
-            f"KL to the champion is {e.kl_challenger_champion:.2f} nats a response (bound {config.max_kl:g})",
-        ),
-        (
-            e.missing_eos <= config.max_missing_eos,
-            f"{e.missing_eos:.1%} of responses have no end (bound {config.max_missing_eos:.1%})",
-        ),
-        (
-            e.repetition <= config.max_repetition,
-            f"{e.repetition:.1%} of bigrams repeat (bound {config.max_repetition:.1%})",
-        ),
-        (
-            1 / config.max_length_ratio <= e.length_ratio <= config.max_length_ratio,
-            f"responses are {e.length_ratio:.2f} times as long as the champion's (bound {config.max_length_ratio:g})",
-        ),
+    seen = f"E[Q] on held-out states moved by {gain:+.4f} ({e.q_gain_low:+.4f} to {e.q_gain_high:+.4f})"
+    return _decide([(_held(e.q_gain_low > 0), seen), *_by_the_logs(e), *map(_guardrail, e.guardrails)], "test")
+
+
+def outcome_gate(look: Look, guardrails: Sequence[NonInferiority] = ()) -> Decision:
+    """What becomes of a challenger by a look at its A/B test; it is promoted only with every guardrail held.
+
+    Args:
+        guardrails: of the two arms' conversations, however good the outcome.
+    """
+    if look.verdict in ("continue", "halt"):
+        return Decision(look.verdict, look.reasons)
+    seen = "; ".join(reversed(look.reasons))
+    return _decide([(_held(look.verdict == "promote"), seen), *map(_guardrail, guardrails)], "promote")
+
+
+def _by_the_logs(evidence: OfflineEvidence) -> list[Check]:
+    certificate, estimate = evidence.certificate, evidence.estimates["doubly_robust_gain"]
+    return [
+        (_told(certificate), f"certificate: {certificate.reason}"),
+        (_told(estimate), f"off-policy gain of whole conversations: {estimate.reason}"),
     ]
-    return _decide(checks, "test")
 
 
-def outcome_gate(test: ABTest, planned: int) -> Decision:
-    """Whether a challenger becomes champion, from an A/B test at its planned size; before that, continue."""
-    seen = test.champion.conversations + test.challenger.conversations
-    if seen < planned:
-        return Decision("continue", (f"{seen} of {planned} planned conversations have matured",))
-    measured = (
-        f"challenger {test.challenger.rate:.1%} of {test.challenger.conversations}, champion {test.champion.rate:.1%} "
-        f"of {test.champion.conversations}: {test.gain:+.1%} ({test.gain_low:+.1%} to {test.gain_high:+.1%}), "
-        f"p = {test.p_value:.2g} at alpha {test.alpha:g}"
-    )
-    return _decide([(test.p_value < test.alpha, measured)], "promote")
+def _told(found: Certificate | Estimate) -> Finding:
+    if found.refusal:
+        return UNTOLD
+    return "failed" if found.high < 0 else "passed" if found.low > 0 else UNTOLD
 
 
-def _decide(checks: list[tuple[bool, str]], good: Verdict) -> Decision:
-    failed = [f"failed: {text}" for passed, text in checks if not passed]
-    passed = [f"passed: {text}" for ok, text in checks if ok]
-    return Decision("reject" if failed else good, (*failed, *passed))
+def _guardrail(found: NonInferiority) -> Check:
+    name, limit, _ = found.measure.partition(LIMIT)
+    if limit:
+        return _held(found.holds), f"guardrail {name} {found.challenger:.4g} (limit {found.champion:.4g})"
+    return _held(found.holds), f"guardrail {found.reason}"
+
+
+def _held(good: bool) -> Finding:
+    return "passed" if good else "failed"
+
+
+def _decide(checks: Sequence[Check], good: Verdict) -> Decision:
+    reasons = tuple(f"{kind}: {text}" for kind in get_args(Finding) for found, text in checks if found == kind)
+    return Decision("reject" if any(found == "failed" for found, _ in checks) else good, reasons)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+from iterative_ppo.errors import TrainingError
 
 
 def r_squared(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -62,6 +66,63 @@ def calibration(
         error(observed),
         float(np.quantile(null, 0.95)),
     )
+
+
+def calibrator(
+    predicted: np.ndarray, observed: np.ndarray, method: Literal["isotonic", "temperature"]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A monotone map from predictions to the observed share, fitted on (N,) predictions and outcomes in [0, 1].
+
+    isotonic: any monotone step (Zadrozny and Elkan 2002); temperature: the logit times one number (Guo et al. 2017,
+    arXiv 1706.04599). Raises TrainingError where the outcomes are all equal.
+    """
+    from sklearn.isotonic import IsotonicRegression
+    from sklearn.linear_model import LogisticRegression
+
+    if np.ptp(observed) == 0:
+        raise TrainingError(
+            f"all {len(observed)} held-out outcomes are {observed[0]:g}: calibration needs successes and failures; "
+            "collect more conversations, or raise data.evidence_share"
+        )
+    if method == "isotonic":
+        steps = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(predicted, observed)
+        return lambda values: np.asarray(steps.predict(values))
+    shares, classes = np.concatenate([observed, 1.0 - observed]), np.repeat([1, 0], len(observed))
+    scale = LogisticRegression(C=np.inf, fit_intercept=False)
+    scale.fit(np.tile(_logit(predicted), (2, 1)), classes, sample_weight=shares)
+    return lambda values: np.asarray(scale.predict_proba(_logit(values))[:, 1])
+
+
+def _logit(share: np.ndarray) -> np.ndarray:
+    """(N, 1) log odds."""
+    held = np.clip(share, 1e-6, 1.0 - 1e-6)
+    return np.log(held / (1.0 - held))[:, None]
+
+
+def recalibrated(
+    predicted: np.ndarray,
+    observed: np.ndarray,
+    group: np.ndarray,
+    method: Literal["isotonic", "temperature"],
+    folds: int = 5,
+) -> np.ndarray:
+    """(N,) predictions in [0, 1], each mapped by a calibrator that has not seen its own conversation.
+
+    Args:
+        observed: (N,) in [0, 1]. group: (N,) conversation ids.
+
+    Raises TrainingError where there are fewer conversations than folds, or all outcomes outside a fold are equal.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    if (conversations := len(np.unique(group))) < folds:
+        raise TrainingError(
+            f"{conversations} held-out conversations, calibration needs at least {folds}; raise data.evidence_share"
+        )
+    mapped = np.empty(len(predicted))
+    for others, mine in GroupKFold(folds).split(predicted, groups=group):
+        mapped[mine] = calibrator(predicted[others], observed[others], method)(predicted[mine])
+    return mapped
 
 
 def within_state_ranking(truth: np.ndarray, predicted: np.ndarray) -> float:

@@ -1,0 +1,62 @@
+"""Conversations of one business are alike: the variance that this leaves, and one observation a business."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from iterative_ppo.evaluation.comparison import Comparison, Tally
+
+
+def cluster_comparison(champion: Tally, challenger: Tally) -> Comparison:
+    """Compare arms given by business, (..., G) each: the last axis is summed, its spread is the design effect.
+
+    The design effect is the variance of the score by business over that of independent conversations (the robust
+    score test of Guo et al. 2005, Statistics in Medicine 24, 3479), with G / (G - 1). About 1 + (m - 1) ICC where
+    businesses of m conversations are assigned whole; where conversations are assigned it can be below 1.
+    Businesses without an outcome yet are left out; where outcomes do not vary it is 1.
+    """
+    arms = Comparison(_summed(champion), _summed(challenger))
+    count = arms.champion.count + arms.challenger.count
+    share = (arms.challenger.count / count)[..., None]
+    mean = ((arms.champion.total + arms.challenger.total) / count)[..., None]
+    score = (1 - share) * (challenger.total - mean * challenger.count) - share * (
+        champion.total - mean * champion.count
+    )
+    seen = (champion.count + challenger.count > 0).sum(-1)
+    robust = (score**2).sum(-1) * seen / np.maximum(seen - 1, 1)
+    independent = arms.null_variance * (arms.champion.count * arms.challenger.count / count) ** 2
+    varies = (independent > 1e-12) & (robust > 0)
+    return replace(arms, design_effect=np.where(varies, robust / np.where(varies, independent, 1.0), 1.0))
+
+
+def _summed(arm: Tally) -> Tally:
+    return Tally(arm.count.sum(-1), arm.total.sum(-1), arm.squares.sum(-1))
+
+
+def by_business(business: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> Tally:
+    """(G,) tallies of (N,) values by (N,) codes 0..G-1, over the (N,) bool `chosen` rows."""
+    codes, values, businesses = business[chosen], values[chosen], int(business.max(initial=-1)) + 1
+    sums = [np.bincount(codes, weights, businesses) for weights in (np.ones(len(codes)), values, values**2)]
+    return Tally(*sums)
+
+
+def business_means(business: np.ndarray, values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of each business's first `size` values, businesses in the order in which they got that many.
+
+    Args:
+        business: (N,) codes 0..G-1, values: (N,), both in order of assignment.
+
+    Returns the rows (B,) that completed a business, and the means (B,). The rest of a business is not used: an
+    observation that goes on changing cannot be bet on.
+    """
+    order = np.argsort(business, kind="stable")
+    codes = business[order]
+    starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]]) if len(codes) else np.zeros(0, dtype=int)
+    ends = np.r_[starts[1:], len(codes)]
+    starts = starts[ends - starts >= size]
+    running = np.r_[0.0, np.cumsum(values[order])]
+    rows, means = order[starts + size - 1], (running[starts + size] - running[starts]) / size
+    by_time = np.argsort(rows)
+    return rows[by_time], means[by_time]

@@ -1,0 +1,234 @@
+"""Guardrails: what a challenger may not do worse than the champion, each a measure of what both of them say.
+
+A measure is one function of a `Said`. The same ones serve the responses that both policies give in held-out states,
+which are paired by state, and the conversations of an A/B test's arms, which are not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from iterative_ppo.config import GuardrailConfig
+from iterative_ppo.errors import ConfigError, did_you_mean
+from iterative_ppo.evaluation import pii
+from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams
+from iterative_ppo.evaluation.metrics import Calibration
+from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, quantile
+from iterative_ppo.mdp.returns import ACCEPTANCE
+
+LEAST_UNITS = 10
+"""Below this the spread between conversations is itself too uncertain for a bound."""
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """N responses of one policy, and what is known of them; what a source cannot know is None.
+
+    Attributes:
+        unit: (N,) ids of what was sampled or assigned as a whole, a conversation or a business.
+        texts: (N,) "" where it abstained. pieces: (N,) the same as tokens or words.
+        abstained: (N,) bool. finished: (N,) bool, whether the end of sequence came.
+        log_ratio: (N,) own log-prob less the champion's, nats; 0 for the champion itself.
+        adoption: (N,) what staff did with it: a key of `returns.ACCEPTANCE`, or None.
+        calibration: of Q, on conversations that it has not seen.
+    """
+
+    unit: np.ndarray
+    texts: Sequence[str]
+    pieces: Sequence[Sequence[Hashable]]
+    abstained: np.ndarray
+    finished: np.ndarray | None = None
+    log_ratio: np.ndarray | None = None
+    adoption: Sequence[str | None] | None = None
+    calibration: Calibration | None = None
+
+    @classmethod
+    def of_turns(cls, frame: pd.DataFrame, unit: str = "conversation_id") -> Said:
+        """What a policy suggested in the conversations of a turn table, for an arm of an A/B test."""
+        rows = frame[frame["suggestion_status"].isin(["suggested", "abstained"])]
+        texts = rows["suggestion"].fillna("").astype(str).tolist()
+        adoption = rows["adoption"].astype(object).where(rows["adoption"].notna(), None).tolist()
+        abstained = (rows["suggestion_status"] == "abstained").to_numpy(dtype=bool)
+        units = rows[unit].to_numpy(dtype=object)
+        return cls(units, texts, [text.split() for text in texts], abstained, adoption=adoption)
+
+
+Values = Callable[[Said], np.ndarray | None]
+"""(N,) one number a response, NaN where the response does not count; None where its source cannot know."""
+LIMIT = ", limit"
+"""Ends the name of a guardrail's limit, which stands in the champion's place."""
+CALIBRATION = "calibration"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared: the mean of `values`, or a quantile of them; `relative` margins are shares of the champion's.
+
+    `relative` suits lengths, whose usual size is the source's own.
+    """
+
+    values: Values
+    quantile: float | None = None
+    relative: bool = False
+
+
+def guarded(
+    rules: Mapping[str, GuardrailConfig], champion: Said, challenger: Said, alpha: float
+) -> tuple[NonInferiority, ...]:
+    """Every guardrail that applies to these responses, and after it its limit, by the name `name, limit`.
+
+    A guardrail whose measure is not a number, or of too few conversations, does not hold. Raises ConfigError for a
+    function that is not there or returns something else than it should.
+    """
+    return tuple(found for name, rule in rules.items() for found in _guarded(name, rule, champion, challenger, alpha))
+
+
+def _guarded(
+    name: str, rule: GuardrailConfig, champion: Said, challenger: Said, alpha: float
+) -> Iterator[NonInferiority]:
+    if rule.function == CALIBRATION:
+        if challenger.calibration is not None:
+            yield calibrated(Guardrail(name, rule.direction, rule.margin, alpha), challenger.calibration)
+        return
+    measure = measure_of(name, rule.function)
+    usual, new = _values(name, measure, champion), _values(name, measure, challenger)
+    if usual is None or new is None:
+        return
+    margin = rule.margin * (abs(_statistic(measure, usual)) if measure.relative else 1.0)
+    yield _compared(measure, Guardrail(name, rule.direction, margin, alpha), usual, new)
+    if rule.limit is not None:
+        limit = Sample(np.full(len(new.values), rule.limit), new.unit)
+        yield _compared(measure, Guardrail(f"{name}{LIMIT}", rule.direction, 0.0, alpha), limit, new)
+
+
+def measure_of(name: str, function: str) -> Measure:
+    """A measure of ours by name, or one of the user's own. Raises ConfigError where there is none."""
+    where, (module, colon, attribute) = f"gate.guardrails.{name}.function", function.partition(":")
+    if not colon:
+        if function not in MEASURES:
+            known = [*MEASURES, CALIBRATION]
+            hint = did_you_mean(function, known)
+            raise ConfigError(f"{where}: {function!r} is none of {', '.join(known)}{hint}; your own is module:function")
+        return MEASURES[function]
+    try:
+        return Measure(getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}: {function!r} cannot be imported ({error}); is it on PYTHONPATH?") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Values of the responses that count, and the units that they were drawn in."""
+
+    values: np.ndarray
+    unit: np.ndarray
+
+
+def _values(name: str, measure: Measure, said: Said) -> Sample | None:
+    values = measure.values(said)
+    if values is None:
+        return None
+    values = np.asarray(values, dtype=float)
+    if values.shape != (len(said.unit),):
+        raise ConfigError(
+            f"gate.guardrails.{name}: its function returned an array of shape {values.shape}, expected one number for "
+            f"each of {len(said.unit)} responses"
+        )
+    return Sample(values[~np.isnan(values)], said.unit[~np.isnan(values)])
+
+
+def _statistic(measure: Measure, sample: Sample) -> float:
+    if not len(sample.values):
+        return float("nan")
+    if measure.quantile is None:
+        return float(sample.values.mean())
+    return float(np.quantile(sample.values, measure.quantile, method="inverted_cdf"))
+
+
+def _compared(measure: Measure, rule: Guardrail, champion: Sample, challenger: Sample) -> NonInferiority:
+    few = min(len(np.unique(champion.unit)), len(np.unique(challenger.unit))) < LEAST_UNITS
+    if few or not np.isfinite(champion.values.sum() + challenger.values.sum()):
+        nan = float("nan")
+        ours, theirs = _statistic(measure, champion), _statistic(measure, challenger)
+        return NonInferiority(rule.measure, ours, theirs, rule.margin, nan, nan, 1.0, False)
+    if measure.quantile is None:
+        return clustered_mean(rule, champion, challenger)
+    units = champion.unit, challenger.unit
+    return quantile(rule, champion.values, challenger.values, measure.quantile, units)
+
+
+def clustered_mean(rule: Guardrail, champion: Sample, challenger: Sample) -> NonInferiority:
+    """Difference of means, with the spread between units (a linearised ratio of sums, t with one less than them).
+
+    Units that hold responses of both, as held-out conversations do, are paired by that; those of an A/B test's arms,
+    which hold one policy's only, count as independent.
+    """
+    from scipy.stats import t
+
+    _, codes = np.unique(np.concatenate([champion.unit, challenger.unit]).astype(str), return_inverse=True)
+    units = int(codes.max()) + 1
+    parts = codes[: len(champion.unit)], codes[len(champion.unit) :]
+    means = float(champion.values.mean()), float(challenger.values.mean())
+    spread = [
+        np.bincount(part, weights=sample.values - mean, minlength=units) / len(part)
+        for part, sample, mean in zip(parts, (champion, challenger), means, strict=True)
+    ]
+    sign = 1.0 if rule.better == "lower" else -1.0
+    loss = sign * (means[1] - means[0])
+    error = float(np.sqrt(((spread[1] - spread[0]) ** 2).sum() * units / (units - 1)))
+    bound = loss + float(t.ppf(1.0 - rule.alpha, units - 1)) * error
+    if error > 0:
+        p_value = float(t.cdf((loss - rule.margin) / error, units - 1))
+    else:
+        p_value = 0.0 if loss < rule.margin or loss <= rule.margin == 0 else 1.0
+    return NonInferiority(rule.measure, *means, rule.margin, loss, bound, p_value, p_value < rule.alpha)
+
+
+def calibrated(rule: Guardrail, found: Calibration) -> NonInferiority:
+    """Whether Q's calibration error is within the margin of what chance gives a perfect Q (its 95th percentile)."""
+    loss = found.error - found.chance_95
+    holds = bool(loss < rule.margin)
+    return NonInferiority(
+        rule.measure, found.chance_95, found.error, rule.margin, loss, loss, 0.0 if holds else 1.0, holds
+    )
+
+
+def _lengths(said: Said) -> np.ndarray:
+    """Characters, of what was suggested."""
+    return np.where(said.abstained, np.nan, [float(len(text)) for text in said.texts])
+
+
+def _repetition(said: Said) -> np.ndarray:
+    return np.where(said.abstained, np.nan, [repeated_ngrams(piece) for piece in said.pieces])
+
+
+def _compression(said: Said) -> np.ndarray:
+    return np.where(said.abstained, np.nan, [compression(text) for text in said.texts])
+
+
+def _acceptance(said: Said) -> np.ndarray | None:
+    """1 sent verbatim, 1/2 edited, 0 rejected or unanswered; abstentions do not count."""
+    if said.adoption is None:
+        return None
+    given = np.array([ACCEPTANCE.get(fate, np.nan) if fate else np.nan for fate in said.adoption], dtype=float)
+    return np.where(said.abstained, np.nan, given)
+
+
+MEASURES: dict[str, Measure] = {
+    "kl": Measure(lambda said: said.log_ratio),
+    "length": Measure(_lengths, relative=True),
+    "length_p95": Measure(_lengths, quantile=0.95, relative=True),
+    "unfinished": Measure(lambda said: None if said.finished is None else 1.0 - said.finished),
+    "repetition": Measure(_repetition),
+    "compression": Measure(_compression),
+    "abstained": Measure(lambda said: said.abstained.astype(float)),
+    "acceptance": Measure(_acceptance),
+    "pii": Measure(lambda said: pii.by_pattern(said.texts)),
+    "presidio": Measure(lambda said: pii.by_presidio(said.texts)),
+}
+"""Means over responses, unless said otherwise. kl: nats; lengths: characters; shares: in [0, 1]."""

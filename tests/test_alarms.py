@@ -1,0 +1,101 @@
+"""A champion that serves worse raises an alarm; one that is as it was raises none, however often one looks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iterative_ppo.config import load_config
+from iterative_ppo.evaluation.alarms import ABSTENTION, ACCEPTANCE, LENGTH, OUTCOME, alarms, measure
+from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion, Turn
+from iterative_ppo.mdp.turn_table import to_frame
+
+ALARMS = load_config().alarms
+SERVED = {OUTCOME: 0.3, ACCEPTANCE: 0.8, ABSTENTION: 0.1, LENGTH: 10.0}
+
+
+def served(conversations: int, rng: np.random.Generator, **changed: float) -> dict[str, np.ndarray]:
+    """Measures of conversations of four turns."""
+    mean = SERVED | changed
+    return {
+        OUTCOME: (rng.random(conversations) < mean[OUTCOME]).astype(float),
+        ACCEPTANCE: rng.binomial(4, mean[ACCEPTANCE], conversations) / 4,
+        ABSTENTION: rng.binomial(4, mean[ABSTENTION], conversations) / 4,
+        LENGTH: rng.normal(mean[LENGTH], 3, conversations),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "measures"),
+    [
+        ({OUTCOME: 0.15}, [OUTCOME]),
+        ({ACCEPTANCE: 0.6}, [ACCEPTANCE]),
+        ({ABSTENTION: 0.5}, [ABSTENTION]),
+        ({LENGTH: 30.0}, [LENGTH]),
+        ({LENGTH: 2.0}, [LENGTH]),
+        ({OUTCOME: 0.0, ABSTENTION: 1.0, LENGTH: 0.0}, [OUTCOME, ABSTENTION, LENGTH]),
+        ({OUTCOME: 0.6, ACCEPTANCE: 0.99, ABSTENTION: 0.0, LENGTH: 12.0}, []),
+    ],
+)
+def test_what_became_worse_is_named(changed: dict[str, float], measures: list[str]) -> None:
+    rng = np.random.default_rng(1)
+    found = alarms(served(1500, rng), served(1200, rng, **changed), ALARMS)
+    assert [alarm.measure for alarm in found] == measures
+    for alarm in found:
+        assert alarm.conversations == 1000, "the last look that raised it: at 500, at 1000"
+        assert alarm.since == pytest.approx(changed[alarm.measure], abs=0.3)
+        assert alarm.level == pytest.approx(ALARMS.alpha / 5 / 6) and alarm.p_value < alarm.level
+    assert not found or "worse by more than" in str(found[0])
+
+
+def test_too_little_is_known_at_first() -> None:
+    rng = np.random.default_rng(2)
+    before, since = served(1500, rng), served(600, rng, **{OUTCOME: 0.0})
+    for count, raised in ((0, False), (499, False), (500, True), (600, True)):
+        assert bool(alarms(before, {name: values[:count] for name, values in since.items()}, ALARMS)) == raised
+    nothing = {name: np.zeros(0) for name in since}
+    assert alarms(nothing, since, ALARMS) == ()
+
+
+def test_a_conversation_without_a_value_does_not_count() -> None:
+    rng = np.random.default_rng(3)
+    before, since = served(1500, rng), served(1200, rng, **{ACCEPTANCE: 0.6})
+    since[LENGTH][::2] = np.nan
+    before[ABSTENTION][:] = np.nan
+    assert [alarm.measure for alarm in alarms(before, since, ALARMS)] == [ACCEPTANCE]
+    since[ACCEPTANCE][:] = np.nan
+    assert alarms(before, since, ALARMS) == ()
+
+
+def test_false_alarms_over_all_measures_and_looks_stay_below_alpha() -> None:
+    """The worst case: every measure is exactly its margin worse, and three looks are taken."""
+    config, runs = ALARMS.model_copy(update={"conversations": 200, "alpha": 0.2}), 150
+    rng = np.random.default_rng(4)
+    edge = {OUTCOME: 0.25, ACCEPTANCE: 0.75, ABSTENTION: 0.15, LENGTH: 15.0}
+    raised = sum(bool(alarms(served(1000, rng), served(900, rng, **edge), config)) for _ in range(runs))
+    assert raised / runs <= 0.2 + 3 * (0.2 * 0.8 / runs) ** 0.5
+    assert raised > 0, "nothing would ever be raised"
+
+
+def talk(name: str, sold: float, *turns: tuple[Any, str | None]) -> Conversation:
+    said = [Turn("hi", (0.0,), action, "ok", adoption) for action, adoption in turns]
+    return Conversation(name, (*said, Turn(None, (sold,))), f"customer of {name}")
+
+
+def test_a_conversation_is_measured_by_its_turns() -> None:
+    two, four = Suggestion("two words", "suggested"), Suggestion("these are four words", "suggested")
+    missing = Suggestion(None, "missing")
+    talks = [
+        talk("b", 1.0, (two, "verbatim"), (four, "rejected"), (ABSTAIN, None)),
+        talk("a", 0.0, (two, "edited"), (two, "no_reply")),
+        talk("c", 0.0, (missing, None)),
+    ]
+    found = measure(to_frame(talks, {"sold": 1.0}, 0.2))
+    order = list(dict.fromkeys(to_frame(talks, {"sold": 1.0}, 0.2)["conversation_id"]))
+    by_name = {name: {key: values[k] for key, values in found.items()} for k, name in enumerate(order)}
+    assert by_name["b"] == pytest.approx({OUTCOME: 1.0, ACCEPTANCE: 0.5, ABSTENTION: 1 / 3, LENGTH: 3.0})
+    assert by_name["a"] == pytest.approx({OUTCOME: 0.0, ACCEPTANCE: 1.0, ABSTENTION: 0.0, LENGTH: 2.0})
+    assert by_name["c"][OUTCOME] == 0.0
+    assert all(np.isnan(by_name["c"][key]) for key in (ACCEPTANCE, ABSTENTION, LENGTH))
