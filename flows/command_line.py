@@ -10,38 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
-from iterative_ppo.config import DEFAULTS, Config, load_config
+from flows import abtest_commands, registry_commands
+from flows.options import Params, Sets, configured
+from iterative_ppo.config import DEFAULTS, Config
 from iterative_ppo.errors import ConfigError, IterativePPOError, SourceError
 
 app = typer.Typer(
     name="ippo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Turn logs of conversations into a policy that reaches outcomes, round after round, with evidence.\n\n"
     "Start with `ippo run`: rounds of Iterative PPO on a simulated renovation business, on built-in defaults.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Versioned datasets: list them, bring one back.")
 app.add_typer(data_app, name="data")
-
-Params = Annotated[
-    Path | None, typer.Option("--params", "-p", help="A params.yaml; without it ./params.yaml, else the defaults.")
-]
-Sets = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
-
-
-def configured(params: Path | None, sets: list[str] | None, **more: Any) -> tuple[Config, str | None, dict[str, Any]]:
-    """The configuration of a command, and the same as flow parameters (a file's path and overrides)."""
-    file = params or (Path("params.yaml") if Path("params.yaml").exists() else None)
-    overrides = [*(sets or []), *(f"{k.replace('__', '.')}={v}" for k, v in more.items() if v is not None)]
-    config = load_config(file, overrides)
-    pairs = {key: _yaml(value) for key, _, value in (text.partition("=") for text in overrides)}
-    return config, str(file) if file else None, pairs
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(text)
 
 
 @app.command()
@@ -71,7 +54,8 @@ def run(
 
         test = simulated_rounds(file, overrides)
         _show_status(config)
-        _show_closing(test)
+        if test:
+            _show_closing(test)
     else:
         from flows.offline import offline_round
 
@@ -116,6 +100,10 @@ def import_(
 def suggest(
     conversation: Annotated[Path, typer.Argument(help="A JSON file, or - for standard input.")],
     alias: Annotated[str, typer.Option(help="champion, challenger or a version number.")] = "champion",
+    unit: Annotated[
+        str | None,
+        typer.Option(help="Id of the conversation, or business: during an A/B test its hash decides who answers."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     params: Params = None,
     sets: Sets = None,
@@ -129,7 +117,7 @@ def suggest(
     from flows.suggesting import read_state, suggestion_for
 
     state = read_state(sys.stdin.read() if str(conversation) == "-" else _text(conversation), str(conversation))
-    typer.echo(json.dumps(suggestion_for(config, state, alias, seed), ensure_ascii=False))
+    typer.echo(json.dumps(suggestion_for(config, state, alias, seed, unit), ensure_ascii=False))
 
 
 def _text(path: Path) -> str:
@@ -157,35 +145,8 @@ def report(
     _write_report(config, out)
 
 
-@app.command()
-def promote(
-    version: Annotated[int, typer.Argument(help="Version of the registered policy.")],
-    reason: Annotated[str, typer.Option(help="Why; it goes into the audit trail.")],
-    params: Params = None,
-    sets: Sets = None,
-) -> None:
-    """Make a version the champion, by hand."""
-    config, _, _ = configured(params, sets)
-    from tasks import registry, tracking
-
-    message = registry.promote(
-        tracking.open_tracking(config), version, {"reason": reason}, "command line", config.data.root
-    )
-    typer.echo(message)
-
-
-@app.command()
-def rollback(
-    reason: Annotated[str, typer.Option(help="Why; it goes into the audit trail.")],
-    params: Params = None,
-    sets: Sets = None,
-) -> None:
-    """Make the previous champion the champion again. The version that leaves is never proposed again."""
-    config, _, _ = configured(params, sets)
-    from tasks import registry, tracking
-
-    message = registry.rollback(tracking.open_tracking(config), {"reason": reason}, "command line", config.data.root)
-    typer.echo(message)
+abtest_commands.add_to(app)
+registry_commands.add_to(app)
 
 
 @data_app.command("list")

@@ -6,24 +6,27 @@ train a challenger from them and start its test. Started twice, or after a kill,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
 
+from flows import champions
 from iterative_ppo.algorithm import policy_iteration_step
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.errors import StoreError
-from iterative_ppo.evaluation.ab_test import ABTest, ab_test
+from iterative_ppo.evaluation.convergence import Convergence, RoundFigures, convergence
 from iterative_ppo.evaluation.gate import Decision, outcome_gate
 from iterative_ppo.files import write_json
-from tasks import registry, rounds, tracking
+from tasks import approvals, experiments, looks, notify, registry, rounds, tracking, watch
 from tasks.datasets import Dataset, arm, arrived, closed, take_up, turns_folder
+from tasks.gating import figures_of
 from tasks.learning import PolicyVersion, Prompts
 from tasks.rounds import Candidate, QVersion, RoundContext
-from tasks.state import Experiment, NightState, load_state, only_one, save_state
+from tasks.state import Approval, Experiment, NightState, load_state, only_one, save_state
 from tasks.traffic import copying_lessons, scripted_corpus
 
 
@@ -48,7 +51,7 @@ class TaskSteps:
 
 @flow(name="nightly-round", flow_run_name="night")
 def night(params_file: str | None = None, overrides: dict[str, Any] | None = None) -> str:
-    """One night. Returns the phase that the pipeline is in afterwards: collect, test or finished.
+    """One night. Returns the phase that the pipeline is in afterwards: collect, test, approve or finished.
 
     Args:
         params_file: a params.yaml; None means the defaults.
@@ -63,15 +66,18 @@ def step(config: Config) -> NightState:
     """The night's body, under the lock."""
     log = get_run_logger()
     store = tracking.open_tracking(config)
-    registry.recover(store, config.data.root)
+    champions.settle(config, store, "night")
     state = load_state(config.data.root)
     if registry.champion(store) is None:
         context = rounds.open_round(config, store, 0)
         first = rounds.initialize(context, scripted_corpus(config), "scripted", copying_lessons(config))
         log.info("policy %d is pi_0 and the first champion", first.version)
-    if state.phase == "finished":
-        return state
+    state = follow(config, store, state)
     take_up(config, state.gathering)
+    state = _saved(config, champions.watched(config, store, state))
+    if state.approval is not None:
+        state = answered(config, store, state)
+    state = follow(config, store, state)
     if state.phase == "test":
         state = look(config, store, state)
     if state.phase == "collect":
@@ -79,6 +85,35 @@ def step(config: Config) -> NightState:
     if state.phase == "train":
         state = train(config, store, state)
     return state
+
+
+def follow(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
+    """Go on from the champion that there is: a test that it makes void ends, and data of another are not trained on."""
+    reason = champions.end_void_test(config, store, state)
+    if reason is not None:
+        assert state.experiment is not None
+        record = {**state.rounds[-1], "void": reason, "experiment": state.experiment.model_dump(mode="json")}
+        return _close_round(config, store, state.advance(rounds=[*state.rounds[:-1], record]), "collect")
+    if state.phase == "train" and state.champion not in (None, registry.champion(store)):
+        return _saved(config, state.advance(phase="collect"))
+    return state
+
+
+def answered(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
+    """Go on once a person has answered what waits; what they approved is done already."""
+    request, trail = state.approval, registry.history(config.data.root)
+    assert request is not None
+    declined = approvals.refusal(trail, request)
+    if not approvals.approved(trail, request) and declined is None:
+        get_run_logger().warning("%s", approvals.command(request))
+        return state
+    state = state.advance(phase=request.resume, approval=None)
+    if request.kind == "rollback":
+        return _saved(config, state)
+    decision = Decision("promote", request.reasons)
+    if declined is not None:
+        decision = Decision("reject", (f"failed: {declined}", *request.reasons))
+    return conclude(config, store, state, {**request.evidence, "decision": decision.as_dict()})
 
 
 def await_conversations(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
@@ -97,7 +132,8 @@ def freeze(config: Config, store: tracking.Tracking, state: NightState, number: 
     """Validate and version what arrived for round `number`; training is next."""
     context = rounds.open_round(config, store, number)
     dataset = rounds.freeze_dataset(context, state.outcome_rates)
-    return _saved(config, state.advance(round=number, phase="train", outcome_rates=outcome_rates(dataset, config)))
+    rates, champion = outcome_rates(dataset, config), registry.champion(store)
+    return _saved(config, state.advance(round=number, phase="train", champion=champion, outcome_rates=rates))
 
 
 def outcome_rates(dataset: Dataset, config: Config) -> dict[str, float]:
@@ -114,10 +150,14 @@ def train(config: Config, store: tracking.Tracking, state: NightState) -> NightS
     context = rounds.open_round(config, store, state.round)
     champion = rounds.policy_version(store, version)
     record = challenge(context, champion, frozen(config, state.round))
-    state = state.advance(rounds=[*state.rounds, record])
     if record["offline"]["verdict"] != "test":
-        return _close_round(config, store, state, "collect")
-    return _saved(config, state.advance(phase="test", experiment=experiment(record)))
+        tell_verdict(config, record, record["offline"])
+        ended = converged(config, [*state.rounds, record])
+        state = state.advance(rounds=[*state.rounds, {**record, "convergence": asdict(ended)}])
+        return _close_round(config, store, state, "finished" if ended.over else "collect")
+    state = state.advance(rounds=[*state.rounds, record])
+    started = experiments.start(config.data.root, experiment(config, record), record["data_md5"])
+    return _saved(config, state.advance(phase="test", experiment=started))
 
 
 def challenge(context: RoundContext, champion: PolicyVersion, dataset: Dataset) -> dict[str, Any]:
@@ -125,7 +165,7 @@ def challenge(context: RoundContext, champion: PolicyVersion, dataset: Dataset) 
     rounds.returns(context, dataset)
     q, candidate = policy_iteration_step(champion, dataset, TaskSteps(context))
     assert isinstance(candidate, Candidate)
-    decision, _ = rounds.gate(context, champion, candidate, q, dataset)
+    decision, evidence = rounds.gate(context, champion, candidate, q, dataset)
     challenger = rounds.register(context, champion, candidate, q, dataset, decision)
     get_run_logger().info("round %d: policy %d, offline gate: %s", context.round_number, challenger, decision.verdict)
     return {
@@ -135,13 +175,14 @@ def challenge(context: RoundContext, champion: PolicyVersion, dataset: Dataset) 
         "q": q.version,
         "data_md5": dataset.md5,
         "offline": decision.as_dict(),
+        **figures_of(evidence),
     }
 
 
-def experiment(record: dict[str, Any]) -> Experiment:
-    """The A/B test that a round's record calls for; a new salt each round."""
-    salt = f"round-{record['round']:04d}"
-    return Experiment(salt=salt, champion=record["champion"], challenger=record["challenger"])
+def experiment(config: Config, record: dict[str, Any]) -> Experiment:
+    """The A/B test that a round's record calls for; a new salt for each challenger."""
+    salt, arms = f"round-{record['round']:04d}-policy-{record['challenger']}", ("champion", "challenger")
+    return Experiment(salt=salt, settings=looks.settings_of(config), **{arm: record[arm] for arm in arms})
 
 
 def frozen(config: Config, number: int) -> Dataset:
@@ -152,65 +193,118 @@ def frozen(config: Config, number: int) -> Dataset:
 
 
 def look(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
-    """Look at the running A/B test; at its planned size, promote or reject, and its conversations are the next data."""
-    test = current_test(config, state)
-    if test is None:
+    """Look at the running A/B test; where its design decides, promote or reject, or ask a person to."""
+    tested = looks.running(state)
+    decided = experiments.decided(config.data.root, tested)
+    if decided is not None:  # and then a kill came: later conversations change nothing
+        return conclude(config, store, state, decided)
+    seen = looks.evidence(config, state, datetime.now(UTC))
+    if seen is None:
+        get_run_logger().info("A/B test of round %d: nothing has arrived", state.round)
         return state
-    assert state.experiment is not None
-    decision = outcome_gate(test, config.abtest.conversations)
-    if decision.verdict == "promote" and registry.was_rolled_back(store, state.experiment.challenger):
+    found = looks.take(config, tested, seen)
+    decision = outcome_gate(found.look, found.guardrails)
+    if decision.verdict == "promote" and registry.was_rolled_back(store, tested.challenger):
         decision = Decision("reject", ("failed: somebody rolled this version back", *decision.reasons))
     get_run_logger().info("A/B test of round %d: %s (%s)", state.round, decision.verdict, decision.reasons[0])
-    if decision.verdict == "continue":
+    if found.test is None:
+        return looked(config, store, state, found)
+    evidence = test_evidence(config, store, state, found, decision)
+    if decision.verdict == "promote" and config.gate.promotion == "approve":
+        return _saved(config, champions.asked(config, state, approval(tested, evidence)))
+    return conclude(config, store, state, evidence)
+
+
+def looked(config: Config, store: tracking.Tracking, state: NightState, found: looks.Finding) -> NightState:
+    """Keep a look after which the test goes on, or halts; a halt is told once."""
+    tested, look = state.experiment, found.look.as_dict()
+    assert tested is not None
+    if (found.look.statistic is None and found.look.verdict != "halt") or found.look.fraction in tested.fractions:
         return state
-    decide(config, store, state, test, decision)
-    record = {**state.rounds[-1], "ab_test": test.as_dict(), "decision": decision.as_dict()}
-    state = state.advance(rounds=[*state.rounds[:-1], record])
-    if out_of_budget(config, state) or converged(config, test):
-        return _close_round(config, store, state, "finished")
-    number = state.round + 1
-    return freeze(config, store, state.advance(experiment=None), number)
+    if found.look.verdict == "halt":
+        body = "\n".join(found.look.reasons)
+        notify.tell(config, "alarm", f"round {state.round}: the A/B test is at fault", body)
+    context, kept = rounds.open_round(config, store, state.round), found.kept_in(tested)
+    store.log_json(context.run_id, {"experiment": kept.model_dump(mode="json"), "look": look}, "ab_test.json")
+    return _saved(config, state.advance(experiment=kept))
 
 
-def current_test(config: Config, state: NightState) -> ABTest | None:
-    """The running test on the conversations that have arrived; None while an arm is empty."""
-    if state.experiment is None:
-        raise StoreError("state.json: phase is test but no experiment is recorded; restore the file")
-    frame = arrived(config, state.gathering)
-    if frame is None:
-        return None
-    champion = arm(frame, str(state.experiment.champion))
-    challenger = arm(frame, str(state.experiment.challenger))
-    if not champion.conversations or not challenger.conversations:
-        return None
-    return ab_test(champion, challenger, config.gate.alpha)
-
-
-def decide(config: Config, store: tracking.Tracking, state: NightState, test: ABTest, decision: Decision) -> None:
-    """Carry a verdict out: in the registry, in the audit trail, and on the round's MLflow run."""
-    assert state.experiment is not None
-    context = rounds.open_round(config, store, state.round)
-    evidence = {"round": state.round, "test": test.as_dict(), "decision": decision.as_dict()}
-    write_json(context.folder / "ab_test.json", evidence)
-    store.log(
-        context.run_id,
-        metrics={"ab_gain": test.gain, "ab_p_value": test.p_value, "champion_rate": test.champion.rate},
-        artifacts=[context.folder / "ab_test.json"],
+def approval(tested: Experiment, evidence: dict[str, Any]) -> Approval:
+    """What a person is asked after a test that found its challenger better."""
+    name = f"promotion of version {tested.challenger} ({tested.salt})"
+    reasons = tuple(evidence["decision"]["reasons"])
+    return Approval(
+        id=name, kind="promote", version=tested.challenger, reasons=reasons, evidence=evidence, resume="test"
     )
+
+
+def test_evidence(
+    config: Config, store: tracking.Tracking, state: NightState, found: looks.Finding, decision: Decision
+) -> dict[str, Any]:
+    """All that a verdict rests on, also on the round's MLflow run."""
+    tested, test = state.experiment, found.test
+    assert tested is not None and test is not None
+    context = rounds.open_round(config, store, state.round)
+    ended = converged(config, [*state.rounds[:-1], {**state.rounds[-1], "ab_test": test.as_dict()}])
+    evidence = {
+        "round": state.round,
+        "experiment": tested.model_dump(mode="json"),
+        "data_md5": state.rounds[-1]["data_md5"],
+        "test": test.as_dict(),
+        "look": found.look.as_dict(),
+        "guardrails": [one.as_dict() for one in found.guardrails],
+        "decision": decision.as_dict(),
+        "convergence": asdict(ended),
+        "last": out_of_budget(config, state) or ended.over,
+    }
     if decision.verdict == "promote":
-        registry.promote(store, state.experiment.challenger, evidence, "flow", config.data.root)
-    else:
-        registry.reject(store, state.experiment.challenger, "; ".join(decision.reasons))
+        watch.keep_what_it_is_promoted_on(config, state.round, tested.challenger)
+    metrics = {"ab_gain": test.gain, "ab_p_value": test.p_value, "champion_rate": test.champion.rate}
+    store.log(context.run_id, metrics=metrics)
+    store.log_json(context.run_id, evidence, "ab_test.json")
+    return evidence
+
+
+def conclude(config: Config, store: tracking.Tracking, state: NightState, evidence: dict[str, Any]) -> NightState:
+    """Carry a verdict out, once however often it is begun; then the test's conversations are the next round's data."""
+    tested, decision, root = state.experiment, evidence["decision"], config.data.root
+    assert tested is not None
+    promotion = experiments.promotion_by(registry.history(root), tested.salt)
+    if decision["verdict"] == "promote" and promotion is None:
+        data, champion = evidence["data_md5"], tested.champion
+        registry.promote(store, tested.challenger, evidence, "flow", root, instead_of=champion, data_md5=data)
+    experiments.end(root, tested, decision, evidence)
+    if decision["verdict"] != "promote":
+        registry.reject(store, tested.challenger, "; ".join(decision["reasons"]))
+    context = rounds.open_round(config, store, state.round)
+    write_json(context.folder / "ab_test.json", evidence)
+    store.log(context.run_id, artifacts=[context.folder / "ab_test.json"])
+    record = {**state.rounds[-1], "ab_test": evidence["test"], "decision": decision}
+    record["convergence"] = evidence.get("convergence")
+    record["experiment"] = looks.ended(evidence)
+    tell_verdict(config, record, decision)
+    state = state.advance(rounds=[*state.rounds[:-1], record])
+    if evidence["last"]:
+        return _close_round(config, store, state, "finished")
     store.finish(context.run_id)
+    return freeze(config, store, state.advance(experiment=None, approval=None), state.round + 1)
+
+
+def tell_verdict(config: Config, record: dict[str, Any], decision: dict[str, Any]) -> None:
+    """A round's verdict, to whom `notify` names."""
+    subject = f"round {record['round']}: policy {record['challenger']} against {record['champion']}"
+    notify.tell(config, "verdict", f"{subject}: {decision['verdict']}", "\n".join(decision["reasons"]))
 
 
 def out_of_budget(config: Config, state: NightState) -> bool:
     return state.round + 1 >= config.rounds.max_rounds
 
 
-def converged(config: Config, test: ABTest) -> bool:
-    """Line 9 of Algorithm 1, in a first form: the test rules out a gain worth having."""
-    return test.gain_high < config.rounds.converged_below
+def converged(config: Config, records: Sequence[dict[str, Any]]) -> Convergence:
+    """Line 9 of Algorithm 1, over the rounds' records."""
+    ended = convergence([RoundFigures.of(record) for record in records], config)
+    get_run_logger().info("converged: %s, %s", "yes" if ended.converged else "no", ended.reason)
+    return ended
 
 
 def _close_round(config: Config, store: tracking.Tracking, state: NightState, phase: Any) -> NightState:
@@ -220,7 +314,7 @@ def _close_round(config: Config, store: tracking.Tracking, state: NightState, ph
     if phase == "collect":
         phase = "finished" if out_of_budget(config, state) else "collect"
     following = state.round if phase == "finished" else state.round + 1
-    return _saved(config, state.advance(round=following, phase=phase, experiment=None))
+    return _saved(config, state.advance(round=following, phase=phase, experiment=None, approval=None))
 
 
 def _saved(config: Config, state: NightState) -> NightState:

@@ -9,11 +9,12 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.night import challenge, experiment, outcome_rates
+from flows import champions
+from flows.night import challenge, experiment, outcome_rates, tell_verdict
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import conversations, part_of_conversation
-from tasks import registry, rounds, tracking
+from tasks import experiments, registry, rounds, tracking
 from tasks.datasets import Dataset, arrived, take_up
 from tasks.learning import PolicyVersion
 from tasks.state import NightState, load_state, only_one, save_state
@@ -30,9 +31,9 @@ def offline_round(params_file: str | None = None, overrides: dict[str, Any] | No
 
 def _round(config: Config) -> dict[str, Any]:
     store = tracking.open_tracking(config)
-    registry.recover(store, config.data.root)
+    champions.settle(config, store, "offline round")
     state = load_state(config.data.root)
-    if state.phase == "test":
+    if state.phase in ("test", "approve"):
         get_run_logger().info("the challenger of this log already awaits its A/B test")
         return state.rounds[-1]
     talks = _taken_up(config)
@@ -71,9 +72,11 @@ def _improve(
     distance = rounds.distance(context, champion, dataset)
     record = challenge(context, champion, dataset) | {"distance": distance}
     passed = record["offline"]["verdict"] == "test"
+    tested = experiments.start(config.data.root, experiment(config, record), dataset.md5) if passed else None
+    tell_verdict(config, record, record["offline"])
     state = state.advance(
         phase="test" if passed else "finished",
-        experiment=experiment(record) if passed else None,
+        experiment=tested,
         rounds=[*state.rounds, record],
         outcome_rates=outcome_rates(dataset, config),
     )

@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows.champions import end_void_test, settle
 from iterative_ppo.config import Config
-from tasks import registry, tracking
+from tasks import approvals, registry, tracking
 from tasks.state import load_state
 
 
 def status_lines(config: Config) -> Iterator[str]:
     """What `ippo status` prints."""
     store = tracking.open_tracking(config)
-    registry.recover(store, config.data.root)
+    settle(config, store, "ippo status")
     state = load_state(config.data.root)
     champion = registry.champion(store)
     yield f"champion: {f'policy version {champion}' if champion else 'none yet (`ippo run` starts with pi_0)'}"
     yield f"round {state.round}, phase {state.phase}"
-    if state.experiment:
+    if reason := end_void_test(config, store, state):
+        yield f"the A/B test is void: {reason}; the next night goes on from there"
+    elif state.experiment:
         e = state.experiment
         yield f"challenger: policy version {e.challenger} awaits its A/B test against version {e.champion}"
+    if state.approval and not reason:
+        yield f"waits for you: {approvals.command(state.approval)}"
+        yield from state.approval.reasons
     for record in state.rounds:
         gate = record["offline"]
         line = f"round {record['round']}: policy {record['challenger']} from {record['champion']}, "
@@ -29,6 +35,8 @@ def status_lines(config: Config) -> Iterator[str]:
             line += f", A/B {decision['verdict']}: {decision['reasons'][0]}"
         elif gate["verdict"] == "reject":
             line += f": {gate['reasons'][0]}"
+        elif "void" in record:
+            line += ", A/B void"
         yield line
         if distance := record.get("distance"):
             nats = distance.get("held_out_nats_a_token", float("nan"))

@@ -23,13 +23,18 @@ MAX_NIGHTS = 100
 
 
 @flow(name="simulated-rounds", flow_run_name="simulated rounds")
-def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Nights with simulated traffic until converged or out of budget. Returns the closing test."""
+def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Nights with simulated traffic until converged or out of budget. Returns the closing test.
+
+    None where `gate.promotion: approve` makes it wait for a person; begun again, it goes on from there.
+    """
     config = load_config(Path(params_file) if params_file else None, overrides or {})
     for _ in range(MAX_NIGHTS):
         phase = night(params_file, overrides)
         if phase == "finished":
             return closing_test(config).as_dict()
+        if phase == "approve":
+            return None
         traffic(config)
     raise StoreError(f"{MAX_NIGHTS} nights did not finish the rounds; see `ippo status`")
 
@@ -39,10 +44,12 @@ def traffic(config: Config) -> None:
     store = tracking.open_tracking(config)
     state = load_state(config.data.root)
     folder = round_folder(config, state.gathering) / "arrived"
-    name = f"simulated-{state.gathering:04d}"
+    anew = state.experiment is None and bool(state.rounds) and "void" in state.rounds[-1]
+    name = f"simulated-{state.gathering:04d}" + ("-after-a-void-test" if anew else "")
     if (folder / f"{name}.parquet").exists():
         return
-    deliver(config, name, arms_of(config, store, state), seed=1000 * (config.seed + 1) + 10 * state.gathering)
+    seed = 1000 * (config.seed + 1) + 10 * state.gathering + (5 if anew else 0)
+    deliver(config, name, arms_of(config, store, state), seed)
 
 
 def arms_of(config: Config, store: tracking.Tracking, state: NightState) -> list[tuple[PolicyVersion, str | None, int]]:

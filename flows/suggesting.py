@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import SourceError
+from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, State, Suggestion, Turn, adoption_of
+
+if TYPE_CHECKING:
+    from tasks.assignment import Assigned
+    from tasks.tracking import Tracking
 
 
 def read_state(text: str, where: str) -> State:
@@ -52,21 +57,41 @@ def _turn(customer: str, message: Any, place: str) -> Turn:
     return Turn(customer, (), action, sent, adoption)
 
 
-def suggestion_for(config: Config, state: State, alias: str, seed: int) -> dict[str, Any]:
-    """The suggestion as JSON-able values, with the version that made it and its log-prob."""
-    from iterative_ppo.learning.language_model import LanguagePolicy, threads
+def answerer(config: Config, store: Tracking, unit: str, now: datetime) -> Assigned:
+    """Who answers this conversation, or business: the champion, or while an A/B test runs its arm at today's share."""
+    from tasks import registry
+    from tasks.assignment import assigned
+    from tasks.state import load_state
+
+    champion = registry.resolve(store, "champion")
+    return assigned(config, load_state(config.data.root), champion, unit, now)
+
+
+def suggestion_for(config: Config, state: State, alias: str, seed: int, unit: str | None = None) -> dict[str, Any]:
+    """The suggestion as JSON-able values, with the version that made it and its log-prob.
+
+    Args:
+        unit: id of the conversation, or business, whose arm of a running A/B test answers; None leaves that to `alias`.
+    """
+    from flows.champions import settle
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.runtime import computing
     from tasks import registry, tracking
 
     store = tracking.open_tracking(config)
-    registry.recover(store, config.data.root)
-    version = registry.resolve(store, alias)
-    policy = LanguagePolicy.load(registry.fetch(store, registry.POLICY, version), device=config.runtime.device)
-    with threads(config.runtime.threads):
+    settle(config, store, "ippo suggest")
+    if unit is not None and alias != "champion":
+        raise ConfigError(f"--alias {alias} and --unit {unit}: name either, an A/B test assigns by unit")
+    who = answerer(config, store, unit, datetime.now(UTC)) if unit is not None else None
+    version = who.version if who else registry.resolve(store, alias)
+    with computing(config.runtime):
+        policy = LanguagePolicy.load(registry.fetch(store, registry.POLICY, version), device=config.runtime.device)
         action = policy.sample([state], seed)[0]
     return {
         "suggestion": action.text,
         "abstained": action.status == "abstained",
         "policy_version": version,
+        "arm": who.arm if who else None,
         "logprob": action.logprob,
         "truncated_turns": policy.renderer.prompt(state).truncated_turns,
     }

@@ -1,15 +1,78 @@
-"""The audit trail of promotions and rollbacks: `audit.jsonl`, lines are only ever added, each forced to disk."""
+"""The audit trail: `audit.jsonl`, lines are only ever added, each forced to disk; and what it says stands.
+
+A move of the champion opens with a record that holds an `id` (an intent, or a move that somebody made outside) and
+ends with `done` or `abandoned` under the same id. Other records tell what is no move: experiments, alarms, refusals.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from iterative_ppo.errors import StoreError
+
+INTENT, MOVED, REFUSED = "intent", "moved outside", "refused outside"
+OPENINGS = (INTENT, MOVED, REFUSED)
+DONE, ABANDONED = "done", "abandoned"
+LOCK_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who speaks by the trail, and who spoke before.
+
+    line: the champions in their order, the last one speaks. Left out are versions that were rolled back, and those
+        that a rollback or a refusal passed over because they no longer load.
+    """
+
+    line: tuple[int, ...] = ()
+    rolled_back: frozenset[int] = frozenset()
+
+    @property
+    def champion(self) -> int | None:
+        return self.line[-1] if self.line else None
+
+    @property
+    def earlier(self) -> tuple[int, ...]:
+        """The champions before this one, latest first, each once."""
+        return tuple(dict.fromkeys(number for number in reversed(self.line) if number != self.champion))
+
+    def after(self, move: Mapping[str, Any]) -> Standing:
+        """What stands once a move is done."""
+        source, to, kind = move["from"], move["to"], kind_of(move)
+        line, rolled_back = self.line, self.rolled_back
+        if not line and source is not None:
+            line = (source,)
+        if kind == "rollback":
+            line, rolled_back = tuple(n for n in line if n != source), rolled_back | {source}
+        if kind in ("rollback", REFUSED):
+            line = line[: len(line) - line[::-1].index(to)] if to in line else ()
+        if to is not None and to not in line[-1:]:
+            line = (*line, to)
+        return replace(self, line=line, rolled_back=rolled_back)
+
+
+def kind_of(move: Mapping[str, Any]) -> str:
+    """promote, rollback, moved outside or refused outside."""
+    return str(move.get("kind", move["event"]))
+
+
+def standing(records: Sequence[Mapping[str, Any]]) -> Standing:
+    """What the moves that were done amount to."""
+    done = {record.get("id") for record in records if record.get("event") == DONE}
+    stands = Standing()
+    for record in records:
+        if record.get("event") in OPENINGS and record["id"] in done:
+            stands = stands.after(record)
+    return stands
 
 
 def audit_file(data_root: Path) -> Path:
@@ -41,6 +104,12 @@ def append(data_root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     return dated
 
 
+def record(data_root: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """As `append`, for who does not hold the lock."""
+    with locked(data_root):
+        return append(data_root, entry)
+
+
 def history(data_root: Path) -> list[dict[str, Any]]:
     """The audit trail, oldest first: intents, and by their ids what became of them.
 
@@ -60,9 +129,20 @@ def history(data_root: Path) -> list[dict[str, Any]]:
 def open_intent(data_root: Path) -> dict[str, Any] | None:
     """The move that was begun and not ended, if any."""
     records = history(data_root)
-    ended = {record.get("id") for record in records if record.get("event") in ("done", "abandoned")}
-    begun = [record for record in records if record.get("event") == "intent" and record.get("id") not in ended]
+    ended = {record.get("id") for record in records if record.get("event") in (DONE, ABANDONED)}
+    begun = [record for record in records if record.get("event") in OPENINGS and record.get("id") not in ended]
     return begun[-1] if begun else None
+
+
+@contextmanager
+def locked(data_root: Path) -> Iterator[None]:
+    """Hold the trail and the aliases. Raises StoreError where another process holds them for 30 seconds."""
+    data_root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(data_root / "registry.lock", timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise StoreError(f"{data_root}: another promotion or rollback has run for {LOCK_SECONDS:g} seconds") from None
 
 
 def _split(path: Path) -> tuple[bytes, bytes]:

@@ -62,6 +62,13 @@ def arrived(config: Config, round_number: int) -> pd.DataFrame | None:
     return turn_table.read(folder, config.outcomes)
 
 
+def frozen_conversations(config: Config, round_number: int) -> list[str]:
+    """Ids of the conversations of a round's frozen dataset; none where it is not here."""
+    folder = turns_folder(config, round_number)
+    found = pd.read_parquet(folder, columns=["conversation_id"]) if folder.exists() else None
+    return [] if found is None else found["conversation_id"].astype(str).unique().tolist()
+
+
 def label_outcomes(frame: pd.DataFrame, config: Config) -> pd.DataFrame:
     """Outcomes as reported: R is the sum of the named ones under today's weights, whatever weights a file came with."""
     named = frame[turn_table.outcome_columns(config.outcomes)].to_numpy(dtype=float)

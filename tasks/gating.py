@@ -1,22 +1,35 @@
-"""The offline gate as a stage: evidence on held-out states, then a pure decision."""
+"""The offline gate as a stage: evidence on held-out conversations, then a pure decision."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import TrainingError
-from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain, repetition
+from iterative_ppo.evaluation.certificate import certify
+from iterative_ppo.evaluation.degeneration import repeated_ngrams
+from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain
 from iterative_ppo.evaluation.gate import Decision, offline_gate
+from iterative_ppo.evaluation.guardrails import Said, guarded
+from iterative_ppo.evaluation.metrics import Calibration
+from iterative_ppo.evaluation.ope import LoggedTurns, estimates
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, champion_round
 from tasks.stage import Stage, load_stage, run_stage
+
+if TYPE_CHECKING:
+    from iterative_ppo.learning.compare import Spoken
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.policy_evaluation import Round
+    from iterative_ppo.learning.q_model import QModel
 
 EXAMPLES = 8
 
@@ -36,7 +49,7 @@ def gate_stage(
 
     def work(draft: Path) -> Mapping[str, float]:
         evidence, examples = gather(config, champion, candidate, q_stage, dataset)
-        decision = offline_gate(evidence, config.gate)
+        decision = offline_gate(evidence)
         write_json(draft / "evidence.json", evidence.as_dict())
         write_json(draft / "decision.json", decision.as_dict())
         write_json(draft / "examples.json", examples)
@@ -52,27 +65,56 @@ def decision_of(stage: Stage) -> Decision:
     return Decision(value["verdict"], tuple(value["reasons"]))
 
 
+def figures_of(stage: Path) -> dict[str, Any]:
+    """What a round's record keeps of a gate stage for the rule of convergence."""
+    evidence = load_stage(stage).read("evidence.json")
+    certificate = evidence["certificate"]
+    return {
+        "kl": evidence["kl_challenger_champion"],
+        "guardrails_held": all(found["holds"] for found in evidence["guardrails"]),
+        "certificate_high": None if certificate["refusal"] else certificate["high"],
+    }
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """Champion and challenger, and what each says in the same held-out states."""
+
+    champion: LanguagePolicy
+    challenger: LanguagePolicy
+    before: Spoken
+    after: Spoken
+
+
 def gather(
     config: Config, champion: PolicyVersion, candidate: Path, q_stage: Path, dataset: Dataset
 ) -> tuple[OfflineEvidence, list[dict[str, Any]]]:
-    """Both policies on the same states of the evidence part. Raises TrainingError where it holds none."""
+    """Both policies on the evidence part. Raises TrainingError where it holds no action."""
     from iterative_ppo.learning.compare import speak
-    from iterative_ppo.learning.improve.ppo import prompts_of
-    from iterative_ppo.learning.language_model import LanguagePolicy, threads
+    from iterative_ppo.learning.improve.episodes import prompts_of
+    from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.q_model import QModel
+    from iterative_ppo.learning.runtime import computing
 
-    with threads(config.runtime.threads):
+    with computing(config.runtime):
         old = LanguagePolicy.load(champion.path, device=config.runtime.device)
         new = LanguagePolicy.load(candidate, device=config.runtime.device)
         q = QModel.load(q_stage / "model", config.runtime.device)
         current, frame = champion_round(old, champion.label, dataset, config)
-        rows = held_out_rows(current.fit, turn_table.actions(frame), config)
+        group = frame["conversation_id"].to_numpy(dtype=str)
+        rows = held_out_rows(current.fit, turn_table.actions(frame), group, config.gate.states)
         prompts = prompts_of(current.encoded.sequences, rows)
         before = speak(old, new, q, prompts, config.gate.samples, config.seed)
         after = speak(new, old, q, prompts, config.gate.samples, config.seed)
-    group = frame["conversation_id"].to_numpy(dtype=str)[rows]
-    low, high = paired_gain(before.q.mean(axis=1), after.q.mean(axis=1), group)
-    q_metrics = load_stage(q_stage).metrics
+        turns = logged_turns(new, q, current, rows, after.q.mean(axis=1), config)
+    speakers = Speakers(old, new, before, after)
+    stage = load_stage(q_stage)
+    calibration = stage.read("calibration.json")
+    said = _said(old, before, group[rows], np.zeros(before.own.size))
+    said_now = _said(new, after, group[rows], (after.own - after.other).ravel())
+    if calibration:
+        said_now = replace(said_now, calibration=Calibration(**calibration))
+    low, high = paired_gain(before.q.mean(axis=1), after.q.mean(axis=1), group[rows])
     evidence = OfflineEvidence(
         states=len(rows),
         samples=config.gate.samples,
@@ -83,31 +125,81 @@ def gather(
         kl_challenger_champion=after.kl,
         kl_champion_challenger=before.kl,
         missing_eos=float(1.0 - after.responses.finished.mean()),
-        repetition=repetition(after.responses.tokens),
+        repetition=float(np.mean([repeated_ngrams(tokens) for tokens in after.responses.tokens])),
         length_ratio=float(after.lengths.mean() / before.lengths.mean()),
-        abstained=float(np.mean([new.suggestion(t).status == "abstained" for t in after.responses.tokens])),
-        q_r2=q_metrics.get("r2", float("nan")),
-        state_baseline_r2=q_metrics.get("state_only_r2", float("nan")),
+        abstained=float(said_now.abstained.mean()),
+        q_r2=stage.metrics.get("r2", float("nan")),
+        state_baseline_r2=stage.metrics.get("state_only_r2", float("nan")),
+        certificate=certify(turns, config.gate, config.seed),
+        estimates=estimates(turns, config.gate, config.seed),
+        guardrails=guarded(config.gate.guardrails, said, said_now, config.gate.alpha),
     )
-    talks = {talk.conversation_id: talk for talk in turn_table.conversations(frame)}
-    examples = []
-    for k in np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int):
-        state = talks[group[k]].state(int(frame["turn"].iloc[rows[k]]) - 1)
-        said = [
-            {"text": p.suggestion(s.responses.tokens[k * s_k]).text or "(no suggestion)", "q": float(s.q[k, 0])}
-            for p, s, s_k in ((old, before, config.gate.samples), (new, after, config.gate.samples))
-        ]
-        history = [{"customer": turn.customer_message, "business": turn.business_message} for turn in state.history]
-        history.append({"customer": state.customer_message, "business": None})
-        examples.append({"messages": history, "champion": said[0], "challenger": said[1]})
-    return evidence, examples
+    return evidence, examples(frame, rows, speakers, config.gate.samples)
 
 
-def held_out_rows(fit: np.ndarray, actions: np.ndarray, config: Config) -> np.ndarray:
-    """Table rows of the evidence part that hold an action, at most `gate.states` of them, spread evenly."""
+def held_out_rows(fit: np.ndarray, actions: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:
+    """Table rows of the evidence part that hold an action, of whole conversations, spread evenly, about `most` rows."""
     rows = np.flatnonzero(~fit & actions)
     if not len(rows):
         raise TrainingError("no held-out conversation with an action: collect more, or raise data.evidence_share")
-    if len(rows) <= config.gate.states:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, config.gate.states).astype(int)]
+    _, code = np.unique(group[rows], return_inverse=True)
+    count = int(code.max()) + 1
+    wanted = max(1, min(count, int(count * most / len(rows))))
+    chosen = np.zeros(count, bool)
+    chosen[np.linspace(0, count - 1, wanted).astype(int)] = True
+    return rows[chosen[code]]
+
+
+def logged_turns(
+    challenger: LanguagePolicy, q: QModel, current: Round, rows: np.ndarray, sampled_q: np.ndarray, config: Config
+) -> LoggedTurns:
+    """The evidence part for off-policy estimates, under log-probs as they were logged when sampling.
+
+    Args:
+        rows: (S,) where the challenger was sampled. sampled_q: (S,) its mean Q there.
+    """
+    from iterative_ppo.learning.policy_evaluation import log_ratios
+
+    turns = np.flatnonzero(~current.fit & ~current.last)
+    values, sampled = q.evaluate(current.encoded), np.full(len(current.last), np.nan)
+    sampled[rows] = sampled_q
+    myopic = config.improve.reward == "acceptance"
+    return LoggedTurns(
+        last=current.last[turns + 1],
+        reward=current.reward[turns],
+        log_ratio=log_ratios(challenger, current)[turns],
+        baseline=values.v[turns],
+        q=values.q[turns],
+        sampled_q=sampled[turns],
+        gamma=0.0 if myopic else config.gamma,
+        low=min(0.0, config.data.outcome_low),
+        high=max(1.0 if myopic else 0.0, config.data.outcome_high),
+    )
+
+
+def _said(policy: LanguagePolicy, spoken: Spoken, group: np.ndarray, log_ratio: np.ndarray) -> Said:
+    actions = [policy.suggestion(tokens) for tokens in spoken.responses.tokens]
+    return Said(
+        unit=np.repeat(group, spoken.q.shape[1]),
+        texts=[action.text or "" for action in actions],
+        pieces=spoken.responses.tokens,
+        abstained=np.array([action.status == "abstained" for action in actions]),
+        finished=spoken.responses.finished,
+        log_ratio=log_ratio,
+    )
+
+
+def examples(frame: pd.DataFrame, rows: np.ndarray, speakers: Speakers, samples: int) -> list[dict[str, Any]]:
+    """What both policies say in a few of the states, for the report."""
+    talks = {talk.conversation_id: talk for talk in turn_table.conversations(frame)}
+    found = []
+    for k in np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int):
+        state = talks[str(frame["conversation_id"].iloc[rows[k]])].state(int(frame["turn"].iloc[rows[k]]) - 1)
+        before, after = (
+            {"text": p.suggestion(s.responses.tokens[k * samples]).text or "(no suggestion)", "q": float(s.q[k, 0])}
+            for p, s in ((speakers.champion, speakers.before), (speakers.challenger, speakers.after))
+        )
+        history = [{"customer": turn.customer_message, "business": turn.business_message} for turn in state.history]
+        history.append({"customer": state.customer_message, "business": None})
+        found.append({"messages": history, "champion": before, "challenger": after})
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import SourceError
-from iterative_ppo.files import content_hash, read_json, write_json
+from iterative_ppo.files import content_hash, fingerprint, read_json, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import monte_carlo, rewards
@@ -22,7 +23,7 @@ from tasks.stage import Stage, run_stage
 
 if TYPE_CHECKING:
     from iterative_ppo.learning.language_model import LanguagePolicy
-    from iterative_ppo.learning.q_model import Round
+    from iterative_ppo.learning.policy_evaluation import Round
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Prompts:
 def initial_policy_stage(
     config: Config, corpus: list[Conversation], source: str, lessons: Sequence[Conversation] = ()
 ) -> Stage:
-    """Line 1: pi_0, by supervised fine-tuning on a corpus; and, from the corpus's outcomes, a first Q to start from.
+    """Line 1: pi_0, the base model as it is or fine-tuned on a corpus; and, from its outcomes, a Q to start from.
 
     Args:
         lessons: more to fine-tune on, whose outcomes mean nothing.
@@ -66,29 +67,32 @@ def initial_policy_stage(
     }
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings, threads
+        from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
         from iterative_ppo.learning.rounds import corpus_q, round_of
+        from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.supervised import fine_tune
         from iterative_ppo.learning.tiny import build_policy
         from tasks.training_bar import TrainingBar
 
-        if not corpus:
+        tunes = config.policy.init == "sft"
+        if tunes and not corpus:
             raise SourceError(f"{source}: no conversation to fine-tune the first policy on")
-        with threads(config.runtime.threads):
-            if config.policy.base_model is None:
-                policy = build_policy(corpus, config.policy, config.seed)
+        metrics: dict[str, float] = {}
+        with computing(config.runtime):
+            base, settings = config.policy.base_model, PolicySettings.of(config.policy)
+            if base is None:
+                policy = build_policy(corpus, config.policy, config.seed, config.runtime.device)
             else:
-                settings = PolicySettings.of(config.policy)
-                policy = LanguagePolicy.load(config.policy.base_model, settings, config.runtime.device)
+                policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
             encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
-            whole = config.policy.base_model is None
-            with progress("fine-tuning pi_0") as report:
-                policy, metrics = fine_tune(
-                    policy, sequences, config.supervised, config.seed, whole, [TrainingBar(report)]
-                )
-            policy.save(draft / "model")
-            if config.q.corpus_epochs:
+            if tunes:
+                with progress("fine-tuning pi_0") as report:
+                    policy, metrics = fine_tune(
+                        policy, sequences, config.supervised, config.seed, base is None, [TrainingBar(report)]
+                    )
+            policy.save(draft / "model", config.policy.save)
+            if config.q.corpus_epochs and corpus:
                 frame = turn_table.to_frame(corpus, config.outcomes, config.data.evidence_share, config.data.split_by)
                 with progress("a first Q from the corpus") as report:
                     corpus_q(policy, round_of(policy, frame, config), config, report).save(draft / "q")
@@ -130,23 +134,31 @@ def fit_q_stage(
     }
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.language_model import LanguagePolicy, threads
-        from iterative_ppo.learning.q_model import QModel
-        from iterative_ppo.learning.rounds import evaluate_policy
+        from iterative_ppo.learning.jobs import Evaluation
+        from iterative_ppo.learning.runtime import computing
+        from iterative_ppo.learning.worker import do
 
-        with threads(config.runtime.threads):
-            pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
-            current, frame = champion_round(pi, policy.label, dataset, config)
-            others = [other_rounds(pi, policy.label, d, config) for d in (dataset, *replay)]
-            start = QModel.load(previous_q, config.runtime.device) if previous_q and config.q.warm_start else None
+        with computing(config.runtime):
+            current, frame, others = _rounds(config, policy, dataset, replay)
+            start = previous_q if config.q.warm_start else None
             with progress("fitting Q") as report:
-                q = evaluate_policy(pi, current, [r for r in others if r], config, start, report)
-            q.save(draft / "model")
+                q = do(Evaluation(config, policy.path, start, current, others), draft, report)
             report_on, calibration = q_report(q, current, frame, config)
         write_json(draft / "calibration.json", calibration)
         return report_on
 
     return run_stage(folder / "q", inputs, work)
+
+
+def _rounds(
+    config: Config, policy: PolicyVersion, dataset: Dataset, replay: Sequence[Dataset]
+) -> tuple[Round, pd.DataFrame, tuple[Round, ...]]:
+    from iterative_ppo.learning.language_model import LanguagePolicy
+
+    pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
+    current, frame = champion_round(pi, policy.label, dataset, config)
+    others = [other_rounds(pi, policy.label, d, config) for d in (dataset, *replay)]
+    return current, frame, tuple(r for r in others if r)
 
 
 def champion_round(policy: LanguagePolicy, label: str, dataset: Dataset, config: Config) -> tuple[Round, pd.DataFrame]:
@@ -203,7 +215,7 @@ def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folde
     inputs = {"policy": content_hash(policy.path), "md5": dataset.md5}
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.improve.ppo import prompts_of
+        from iterative_ppo.learning.improve.episodes import prompts_of
         from iterative_ppo.learning.language_model import LanguagePolicy
 
         pi = LanguagePolicy.load(policy.path)
@@ -216,9 +228,11 @@ def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folde
 
 
 def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_path: Path, folder: Path) -> Stage:
-    """Line 7: SingleTurnOpt with the frozen Q: the logged pass, then PPO on the prompts."""
+    """Line 7: SingleTurnOpt with the frozen Q. Killed, it goes on from the checkpoint that it keeps beside itself."""
     inputs = {
         "improve": config.improve.model_dump(),
+        "lora": config.policy.lora.model_dump(),
+        "save": config.policy.save,
         "gamma": config.gamma,
         "seed": config.seed,
         "policy": content_hash(policy.path),
@@ -228,23 +242,31 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
     }
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.language_model import LanguagePolicy, threads
-        from iterative_ppo.learning.q_model import QModel
-        from iterative_ppo.learning.rounds import improve_policy
+        from iterative_ppo.learning.checkpoint import Checkpoint
+        from iterative_ppo.learning.jobs import Improving
+        from iterative_ppo.learning.runtime import computing
+        from iterative_ppo.learning.worker import do
 
-        with threads(config.runtime.threads):
-            pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
-            q = QModel.load(q_path, config.runtime.device)
-            current, frame = champion_round(pi, policy.label, prompts.dataset, config)
-            behaviour = behaviour_log_probs(pi, current, frame)
-            tokens = [tuple(map(int, p)) for p in pd.read_parquet(prompts.path / "prompts.parquet")["tokens"]]
+        checkpoint = Checkpoint(folder / "improving", fingerprint(inputs))
+        tokens = [tuple(map(int, p)) for p in pd.read_parquet(prompts.path / "prompts.parquet")["tokens"]]
+        with computing(config.runtime):
+            current, behaviour = _behaviour(config, policy, prompts.dataset)
             with progress("improving the policy") as report:
-                result = improve_policy(pi, current, behaviour, q, tokens, config, config.seed, report)
-        result.policy.save(draft / "model")
-        write_json(draft / "curves.json", {"logged": result.logged_curve, "ppo": result.ppo_curve})
-        return {f"ppo_{k}": v for k, v in (result.ppo_curve[-1] if result.ppo_curve else {}).items()}
+                job = Improving(config, policy.path, q_path, current, behaviour, tokens, checkpoint)
+                result = do(job, draft, report)
+        return {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}
 
-    return run_stage(folder / "improved", inputs, work)
+    stage = run_stage(folder / "improved", inputs, work)
+    shutil.rmtree(folder / "improving", ignore_errors=True)
+    return stage
+
+
+def _behaviour(config: Config, policy: PolicyVersion, dataset: Dataset) -> tuple[Round, np.ndarray]:
+    from iterative_ppo.learning.language_model import LanguagePolicy
+
+    pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
+    current, frame = champion_round(pi, policy.label, dataset, config)
+    return current, behaviour_log_probs(pi, current, frame)
 
 
 def behaviour_log_probs(policy: LanguagePolicy, current: Round, frame: pd.DataFrame) -> np.ndarray:
@@ -258,9 +280,10 @@ def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, fold
     inputs = {"policy": content_hash(policy.path), "md5": dataset.md5}
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.language_model import LanguagePolicy, threads
+        from iterative_ppo.learning.language_model import LanguagePolicy
+        from iterative_ppo.learning.runtime import computing
 
-        with threads(config.runtime.threads):
+        with computing(config.runtime):
             pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
             current, _ = champion_round(pi, policy.label, dataset, config)
             score = pi.score(current.encoded)

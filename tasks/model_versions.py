@@ -7,7 +7,7 @@ Aliases sit on the policy; its Q is named by a tag.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 POLICY, Q = "iterative-ppo-policy", "iterative-ppo-q"
 CONTENT = "content"
-PROMOTED, REJECTED, ROLLED_BACK = "promoted", "rejected", "rolled back"
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
+PROMOTED, REJECTED, ROLLED_BACK, VOID = "promoted", "rejected", "rolled back", "void"
 
 
 @dataclass(frozen=True)
@@ -117,39 +119,74 @@ def check_loads(name: str, directory: Path, called: str) -> None:
         raise StoreError(f"{called} does not load: {' '.join(str(error).split())[:400]}") from error
 
 
+def check_promotable(tracking: Tracking, number: int, rolled_back: Collection[int] = ()) -> None:
+    """Raise StoreError where a policy version is missing, not ours, not loadable, or was rolled back.
+
+    Args:
+        rolled_back: versions that the audit trail knows as rolled back, should their tags be lost.
+    """
+    if "rolled_back" in version(tracking, POLICY, number).tags or number in rolled_back:
+        raise StoreError(f"{POLICY} version {number} was rolled back; such a version is never proposed again")
+    check_loads(POLICY, fetch(tracking, POLICY, number), f"{POLICY} version {number}")
+
+
 def versions(tracking: Tracking, name: str) -> list[Version]:
     """All versions, oldest first; none where nothing was registered."""
     with plain_errors(f"versions of {name}"):
         named = aliases(tracking, name)
         found = tracking.client.search_model_versions(f"name = '{name}'", max_results=10_000)
-        return sorted((_version(one, named) for one in found), key=lambda version: version.number)
+        pointing = [[alias for alias, number in named.items() if number == int(one.version)] for one in found]
+        return sorted(map(_version, found, pointing), key=lambda version: version.number)
 
 
 def version(tracking: Tracking, name: str, number: int) -> Version:
     """One version. Raises StoreError where there is none, or none of this program's."""
-    known = versions(tracking, name)
-    found = next((one for one in known if one.number == number), None)
-    if found is None:
-        there = ", ".join(str(one.number) for one in known) or "none"
-        raise StoreError(f"{name} has no version {number}: it was deleted or never registered (there are: {there})")
+    from mlflow.exceptions import MlflowException
+
+    with plain_errors(f"{name} version {number}"):
+        try:
+            entity = tracking.client.get_model_version(name, str(number))
+        except MlflowException as error:
+            if error.error_code != NOT_THERE:
+                raise
+            there = ", ".join(str(one.number) for one in versions(tracking, name)) or "none"
+            raise StoreError(
+                f"{name} has no version {number}: it was deleted or never registered (there are: {there})"
+            ) from None
+    found = _version(entity, entity.aliases)
     if CONTENT not in found.tags:
         raise StoreError(f"{name} version {number} was not registered by this program; `ippo` uses only its own")
     return found
 
 
-def _version(found: ModelVersion, named: Mapping[str, int]) -> Version:
-    number = int(found.version)
+def _version(found: ModelVersion, pointing: Iterable[str]) -> Version:
     tags = {key.removeprefix(OURS): value for key, value in found.tags.items() if key.startswith(OURS)}
-    pointing = tuple(sorted(alias for alias, target in named.items() if target == number))
     created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
-    return Version(found.name, number, found.run_id or None, tags, pointing, found.status == "READY", created)
+    names, run = tuple(sorted(pointing)), found.run_id or None
+    return Version(found.name, int(found.version), run, tags, names, found.status == "READY", created)
 
 
 def aliases(tracking: Tracking, name: str) -> dict[str, int]:
-    """A model's aliases and the versions that they point to."""
+    """A model's aliases and the versions that they point to; none where nothing was registered."""
+    from mlflow.exceptions import MlflowException
+
     with plain_errors(f"aliases of {name}"):
-        found = tracking.client.search_registered_models(f"name = '{name}'")
-        return {alias: int(number) for model in found for alias, number in model.aliases.items()}
+        try:
+            found = tracking.client.get_registered_model(name).aliases
+        except MlflowException as error:
+            if error.error_code == NOT_THERE:
+                return {}
+            raise
+        return {alias: int(number) for alias, number in found.items()}
+
+
+def point(tracking: Tracking, alias: str, number: int | None) -> None:
+    """Let an alias of the policy name a version, or none."""
+    with plain_errors(f"alias {alias} of {POLICY}"):
+        if number is None:
+            tracking.client.delete_registered_model_alias(POLICY, alias)
+        else:
+            tracking.client.set_registered_model_alias(POLICY, alias, str(number))
 
 
 def resolve(tracking: Tracking, alias: str, name: str = POLICY) -> int:

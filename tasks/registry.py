@@ -1,41 +1,40 @@
 """Registered models: what a round made, by version, and which one speaks, by alias.
 
-A move appends its intent, sets `previous`, then `champion`, deletes `challenger`, tags the verdict and appends that it
-is done. An intent left open is carried out first by whoever comes next, from what it says and never from the aliases:
-killed between any two of these steps, `champion` names a version that loads. Aliases sit on the policy; its Q is named
-by a tag.
+Whoever enters first completes a move that was cut off (`tasks/moves.py`) and takes up what somebody moved outside
+(`tasks/outside_moves.py`), then makes a move of their own. Aliases sit on the policy; its Q is named by a tag.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
-from uuid import uuid4
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 from iterative_ppo.errors import StoreError
-from tasks.audit import append, history, open_intent
-from tasks.mlflow_store import plain_errors
+from tasks.audit import INTENT, Standing, history, locked, open_intent, standing
 from tasks.model_versions import (
+    CHALLENGER,
+    CHAMPION,
     POLICY,
-    PROMOTED,
+    PREVIOUS,
     REJECTED,
     ROLLED_BACK,
+    VOID,
     Q,
     Version,
     aliases,
-    check_loads,
+    check_promotable,
     fetch,
+    point,
     register,
     resolve,
     tag,
     version,
     versions,
 )
+from tasks.moves import Move, complete, perform
+from tasks.outside_moves import NothingLoads, last_good, take_up, undisturbed
 from tasks.tracking import Tracking
 
 __all__ = [
@@ -62,29 +61,8 @@ __all__ = [
     "version",
     "versions",
     "was_rolled_back",
+    "withdraw",
 ]
-
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-LOCK_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Move:
-    """What became of a promotion or rollback; as text, a line for a person."""
-
-    kind: Literal["promote", "rollback"]
-    source: int | None
-    target: int
-    outcome: Literal["done", "recovered", "unchanged", "abandoned"]
-
-    def __str__(self) -> str:
-        target, before = f"policy version {self.target}", f", after version {self.source}" if self.source else ""
-        return {
-            "done": f"{self.kind}: {target} is the champion{before}",
-            "recovered": f"{self.kind}, cut off before, is complete: {target} is the champion{before}",
-            "unchanged": f"{target} is the champion already; nothing changed",
-            "abandoned": f"{self.kind}, cut off before, is undone, for {target} was deleted; champion: {self.source}",
-        }[self.outcome]
 
 
 def champion(tracking: Tracking) -> int | None:
@@ -106,121 +84,122 @@ def set_challenger(tracking: Tracking, number: int) -> None:
     """Propose a version. Raises StoreError where it cannot be promoted, or is the champion."""
     if number == champion(tracking):
         raise StoreError(f"{POLICY} version {number} is the champion; it cannot challenge itself")
-    _check_promotable(tracking, number)
-    _point(tracking, CHALLENGER, number)
+    check_promotable(tracking, number)
+    point(tracking, CHALLENGER, number)
 
 
 def reject(tracking: Tracking, number: int, reasons: str) -> None:
     """Tag a version as rejected and why; it is no longer the challenger."""
     tag(tracking, POLICY, number, verdict=REJECTED, reasons=reasons)
     if challenger(tracking) == number:
-        _point(tracking, CHALLENGER, None)
+        point(tracking, CHALLENGER, None)
 
 
-def promote(tracking: Tracking, to: int, evidence: Mapping[str, Any], actor: str, data_root: Path) -> Move:
+def withdraw(tracking: Tracking, number: int, reason: str) -> None:
+    """End a challenge that has no verdict; a version that is gone, or has become champion, keeps what it has."""
+    if challenger(tracking) == number:
+        point(tracking, CHALLENGER, None)
+    if champion(tracking) != number and any(one.number == number for one in versions(tracking, POLICY)):
+        tag(tracking, POLICY, number, verdict=VOID, reasons=reason)
+
+
+def promote(
+    tracking: Tracking,
+    to: int,
+    evidence: Mapping[str, Any],
+    actor: str,
+    data_root: Path,
+    *,
+    instead_of: int | None = None,
+    data_md5: str | None = None,
+) -> Move:
     """Make a version the champion; nothing happens where it is.
 
     Args:
         evidence: JSON-able; why. actor: who. Both go into the audit trail below `data_root`.
+        instead_of: the champion that the evidence compares with. data_md5: the data set that it speaks of.
 
     Raises StoreError, with nothing changed, for a version that is missing, not ours, not loadable or was rolled back,
-    and where another move holds the lock for 30 seconds.
+    for evidence about another champion or data set, and where another move holds the lock for 30 seconds.
     """
-    with _alone(data_root):
-        _recover(tracking, data_root)
-        now = aliases(tracking, POLICY)
-        if now.get(CHAMPION) == to:
+    with locked(data_root):
+        with suppress(NothingLoads):  # a promotion is the way out of that
+            _settle(tracking, data_root, actor)
+        told = standing(history(data_root))
+        if champion(tracking) == to == told.champion:
             return Move("promote", to, to, "unchanged")
-        _check_promotable(tracking, to)
-        return _move(tracking, data_root, "promote", now, to, {"evidence": evidence, "actor": actor})
+        check_promotable(tracking, to, told.rolled_back)
+        _check_evidence(tracking, told, to, instead_of, data_md5)
+        return perform(tracking, data_root, _intent("promote", told.champion, to, evidence, actor, tracking))
 
 
-def rollback(tracking: Tracking, evidence: Mapping[str, Any], actor: str, data_root: Path) -> Move:
-    """Make the previous champion the champion again. The version that leaves is never proposed again.
-
-    Raises StoreError, with nothing changed, where there is no previous champion or it cannot be promoted.
-    """
-    with _alone(data_root):
-        _recover(tracking, data_root)
-        now = aliases(tracking, POLICY)
-        if now.get(CHAMPION) is None or now.get(PREVIOUS) in (None, now[CHAMPION]):
-            raise StoreError(f"{POLICY} has no previous champion to go back to; promote a version instead")
-        _check_promotable(tracking, now[PREVIOUS])
-        return _move(tracking, data_root, "rollback", now, now[PREVIOUS], {"evidence": evidence, "actor": actor})
-
-
-def recover(tracking: Tracking, data_root: Path) -> Move | None:
-    """Carry out a move that was cut off, where there is one; None, at once, where there is none."""
-    if open_intent(data_root) is None:
-        return None
-    with _alone(data_root):
-        return _recover(tracking, data_root)
-
-
-def _check_promotable(tracking: Tracking, number: int) -> None:
-    if "rolled_back" in version(tracking, POLICY, number).tags:
-        raise StoreError(f"{POLICY} version {number} was rolled back; such a version is never proposed again")
-    check_loads(POLICY, fetch(tracking, POLICY, number), f"{POLICY} version {number}")
-
-
-def _move(
-    tracking: Tracking,
-    data_root: Path,
-    kind: Literal["promote", "rollback"],
-    now: Mapping[str, int],
-    to: int,
-    why: Mapping[str, Any],
+def rollback(
+    tracking: Tracking, evidence: Mapping[str, Any], actor: str, data_root: Path, *, leaving: int | None = None
 ) -> Move:
-    """The protocol. `now` are the aliases, read under the lock."""
-    moved = {"kind": kind, "from": now.get(CHAMPION), "to": to, "challenger": now.get(CHALLENGER)}
-    intent = append(data_root, {"event": "intent", "id": uuid4().hex, **moved, **why})
-    _carry_out(tracking, intent)
-    append(data_root, {"event": "done", "id": intent["id"]})
-    return Move(kind, intent["from"], to, "done")
+    """Make the champion before this one speak again. The version that leaves is never proposed again.
+
+    Who that is says the trail: the latest earlier champion that was not rolled back and still loads. A rollback after
+    a rollback so goes one champion further back.
+
+    Args:
+        leaving: the champion that the evidence speaks of; nothing happens where it was rolled back before.
+
+    Begun again after a kill, it completes the rollback that was cut off and goes back no further.
+
+    Raises StoreError, with nothing changed, where there is no such champion.
+    """
+    with locked(data_root):
+        cut_off, told = _settle(tracking, data_root, actor), standing(history(data_root))
+        for move in cut_off:
+            if move.kind == "rollback" and move.outcome == "recovered":
+                return move
+        if leaving in told.rolled_back:
+            return Move("rollback", leaving, told.champion, "unchanged")
+        if leaving not in (None, told.champion):
+            raise StoreError(f"{POLICY} version {leaving} is not the champion any more: that is {told.champion}")
+        to, passed_over = last_good(tracking, told.earlier[::-1], told) if told.earlier else (None, [])
+        if told.champion is None or to is None:
+            why = f" ({'; '.join(passed_over)})" if passed_over else ""
+            raise StoreError(f"{POLICY} has no previous champion to go back to{why}; promote a version instead")
+        intent = _intent("rollback", told.champion, to, evidence, actor, tracking)
+        return perform(tracking, data_root, intent | ({"passed_over": passed_over} if passed_over else {}))
 
 
-def _carry_out(tracking: Tracking, intent: Mapping[str, Any]) -> None:
-    """The steps between intent and done; each may be repeated, and only what the intent knew of is touched."""
-    source, to, promotion = intent["from"], intent["to"], intent["kind"] == "promote"
-    source_is_there = any(one.number == source for one in versions(tracking, POLICY))
-    if source_is_there:
-        _point(tracking, PREVIOUS, source)
-    _point(tracking, CHAMPION, to)
-    if challenger(tracking) in ([to, intent["challenger"]] if promotion else [to]):
-        _point(tracking, CHALLENGER, None)
-    if promotion:
-        tag(tracking, POLICY, to, verdict=PROMOTED)
-    elif source_is_there:
-        tag(tracking, POLICY, source, rolled_back=intent["at"], verdict=ROLLED_BACK)
+def recover(tracking: Tracking, data_root: Path, noticed_by: str = "flow") -> tuple[Move, ...]:
+    """Complete a move that was cut off and take up what was moved outside; nothing, at once, where there is neither.
+
+    Args:
+        noticed_by: which command or flow this is; it goes into the trail.
+    """
+    if open_intent(data_root) is None and undisturbed(tracking, data_root):
+        return ()
+    with locked(data_root):
+        return _settle(tracking, data_root, noticed_by)
 
 
-def _recover(tracking: Tracking, data_root: Path) -> Move | None:
-    intent = open_intent(data_root)
-    if intent is None:
-        return None
-    there = {one.number for one in versions(tracking, POLICY)}
-    outcome: Literal["recovered", "abandoned"] = "recovered" if intent["to"] in there else "abandoned"
-    if outcome == "recovered":
-        _carry_out(tracking, intent)
-    elif intent["from"] in there:  # somebody deleted the target in between: nothing is left to go to
-        _point(tracking, CHAMPION, intent["from"])
-    append(data_root, {"event": "done" if outcome == "recovered" else outcome, "id": intent["id"]})
-    return Move(intent["kind"], intent["from"], intent["to"], outcome)
+def _settle(tracking: Tracking, data_root: Path, noticed_by: str) -> tuple[Move, ...]:
+    completed = complete(tracking, data_root)
+    outside = take_up(tracking, data_root, noticed_by)
+    return tuple(move for move in (completed, outside) if move is not None)
 
 
-def _point(tracking: Tracking, alias: str, number: int | None) -> None:
-    with plain_errors(f"alias {alias} of {POLICY}"):
-        if number is None:
-            tracking.client.delete_registered_model_alias(POLICY, alias)
-        else:
-            tracking.client.set_registered_model_alias(POLICY, alias, str(number))
+def _intent(
+    kind: str, source: int | None, to: int, evidence: Mapping[str, Any], actor: str, tracking: Tracking
+) -> dict[str, Any]:
+    data = version(tracking, POLICY, to).tags.get("data_md5")
+    move = {"event": INTENT, "kind": kind, "from": source, "to": to}
+    return {**move, "data_md5": data, "evidence": dict(evidence), "actor": actor}
 
 
-@contextmanager
-def _alone(data_root: Path) -> Iterator[None]:
-    data_root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(data_root / "registry.lock", timeout=LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise StoreError(f"{data_root}: another promotion or rollback has run for {LOCK_SECONDS:g} seconds") from None
+def _check_evidence(tracking: Tracking, told: Standing, to: int, instead_of: int | None, data_md5: str | None) -> None:
+    if instead_of is not None and instead_of != told.champion:
+        raise StoreError(
+            f"the evidence for {POLICY} version {to} compares it with version {instead_of}, but the champion is "
+            f"{told.champion}; test it against that one"
+        )
+    made_from = version(tracking, POLICY, to).tags.get("data_md5") if data_md5 is not None else None
+    if data_md5 != made_from:
+        raise StoreError(
+            f"the evidence is from another data set: it names {data_md5}, {POLICY} version {to} was made from "
+            f"{made_from or 'none'}"
+        )

@@ -15,7 +15,7 @@ from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
-from tasks import registry, tracking, validation, versioning
+from tasks import lineage, registry, tracking, validation, versioning
 from tasks.datasets import Dataset, arrived, label_outcomes, round_folder, turns_folder
 from tasks.gating import decision_of, gate_stage
 from tasks.learning import (
@@ -94,8 +94,8 @@ def initialize(
     """Line 1: pi_0, registered and made the first champion, ungated."""
     stage = initial_policy_stage(context.config, corpus, source, lessons)
     context.log("initial policy", stage)
-    tags = {"round": "0", "verdict": "initial"}
-    version = registry.register(context.tracking, registry.POLICY, stage.path / "model", context.run_id, tags)
+    tags = {"round": "0", "verdict": "initial", "source": source}
+    version = _registered(context, registry.POLICY, stage.path / "model", tags)
     evidence = {"reason": "pi_0 is the first champion, ungated"}
     registry.promote(context.tracking, version, evidence, "flow", context.config.data.root)
     return policy_version(context.tracking, version)
@@ -137,6 +137,7 @@ def _validated(context: RoundContext, rates: dict[str, float], draft: Path) -> d
     turn_table.write(checked.good, draft / "turns.parquet", context.config.outcomes)
     facts = {"reasons": checked.reasons, "warnings": checked.warnings, **checked.statistics}
     write_json(draft / "validation.json", facts)
+    lineage.write_sources(context.config, context.folder / "arrived", draft)
     return {
         "conversations": float(checked.good["conversation_id"].nunique()),
         "quarantined": float(checked.bad["conversation_id"].nunique()),
@@ -158,7 +159,7 @@ def fit_q(context: RoundContext, policy: PolicyVersion, dataset: Dataset) -> QVe
     stage = fit_q_stage(context.config, policy, dataset, context.folder, start)
     context.log("fit q", stage, dataset)
     tags = _lineage(context, dataset) | {"policy": str(policy.version)}
-    version = registry.register(context.tracking, registry.Q, stage.path / "model", context.run_id, tags)
+    version = _registered(context, registry.Q, stage.path / "model", tags)
     return QVersion(stage.path, version)
 
 
@@ -204,10 +205,19 @@ def register(
         "verdict": "challenger" if decision.verdict == "test" else "rejected",
         "reasons": "; ".join(decision.reasons),
     }
-    version = registry.register(context.tracking, registry.POLICY, candidate.path, context.run_id, tags)
+    version = _registered(context, registry.POLICY, candidate.path, tags)
+    tested = {"champion": champion.version, "challenger": version, "q": q.version, "data_md5": dataset.md5}
+    context.tracking.round_run(context.round_number, tested)
     if decision.verdict == "test" and version != registry.champion(context.tracking):
         registry.set_challenger(context.tracking, version)
     return version
+
+
+def _registered(context: RoundContext, name: str, directory: Path, tags: dict[str, str]) -> int:
+    """A version, with its lineage as links on its page in MLflow."""
+    number = registry.register(context.tracking, name, directory, context.run_id, tags)
+    lineage.describe(context.tracking, name, registry.version(context.tracking, name, number))
+    return number
 
 
 def _lineage(context: RoundContext, dataset: Dataset) -> dict[str, str]:

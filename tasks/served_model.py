@@ -31,18 +31,21 @@ class ServedPolicy:
 
 
 class ServedQ:
-    """Takes a column `tokens`, lists of token ids; returns V after a prompt, Q after a prompt and its response."""
+    """Takes a column `tokens`, lists of token ids; returns V after a prompt, Q after a prompt and its response.
+
+    Both are read from Q's heads; V of a Q with value heads of its own (q.target archer, lstd_q) is not served.
+    """
 
     def __init__(self, q: QModel) -> None:
         self.q = q
 
     def predict(self, frame: pd.DataFrame, params: dict[str, Any] | None = None) -> list[float]:
         """One value a row."""
-        import torch
+        from iterative_ppo.mdp.rendering import single
 
-        with torch.inference_mode():
-            logits = [self.q.logits(torch.tensor([list(tokens)]))[0, -1] for tokens in frame["tokens"]]
-            return [float(self.q.to_value(logit)) for logit in logits]
+        rows = enumerate(tuple(tokens) for tokens in frame["tokens"])
+        values = self.q.running_values([single(k, tokens[:-1], tokens[-1:], True) for k, tokens in rows])
+        return [float(value[-1]) for value in values]
 
 
 def _load_pyfunc(path: str) -> ServedPolicy | ServedQ:

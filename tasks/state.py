@@ -11,7 +11,7 @@ from time import time
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from iterative_ppo.errors import StoreError
 from iterative_ppo.files import read_settings, write_json
@@ -19,7 +19,7 @@ from iterative_ppo.files import read_settings, write_json
 FORMAT = 1
 DRAFT = re.compile(r"\..+\.[a-z0-9_]{8}")
 DELIVERY_SECONDS = 24 * 3600
-Phase = Literal["collect", "train", "test", "finished"]
+Phase = Literal["collect", "train", "test", "approve", "finished"]
 
 
 class Experiment(BaseModel):
@@ -30,13 +30,41 @@ class Experiment(BaseModel):
     salt: str
     champion: int
     challenger: int
+    started: AwareDatetime | None = None
+    settings: dict[str, Any] = {}
+    """What defines its evidence; it may not change before its end."""
+    looks: list[dict[str, Any]] = []
+    """Those that spent evidence, oldest first (`Look.as_dict`)."""
+    guardrails: list[dict[str, Any]] = []
+    """As the last of these looks found them."""
+
+    @property
+    def fractions(self) -> list[float]:
+        """Of the plan, at the looks so far."""
+        return [look["fraction"] for look in self.looks]
+
+
+class Approval(BaseModel):
+    """What waits for a person: a promotion that the A/B test found right, or a rollback that an alarm calls for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    kind: Literal["promote", "rollback"]
+    version: int
+    """Who would become champion, or who would leave."""
+    reasons: tuple[str, ...]
+    evidence: dict[str, Any]
+    resume: Phase
+    """Where the night was when it asked."""
 
 
 class NightState(BaseModel):
     """What persists between nights.
 
     collect: conversations of the champion are awaited for `round`; train: they are here; test: an A/B test runs whose
-    conversations become the data of the next round; finished: converged or out of budget.
+    conversations become the data of the next round; approve: a person is asked for `approval`; finished: converged or
+    out of budget.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,14 +72,18 @@ class NightState(BaseModel):
     format: int = FORMAT
     round: int = 0
     phase: Phase = "collect"
+    champion: int | None = None
+    """Whose conversations the round's dataset is for, once it is frozen."""
     experiment: Experiment | None = None
+    approval: Approval | None = None
     outcome_rates: dict[str, float] = {}
     rounds: list[dict[str, Any]] = []
 
     @property
     def gathering(self) -> int:
-        """The round whose data are arriving now."""
-        return self.round + 1 if self.phase == "test" else self.round
+        """The round whose data are arriving now; after the last one they are set apart from its A/B test's."""
+        phase = self.approval.resume if self.approval else self.phase
+        return self.round + {"test": 1, "finished": 2}.get(phase, 0)
 
     def advance(self, **changes: Any) -> NightState:
         return self.model_copy(update=changes)

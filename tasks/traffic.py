@@ -57,9 +57,10 @@ def simulate(
     config: Config, policy: PolicyVersion, conversations: int, seed: int, arm: str | None = None
 ) -> list[Conversation]:
     """Conversations of one registered policy with simulated customers."""
-    from iterative_ppo.learning.language_model import LanguagePolicy, threads
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.runtime import computing
 
-    with threads(config.runtime.threads), progress(f"conversations of policy {policy.version}") as report:
+    with computing(config.runtime), progress(f"conversations of policy {policy.version}") as report:
         pi: LanguagePolicy = LanguagePolicy.load(policy.path, device=config.runtime.device)
         return collect(
             pi,

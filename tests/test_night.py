@@ -49,10 +49,8 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "improve.ppo.learning_rate": 0.003,
         "data.evidence_share": 0.3,
         "improve.ppo.kl_coefficient": 0.0,
-        "gate.max_missing_eos": 1.0,
-        "gate.max_repetition": 1.0,
-        "gate.max_length_ratio": 100.0,
-        "gate.max_kl": 1000.0,
+        **{f"gate.guardrails.{name}.margin": 1000.0 for name in load_config().gate.guardrails},
+        **{f"gate.guardrails.{name}.limit": None for name in load_config().gate.guardrails},
         "rounds.max_rounds": 2,
     }
 
@@ -62,10 +60,10 @@ def config(overrides: dict[str, Any]) -> Config:
     return load_config(None, overrides)
 
 
-def arrive(config: Config, skill: float, version: int, arm: str, conversations: int = CONVERSATIONS) -> None:
+def arrive(config: Config, skill: float, version: int, arm: str, seed: int, conversations: int = CONVERSATIONS) -> None:
     """Traffic of a scripted agent under a policy's name: the outcomes are real, the policy is not asked."""
-    talks = collect(Script(skill), Renovation(), conversations, 7 + version, str(version), arm)
-    write_once(inbox(config) / f"{arm}-{version}.parquet", to_rows(config, talks), config)
+    talks = collect(Script(skill), Renovation(), conversations, seed, str(version), arm)
+    write_once(inbox(config) / f"{arm}-{version}-{seed}.parquet", to_rows(config, talks), config)
 
 
 def test_nights_from_nothing_to_a_promotion(server: None, overrides: dict[str, Any], config: Config) -> None:
@@ -75,10 +73,9 @@ def test_nights_from_nothing_to_a_promotion(server: None, overrides: dict[str, A
     store = tracking.open_tracking(config)
     assert registry.champion(store) == 1
 
-    arrive(config, 0.4, 1, "champion", CONVERSATIONS // 2)
+    arrive(config, 0.4, 1, "champion", 8, CONVERSATIONS // 2)
     assert night(None, overrides) == "collect", "half of the conversations are not enough"
-    talks = collect(Script(0.4), Renovation(), CONVERSATIONS // 2, 99, "1", "champion")
-    write_once(inbox(config) / "more.parquet", to_rows(config, talks), config)
+    arrive(config, 0.4, 1, "champion", 99, CONVERSATIONS // 2)
     assert night(None, overrides) == "test"
     state = load_state(config.data.root)
     assert state.experiment is not None
@@ -86,8 +83,8 @@ def test_nights_from_nothing_to_a_promotion(server: None, overrides: dict[str, A
     assert (turns_folder(config, 0) / "turns.parquet").exists()
 
     assert night(None, overrides) == "test", "nobody has answered a customer yet: the test goes on"
-    arrive(config, 0.2, 1, "champion")
-    arrive(config, 1.0, 2, "challenger")
+    arrive(config, 0.2, 1, "champion", 10)
+    arrive(config, 1.0, 2, "challenger", 11)
     night(None, overrides)
     assert registry.champion(store) == 2
     state = load_state(config.data.root)

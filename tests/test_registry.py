@@ -1,12 +1,9 @@
-"""A version loads however one loads it; the champion loads whenever a promotion is killed; moves come one by one."""
+"""A version loads however one loads it; what cannot be promoted is refused; the trail says who spoke before."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +12,31 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
-from mlflow import MlflowClient
+from policy_store import copied, registered
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
-from transformers.utils import logging
 
-from iterative_ppo.config import load_config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.q_model import QModel, QSettings
-from iterative_ppo.learning.tiny import build_policy
-from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn
-from tasks import registry
+from iterative_ppo.learning.q_model import QModel
+from iterative_ppo.mdp.conversation import State
+from tasks import audit, registry
 from tasks.audit import append, audit_file
 from tasks.registry import POLICY, Q, history, promote, recover, register, rollback
-from tasks.tracking import Tracking, open_tracking
+from tasks.tracking import Tracking
 
-TALK = Conversation("c", (Turn("how much is it?", (), Suggestion("10 dollars", "suggested")), Turn("thanks")), "u")
 STATE = State((), "how much is it?")
-WRITES = ("set_registered_model_alias", "delete_registered_model_alias", "set_model_version_tag")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three policies and a Q, saved, and a fresh store."""
-    logging.disable_progress_bar()
-    place = tmp_path_factory.mktemp("models")
-    config = load_config(overrides={"policy.hidden_size": 16})
-    for seed in range(4):
-        policy = build_policy([TALK], config.policy, seed)
-        policy.save(place / f"policy{seed}")
-    QModel.from_policy(policy, QSettings("bce", 0.0, 1.0, 0.95), 0).save(place / "q")
-    opened(place)
-    return place
-
-
-def opened(place: Path) -> Tracking:
-    where = {"tracking.uri": f"sqlite:///{place}/mlflow.db", "tracking.artifacts": f"{place}/artifacts"}
-    return open_tracking(load_config(overrides={**where, "tracking.experiment": place.name}))
+def models(saved_models: Path) -> Path:
+    return saved_models
 
 
 @pytest.fixture
 def tracking(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracking:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    place = tmp_path / "a folder é"
-    place.mkdir()
-    shutil.copy(models / "mlflow.db", place / "mlflow.db")
-    return opened(place)
+    return copied(models, tmp_path / "a folder é")
 
 
 @pytest.fixture
@@ -70,11 +45,6 @@ def three(tracking: Tracking, models: Path) -> Tracking:
     for number in range(3):
         assert registered(tracking, models, number) == number + 1
     return tracking
-
-
-def registered(tracking: Tracking, models: Path, number: int) -> int:
-    run = tracking.round_run(number)
-    return register(tracking, POLICY, models / f"policy{number}", run, {"round": number, "reasons": ""})
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -123,7 +93,7 @@ def test_a_version_loads_in_every_way(tracking: Tracking, models: Path, monkeypa
     assert others[0] == said[0] and len(set(others)) > 1
     value = mlflow.pyfunc.load_model("models:/iterative-ppo-q/1").predict(pd.DataFrame({"tokens": [list(prompt)]}))
     with torch.inference_mode():
-        expected = q.to_value(q.logits(torch.tensor([prompt])))[0, -1]
+        expected = torch.sigmoid(q.logits(torch.tensor([prompt])))[0, -1]
     np.testing.assert_allclose(value, [float(expected)], rtol=1e-6)
 
 
@@ -185,21 +155,64 @@ def test_aliases_follow_promotions_and_a_rollback(three: Tracking, tmp_path: Pat
     registry.set_challenger(three, 3)
     back = rollback(three, {"reason": "complaints"}, "me", data)
     assert str(back) == "rollback: policy version 1 is the champion, after version 2"
-    assert registry.aliases(three, POLICY) == {"champion": 1, "previous": 2, "challenger": 3}
+    assert registry.aliases(three, POLICY) == {"champion": 1, "challenger": 3}
     one, two, _ = registry.versions(three, POLICY)
-    assert (one.tags["verdict"], two.tags["verdict"], two.aliases) == ("promoted", "rolled back", ("previous",))
+    assert (one.tags["verdict"], two.tags["verdict"], two.aliases) == ("promoted", "rolled back", ())
     told = history(data)
     assert [record["event"] for record in told] == ["intent", "done"] * 3
     assert [(r["kind"], r["from"], r["to"]) for r in told[::2]] == [
         ("promote", None, 1), ("promote", 1, 2), ("rollback", 2, 1),
     ]  # fmt: skip
     assert told[2]["evidence"] == {"p": 0.01} and told[4]["actor"] == "me"
-    for refused in (lambda: rollback(three, {}, "me", data), lambda: promote(three, 2, {}, "me", data)):
+    assert [record["data_md5"] for record in told[::2]] == ["0d.dir", "1d.dir", "0d.dir"]
+    with pytest.raises(StoreError, match=r"no previous champion to go back to"):
+        rollback(three, {}, "me", data)
+    for refused in (lambda: promote(three, 2, {}, "me", data), lambda: registry.set_challenger(three, 2)):
         with pytest.raises(StoreError, match=r"version 2 was rolled back; such a version is never proposed again"):
             refused()
+    three.client.delete_model_version_tag(POLICY, "2", "iterative_ppo.rolled_back")
     with pytest.raises(StoreError, match=r"version 2 was rolled back"):
-        registry.set_challenger(three, 2)
+        promote(three, 2, {}, "me", data)
     assert history(data) == told
+
+
+def test_a_rollback_after_a_rollback_goes_one_champion_further_back(
+    three: Tracking, models: Path, tmp_path: Path
+) -> None:
+    registered(three, models, 3)
+    for number in (1, 2, 1, 3, 4):
+        promote(three, number, {}, "me", tmp_path)
+    three.client.delete_model_version(POLICY, "3")
+    passed = rollback(three, {}, "me", tmp_path)
+    assert (passed.source, passed.target) == (4, 1)
+    assert "version 3: it was deleted" in history(tmp_path)[-2]["passed_over"][0]
+    assert registry.aliases(three, POLICY) == {"champion": 1, "previous": 2}
+    assert rollback(three, {}, "me", tmp_path).target == 2, "1 spoke before 2 too, but 1 was rolled back just now"
+    with pytest.raises(StoreError, match=r"no previous champion"):
+        rollback(three, {}, "me", tmp_path)
+    assert registry.aliases(three, POLICY) == {"champion": 2}
+
+
+def test_a_rollback_of_one_version_is_done_once(three: Tracking, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        promote(three, number, {}, "me", tmp_path)
+    with pytest.raises(StoreError, match=r"version 2 is not the champion any more: that is 3"):
+        rollback(three, {}, "alarm", tmp_path, leaving=2)
+    assert rollback(three, {}, "alarm", tmp_path, leaving=3).target == 2
+    assert rollback(three, {}, "alarm", tmp_path, leaving=3).outcome == "unchanged"
+    assert registry.champion(three) == 2
+
+
+def test_evidence_about_something_else_is_refused(three: Tracking, tmp_path: Path) -> None:
+    for number in (1, 2):
+        promote(three, number, {}, "me", tmp_path)
+    told = history(tmp_path)
+    with pytest.raises(StoreError, match=r"compares it with version 1, but the champion is 2; test it against that"):
+        promote(three, 3, {}, "flow", tmp_path, instead_of=1)
+    with pytest.raises(StoreError, match=r"another data set: it names 0d.dir, .* version 3 was made from 2d.dir"):
+        promote(three, 3, {}, "flow", tmp_path, instead_of=2, data_md5="0d.dir")
+    assert history(tmp_path) == told and registry.champion(three) == 2
+    assert promote(three, 3, {}, "flow", tmp_path, instead_of=2, data_md5="2d.dir").outcome == "done"
 
 
 def test_what_cannot_be_promoted_changes_nothing(three: Tracking, models: Path, tmp_path: Path) -> None:
@@ -236,61 +249,12 @@ def test_a_rejected_challenger_is_no_challenger(three: Tracking, models: Path) -
     assert registry.version(three, POLICY, 2).tags.items() >= {"verdict": "rejected", "reasons": "KL 7 > 5"}.items()
 
 
-class Killed(BaseException):
-    """Goes through everything, as a kill does."""
-
-
-def killed_before_write(k: int, tracking: Tracking, data: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Promote 3, killed before its k-th write to the audit or the store; False where there are fewer writes."""
-    left = iter(range(k))
-
-    def counted(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if next(left, None) is None:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patched:
-        for name in WRITES:
-            patched.setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
-        patched.setattr(registry, "append", counted(append))
-        try:
-            promote(tracking, 3, {}, "flow", data)
-        except Killed:
-            return True
-    return False
-
-
-def test_killed_before_any_step_the_champion_loads_and_the_move_is_completed(
-    three: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, after = {"champion": 2, "previous": 1, "challenger": 3}, {"champion": 3, "previous": 2}
-    for k in range(20):
-        data = tmp_path / f"data{k}"
-        for alias, number in before.items():
-            three.client.set_registered_model_alias(POLICY, alias, str(number))
-        registry.tag(three, POLICY, 3, verdict="challenger")
-        if not killed_before_write(k, three, data, monkeypatch):
-            break
-        assert registry.champion(three) == (2 if k < 3 else 3)
-        LanguagePolicy.load(registry.fetch(three, POLICY, "champion"))
-        done = recover(three, data)
-        assert (done is None) == (k == 0) and recover(three, data) is None
-        assert registry.aliases(three, POLICY) == (after if k else before)
-        assert registry.version(three, POLICY, 3).tags["verdict"] == ("promoted" if k else "challenger")
-        assert [record["event"] for record in history(data)] == (["intent", "done"] if k else [])
-    assert k == 6, "intent, previous, champion, challenger, verdict, done"
-    assert registry.aliases(three, POLICY) == after
-
-
 def test_the_intent_counts_not_the_aliases(three: Tracking, tmp_path: Path) -> None:
     for number in (1, 2):
         promote(three, number, {}, "me", tmp_path)
-    moved = {"kind": "rollback", "from": 2, "to": 1, "challenger": None, "evidence": {}, "actor": "me"}
-    append(tmp_path, {"event": "intent", "id": "x", **moved})
-    three.client.set_registered_model_alias(POLICY, "previous", "2")  # killed after its first step
+    moved = {"kind": "rollback", "from": 2, "to": 1, "previous": None, "challenger": None, "evidence": {}}
+    append(tmp_path, {"event": "intent", "id": "x", **moved, "actor": "me"})
+    three.client.delete_registered_model_alias(POLICY, "previous")  # killed after its first step
     registry.set_challenger(three, 3)
     done = promote(three, 3, {}, "me", tmp_path)
     assert (done.source, done.target) == (1, 3)
@@ -301,13 +265,14 @@ def test_the_intent_counts_not_the_aliases(three: Tracking, tmp_path: Path) -> N
 
 def test_a_move_to_a_version_that_was_deleted_since_is_undone(three: Tracking, tmp_path: Path) -> None:
     promote(three, 1, {}, "me", tmp_path)
-    moved = {"kind": "promote", "from": 1, "to": 2, "challenger": 2, "evidence": {}, "actor": "me"}
+    moved = {"kind": "promote", "from": 1, "to": 2, "previous": 1, "challenger": 2, "evidence": {}, "actor": "me"}
     append(tmp_path, {"event": "intent", "id": "x", **moved})
-    three.client.set_registered_model_alias(POLICY, "champion", "2")
+    for alias, number in (("previous", "1"), ("champion", "2")):
+        three.client.set_registered_model_alias(POLICY, alias, number)
     three.client.delete_model_version(POLICY, "2")
-    done = recover(three, tmp_path)
-    assert done is not None and "for policy version 2 was deleted; champion: 1" in str(done)
-    assert registry.champion(three) == 1 and recover(three, tmp_path) is None
+    (done,) = recover(three, tmp_path)
+    assert "for policy version 2 was deleted; champion: 1" in str(done)
+    assert registry.aliases(three, POLICY) == {"champion": 1} and recover(three, tmp_path) == ()
     with pytest.raises(StoreError, match="no previous champion"):
         rollback(three, {}, "me", tmp_path)
     assert promote(three, 3, {}, "me", tmp_path).source == 1
@@ -320,7 +285,7 @@ def test_a_torn_last_line_is_told_and_kept(three: Tracking, tmp_path: Path) -> N
         file.write('{"event": "intent", "id": "é'.encode()[:-1])
     torn = history(tmp_path)
     assert torn[:-1] == whole and torn[-1]["event"] == "torn" and torn[-1]["text"].startswith('{"event": "intent"')
-    assert recover(three, tmp_path) is None
+    assert recover(three, tmp_path) == ()
     promote(three, 2, {}, "me", tmp_path)
     assert [record["event"] for record in history(tmp_path)] == ["intent", "done", "torn", "intent", "done"]
     assert [json.loads(line) for line in audit_file(tmp_path).read_text(encoding="utf-8").splitlines()][:2] == whole
@@ -332,48 +297,7 @@ def test_a_torn_last_line_is_told_and_kept(three: Tracking, tmp_path: Path) -> N
 
 
 def test_a_move_that_waits_too_long_is_told(three: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(audit, "LOCK_SECONDS", 0.1)
     with FileLock(tmp_path / "registry.lock"), pytest.raises(StoreError, match=r"has run for 0.1 seconds"):
         promote(three, 1, {}, "me", tmp_path)
     assert registry.champion(three) is None and history(tmp_path) == []
-
-
-PROMOTE = """
-import os, sys
-from pathlib import Path
-from mlflow import MlflowClient
-from tasks import registry
-from tasks.tracking import Tracking
-uri, experiment_id, artifacts, data, to, die = sys.argv[1:]
-move = MlflowClient.set_registered_model_alias
-def dying(self, name, alias, version):
-    if alias == die:
-        os.kill(os.getpid(), 9)
-    return move(self, name, alias, version)
-MlflowClient.set_registered_model_alias = dying
-registry.check_loads = lambda *_: None  # it would import torch
-print(registry.promote(Tracking(uri, "", experiment_id, Path(artifacts)), int(to), {}, "flow", Path(data)))
-"""
-
-
-def promoting(tracking: Tracking, data: Path, to: int, die: str = "") -> subprocess.Popen[str]:
-    where = [tracking.uri, tracking.experiment_id, str(tracking.artifacts), str(data), str(to), die]
-    environment = {**os.environ, "DO_NOT_TRACK": "1"}
-    return subprocess.Popen([sys.executable, "-c", PROMOTE, *where], stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def test_two_promotions_at_once_and_one_that_is_killed_end_one_after_the_other(three: Tracking, tmp_path: Path) -> None:
-    promote(three, 1, {}, "me", tmp_path)
-    killed = promoting(three, tmp_path, 2, die="champion")
-    assert killed.wait() == -9
-    assert registry.aliases(three, POLICY) == {"champion": 1, "previous": 1}
-    both = [promoting(three, tmp_path, 3), promoting(three, tmp_path, 2)]
-    said = [process.communicate()[0].strip() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert said[0] == "promote: policy version 3 is the champion, after version 2"
-    told = history(tmp_path)
-    assert [record["event"] for record in told] == ["intent", "done"] * (len(told) // 2)
-    moves = [record["to"] for record in told[::2]]
-    assert moves in ([1, 2, 3], [1, 2, 3, 2]), "the killed one first, then each in its turn"
-    assert registry.champion(three) == moves[-1]
-    LanguagePolicy.load(registry.fetch(three, POLICY, "champion"))

@@ -13,16 +13,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from ab_arms import decided
+from gate_evidence import GOOD
 
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.phrases import Act, business_phrases, customer_phrases, openings
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test
-from iterative_ppo.evaluation.evidence import OfflineEvidence
-from iterative_ppo.evaluation.gate import offline_gate, outcome_gate
+from iterative_ppo.evaluation.gate import offline_gate
 from iterative_ppo.evaluation.metrics import proportion_interval
+from iterative_ppo.evaluation.non_inferiority import Guardrail, mean
 from iterative_ppo.files import write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion, Turn
@@ -123,7 +126,9 @@ class Fake:
         write_json(self.folder(number) / "q" / "calibration.json", {**bins, "error": 0.021, "chance_95": 0.034})
 
     def gate(self, number: int, gain: float = 0.05, kl: float = 1.4) -> dict[str, Any]:
-        found = OfflineEvidence(
+        near = Guardrail("kl", "lower", margin=5.0, alpha=0.05)
+        found = replace(
+            GOOD,
             states=400,
             samples=4,
             q_champion=0.21,
@@ -138,8 +143,9 @@ class Fake:
             abstained=0.06,
             q_r2=0.3,
             state_baseline_r2=float("nan"),
+            guardrails=(mean(near, np.zeros(400), kl + np.linspace(-1, 1, 400)), *GOOD.guardrails),
         )
-        decision, folder = offline_gate(found, CONFIG.gate).as_dict(), self.folder(number) / "gate"
+        decision, folder = offline_gate(found).as_dict(), self.folder(number) / "gate"
         write_json(folder / "evidence.json", found.as_dict())
         write_json(folder / "decision.json", decision)
         write_json(folder / "examples.json", EXAMPLES)
@@ -199,8 +205,7 @@ def row(number: int, champion: int, offline: dict[str, Any], test: ABTest | None
     facts = {"round": number, "champion": champion, "challenger": number + 2, "q": number + 1, "offline": offline}
     facts["data_md5"] = f"{number}b1946ac92492d2347c6235b4d2611184.dir"
     if test:
-        planned = test.champion.conversations + test.challenger.conversations
-        facts |= {"ab_test": test.as_dict(), "decision": outcome_gate(test, planned).as_dict()}
+        facts |= {"ab_test": test.as_dict(), "decision": decided(test.champion, test.challenger).as_dict()}
     return facts
 
 
@@ -288,7 +293,7 @@ def test_the_figures_are_those_of_the_files(whole: str) -> None:
 
 def test_reasons_are_in_plain_words_and_marked(whole: str) -> None:
     assert '<li class="failed"><strong>What customers did.</strong> challenger 44.7% of 150' in whole
-    assert '<li class="passed"><strong>Stays near the champion.</strong> KL to the champion is 1.40 nats' in whole
+    assert '<li class="passed"><strong>Stays near the champion.</strong> kl 1.4, champion 0: at most 1.4' in whole
 
 
 def test_sections_come_in_order_and_all_plots_are_drawn(whole: str) -> None:
@@ -441,8 +446,8 @@ def killed_before_the_state_was_saved(fake: Fake) -> str:
     test = ab_test(*TESTS[0], 0.05)
     fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
     fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
-    decided = {"round": 0, "test": test.as_dict(), "decision": outcome_gate(test, 300).as_dict()}
-    write_json(fake.folder(0) / "ab_test.json", decided)
+    found = {"round": 0, "test": test.as_dict(), "decision": decided(*TESTS[0]).as_dict()}
+    write_json(fake.folder(0) / "ab_test.json", found)
     return "After 1 round the assistant sells in 44.0% of conversations; it began at 20.3%."
 
 

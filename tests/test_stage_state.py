@@ -34,7 +34,7 @@ from tasks.datasets import (
     write_once,
 )
 from tasks.stage import RECORD, load_stage, run_stage
-from tasks.state import Experiment, NightState, load_state, only_one, save_state, state_file
+from tasks.state import Approval, Experiment, NightState, load_state, only_one, save_state, state_file
 
 # --- stages ----------------------------------------------------------------------------------------------------------
 
@@ -202,7 +202,13 @@ def test_a_state_is_read_back_as_it_was(tmp_path: Path) -> None:
 
 def test_conversations_that_arrive_during_a_test_are_the_next_rounds() -> None:
     assert TESTING.gathering == 3
-    assert [TESTING.advance(phase=phase).gathering for phase in ("collect", "train", "finished")] == [2, 2, 2]
+    assert [TESTING.advance(phase=phase).gathering for phase in ("collect", "train")] == [2, 2]
+
+
+def test_what_arrives_after_the_last_round_does_not_join_its_tests_conversations() -> None:
+    assert TESTING.advance(phase="finished").gathering == 4
+    waiting = Approval(id="a", kind="promote", version=5, reasons=(), evidence={}, resume="test")
+    assert TESTING.advance(phase="approve", approval=waiting).gathering == TESTING.gathering
 
 
 def test_advance_changes_a_copy() -> None:

@@ -111,7 +111,7 @@ def _error(bins: Calibration) -> str:
 
 
 def _divergence(run: RunRecord) -> str:
-    bounds = [one.bounds["max_kl"] for one in run.rounds if "max_kl" in one.bounds]
+    bounds = [one.kl_margin for one in run.rounds if one.kl_margin is not None]
     bound = f" The gate's bound on KL(challenger ‖ champion) is {bounds[-1]:g}." if bounds else ""
     return f"On held-out states, by sampling.{bound}"
 

@@ -15,7 +15,7 @@ from iterative_ppo.report.round_record import Numbers, RoundRecord, read_round
 from iterative_ppo.report.stored import label, optional, part, shaped, test_of
 
 STATE_FORMAT = 1
-PHASES = ("collect", "train", "test", "finished")
+PHASES = ("collect", "train", "test", "approve", "finished")
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.evaluation.gate import Decision
+from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.report.customers import Group, groups, read_returns, read_turns
 from iterative_ppo.report.stored import decision_of, finite, label, numbers, optional, part, shaped, test_of
 
 Numbers = Mapping[str, float]
 STAGES = ("validated", "q", "improved", "gate")
+SAMPLED = ("ppo", "grpo", "rloo")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Guarded:
+    """A guardrail's values and what it found; None where a value is not known."""
+
+    challenger: float | None
+    champion: float | None
+    margin: float | None
+    held: bool
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One round: its data, Q, improvement, gate and A/B test, as far as it has come."""
 
@@ -52,20 +64,42 @@ class RoundRecord:
     calibration: Calibration | None = None
     distance: Numbers = field(default_factory=dict)
     """How near a policy cloned from a log is to that log."""
-    curve: tuple[Numbers, ...] = ()
-    """PPO, one entry a rollout."""
+    curves: Mapping[str, tuple[Numbers, ...]] = field(default_factory=dict)
+    """Of each pass of the improvement that ran, in order: one entry an update, or a rollout of a sampled algorithm."""
     evidence: Numbers = field(default_factory=dict)
-    bounds: Numbers = field(default_factory=dict)
+    guardrails: Mapping[str, Guarded] = field(default_factory=dict)
+    """Of the offline gate, by name; one that a limit of its own has broken is not held."""
     examples: tuple[Example, ...] = ()
     temperature: float | None = None
     offline: Decision | None = None
     test: ABTest | None = None
     decision: Decision | None = None
+    looks: tuple[float, ...] = ()
+    """Looks at its A/B test, as shares of the planned conversations."""
+    void: str | None = None
+    """Why its A/B test ended without a verdict, where it did."""
+    convergence: str | None = None
+    """Whether the rounds had converged, and why, with the figure."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def promoted(self) -> bool:
         return self.decision is not None and self.decision.verdict == "promote"
+
+    @property
+    def algorithm(self) -> str | None:
+        """What improved the policy on sampled responses, where anything did."""
+        return next((name for name in SAMPLED if name in self.curves), None)
+
+    @property
+    def sampled(self) -> tuple[Numbers, ...]:
+        """That algorithm's curve, one entry a rollout."""
+        return self.curves[self.algorithm] if self.algorithm else ()
+
+    @property
+    def kl_margin(self) -> float | None:
+        """How far from the champion the offline gate lets a challenger be, nats a response."""
+        return self.guardrails["kl"].margin if "kl" in self.guardrails else None
 
     @property
     def from_logs(self) -> bool:
@@ -98,34 +132,50 @@ def _learning(folder: Path) -> dict[str, Any]:
         "q": numbers(folder / "q" / "stage.json", "metrics"),
         "calibration": _calibration(folder / "q" / "calibration.json"),
         "distance": numbers(folder / "distance" / "stage.json", "metrics"),
-        "curve": _curve(folder / "improved" / "curves.json"),
+        "curves": _curves(folder / "improved" / "curves.json"),
         "temperature": numbers(folder / "improved" / "model" / "policy.json").get("temperature"),
         "settings": {name: part(folder / name / "stage.json", "inputs") for name in STAGES},
     }
 
 
 def _gating(folder: Path) -> dict[str, Any]:
-    stage = folder / "gate" / "stage.json"
-    inputs = part(stage, "inputs")
-    with shaped(stage):
-        bounds = finite(inputs.get("gate", {}))
+    evidence = folder / "gate" / "evidence.json"
     return {
-        "evidence": numbers(folder / "gate" / "evidence.json"),
-        "bounds": bounds,
+        "evidence": numbers(evidence),
+        "guardrails": _guardrails(evidence),
         "examples": _examples(folder / "gate" / "examples.json"),
     }
+
+
+def _guardrails(path: Path) -> dict[str, Guarded]:
+    values = optional(path) or {}
+    found: dict[str, Guarded] = {}
+    with shaped(path):
+        for one in values.get("guardrails", []):
+            name, limit, _ = str(one["measure"]).partition(LIMIT)
+            held, value = bool(one["holds"]), finite(one)
+            if limit:
+                found[name] = replace(found[name], held=found[name].held and held)
+            else:
+                found[name] = Guarded(value.get("challenger"), value.get("champion"), value.get("margin"), held)
+    return found
 
 
 def _verdicts(folder: Path, row: Mapping[str, Any], state: Path) -> dict[str, Any]:
     """What state.json says; where a kill came before it was written, what the stages say."""
     with shaped(state):
         offline, decision = decision_of(row.get("offline")), decision_of(row.get("decision"))
-        test = test_of(row.get("ab_test"))
+        test, ended = test_of(row.get("ab_test")), row.get("convergence")
+        looks = tuple(float(look["fraction"]) for look in (row.get("experiment") or {}).get("looks", []))
+        convergence = f"{'yes' if ended['converged'] else 'no'}, {ended['reason']}" if ended else None
     late_test, late_decision = _ab_test(folder / "ab_test.json")
     return {
         "offline": offline or _gate(folder / "gate" / "decision.json"),
         "test": test or late_test,
         "decision": decision or late_decision,
+        "looks": looks,
+        "void": label(row.get("void")),
+        "convergence": convergence,
     }
 
 
@@ -153,10 +203,11 @@ def _calibration(path: Path) -> Calibration | None:
         return Calibration(predicted, observed, count, float(values["error"]), float(values["chance_95"]))
 
 
-def _curve(path: Path) -> tuple[Numbers, ...]:
+def _curves(path: Path) -> dict[str, tuple[Numbers, ...]]:
     values = optional(path)
     with shaped(path):
-        return tuple(finite(entry) for entry in values.get("ppo", [])) if values is not None else ()
+        entries = values.items() if values is not None else ()
+        return {name: tuple(finite(entry) for entry in curve) for name, curve in entries if curve}
 
 
 def _gate(path: Path) -> Decision | None:

@@ -10,7 +10,7 @@ from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.report import words
 from iterative_ppo.report.customers import ADOPTIONS, Group
 from iterative_ppo.report.record import RunRecord
-from iterative_ppo.report.round_record import Example, RoundRecord, Said
+from iterative_ppo.report.round_record import Example, Guarded, RoundRecord, Said
 
 NO_SUGGESTION = "(no suggestion)"
 RECENT = 5
@@ -19,16 +19,9 @@ VERDICTS = {
     "test": ("good", "passed"),
     "promote": ("good", "promoted"),
     "reject": ("bad", "rejected"),
+    "halt": ("bad", "halted"),
     "continue": ("open", "goes on"),
 }
-GUARDRAILS = (
-    ("missing_eos", "Without an end", "max_missing_eos", words.percent),
-    ("repetition", "Repeated bigrams", "max_repetition", words.percent),
-    ("length_ratio", "Length, of the champion's", "max_length_ratio", lambda x: f"{words.number(x, 2)}×"),
-    ("abstained", "Abstained", "", words.percent),
-    ("kl_challenger_champion", "KL(challenger ‖ champion)", "max_kl", lambda x: words.number(x, 2)),
-    ("kl_champion_challenger", "KL(champion ‖ challenger)", "", lambda x: words.number(x, 2)),
-)
 
 
 @dataclass(frozen=True)
@@ -82,6 +75,10 @@ def _open(run: RunRecord, one: RoundRecord) -> Pill:
         return Pill("in training", "open")
     if one.offline.verdict != "test":
         return Pill("not tested", "plain")
+    if one.void:
+        return Pill("test void", "plain")
+    if run.phase == "approve":
+        return Pill("awaits approval", "open")
     running = run.phase == "test" and not one.from_logs
     return Pill("being tested" if running else "awaits A/B test", "open")
 
@@ -109,6 +106,11 @@ def _facts(one: RoundRecord) -> Iterator[str]:
         yield f"The first policy was cloned from a log: {nats} nats a token on held-out actions"
     for reason, count in one.quarantine_reasons.items():
         yield f"Quarantined, {words.count(count)}: {reason}"
+    if one.looks:
+        shares = ", ".join(f"{fraction:.0%}" for fraction in one.looks)
+        yield f"The A/B test was looked at {words.count(len(one.looks), 'times')}, at {shares} of its plan"
+    if one.convergence:
+        yield f"Converged: {one.convergence}"
     yield from one.warnings
 
 
@@ -128,21 +130,26 @@ def group_row(origin: str, owner: str, group: Group) -> dict[str, Any]:
 
 
 def guardrails(run: RunRecord) -> dict[str, Any] | None:
-    """Signs of degeneration by round, and the gate's bounds."""
-    measured = [one for one in run.rounds if one.evidence]
+    """Every guardrail by round, the champion's value below the challenger's, and the last round's margins."""
+    measured = [one for one in run.rounds if one.guardrails]
     if not measured:
         return None
-    cells = [[_cell(one.evidence.get(key), show) for key, _, _, show in GUARDRAILS] for one in measured]
-    limits = [_cell(measured[-1].bounds.get(bound), show) for _, _, bound, show in GUARDRAILS]
+    names = list(dict.fromkeys(name for one in measured for name in one.guardrails))
     return {
-        "names": [name for _, name, _, _ in GUARDRAILS],
-        "rows": [[one.number, *line] for one, line in zip(measured, cells, strict=True)],
-        "bounds": limits if any(limit != words.NOTHING for limit in limits) else None,
+        "names": [words.GUARDRAILS.get(name, name) for name in names],
+        "rows": [[one.number, *(_cell(one.guardrails.get(name)) for name in names)] for one in measured],
+        "margins": [_margin(measured[-1].guardrails.get(name)) for name in names],
     }
 
 
-def _cell(value: float | None, show: Any) -> str:
-    return words.NOTHING if value is None else str(show(value))
+def _cell(found: Guarded | None) -> dict[str, Any]:
+    if found is None:
+        return {"text": words.NOTHING, "sub": "", "held": True}
+    return {"text": words.brief(found.challenger), "sub": words.brief(found.champion), "held": found.held}
+
+
+def _margin(found: Guarded | None) -> str:
+    return words.NOTHING if found is None else words.brief(found.margin)
 
 
 def examples(run: RunRecord) -> dict[str, Any]:

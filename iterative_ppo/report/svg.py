@@ -30,6 +30,15 @@ VARIABLES = {
     ON_DARK: "on-dark",
     ON_LIGHT: "on-light",
 }
+LIGHT = {
+    INK: "#1c2330",
+    MUTED: "#5d6675",
+    LINE: "#dfdcd5",
+    PAPER: "#ffffff",
+    CHAMPION: "#2f6690",
+    CHALLENGER: "#c1591b",
+}
+"""The light colours of the style sheet, for a picture that stands alone."""
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,

@@ -99,7 +99,7 @@ def divergence(run: RunRecord) -> str | None:
         found = [(x + shift, one.evidence[key]) for x, one in enumerate(rounds) if key in one.evidence]
         other = CHAMPION if role == CHALLENGER else CHALLENGER
         axes.plot(*zip(*found, strict=True), marker, color=colour, markersize=8, label=f"KL({role} ‖ {other})")
-    bound, top = rounds[-1].bounds.get("max_kl"), axes.get_ylim()[1]
+    bound, top = rounds[-1].kl_margin, axes.get_ylim()[1]
     if bound is not None and bound < 3 * top:
         axes.axhline(bound, color=svg.MUTED, linewidth=1, linestyle=(0, (4, 3)), label="the gate's bound")
     _by_round(axes, [f"round {one.number}" for one in rounds], "nats a response", columns=1)

@@ -26,7 +26,7 @@ def verdict(run: RunRecord) -> Verdict:
         return Verdict("Not begun", "open", "No round has been run yet; there is nothing to report.", _doing(run))
     if run.closing and run.changed:
         return _closed(run, run.closing)
-    if (last := run.rounds[-1]).offline and last.offline.verdict == "test" and not last.decision:
+    if (last := run.rounds[-1]).offline and last.offline.verdict == "test" and not (last.decision or last.void):
         return _open_test(run, last)
     if run.phase == "finished" or (run.phase is None and last.offline):
         return _finished(run) if run.changed else _unchanged(run)
@@ -57,7 +57,9 @@ def _open_test(run: RunRecord, last: RoundRecord) -> Verdict:
         return Verdict("Awaiting an A/B test", "open", sentence, _so_far(run))
     sentence = f"{policy[0].upper()}{policy[1:]} passed the offline checks and is being tested with customers"
     against = f" against {words.policy(last.champion)}" if last.champion else ""
-    detail = "The test is read once, when its planned number of conversations has matured."
+    detail = "It is looked at as planned; `ippo abtest` shows how far it has come."
+    if run.phase == "approve":
+        detail = "A person is asked for approval; `ippo status` says of what."
     return Verdict("A/B test running", "open", f"{sentence}{against}.", f"{detail} {_so_far(run)}".strip())
 
 

@@ -6,17 +6,40 @@ import math
 from collections.abc import Mapping
 
 from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.gate import UNTOLD
 
 NOTHING = "–"
 LOGGED = "logged"
 SALES = {"purchase", "sold", "sale"}
 CHECKS = {
     "E[Q]": "Expected outcome",
-    "KL": "Stays near the champion",
-    "have no end": "Finishes what it says",
-    "bigrams": "Does not repeat itself",
-    "times as long": "Keeps to the usual length",
+    "certificate:": "Certificate",
+    "off-policy gain": "Off-policy estimate",
+    "guardrail kl": "Stays near the champion",
+    "guardrail unfinished": "Finishes what it says",
+    "guardrail repetition": "Does not repeat itself",
+    "guardrail compression": "Is no loop",
+    "guardrail length": "Keeps to the usual length",
+    "guardrail brevity": "Is not too short",
+    "guardrail abstention": "Abstains no more than before",
+    "guardrail pii": "Keeps personal data to itself",
+    "guardrail acceptance": "Staff accept it",
+    "guardrail calibration": "Q keeps its promises",
+    "guardrail": "Guardrail",
     "challenger": "What customers did",
+}
+MARKS = {"failed": "failed", "passed": "passed", UNTOLD: "unknown"}
+GUARDRAILS = {
+    "kl": "KL to the champion",
+    "length": "Length, 95th percentile",
+    "brevity": "Mean length",
+    "unfinished": "Without an end",
+    "repetition": "Repeated bigrams",
+    "compression": "Compression",
+    "abstention": "Abstained",
+    "pii": "Personal data",
+    "acceptance": "Acceptance",
+    "calibration": "Calibration error of Q",
 }
 
 GLOSSARY = (
@@ -24,7 +47,7 @@ GLOSSARY = (
     ("Champion, challenger", "The policy that serves customers now, and the newer one that is tested against it."),
     ("Round", "Collect conversations, learn from them, test the result: one turn of the wheel."),
     ("Successful conversation", "One that ended with a positive outcome, for example a purchase."),
-    ("A/B test", "Customers are split at random between both policies; the test is read once, at its planned size."),
+    ("A/B test", "Customers are split at random between both policies; how often one looks is planned, and paid for."),
     ("95% interval", "The range that holds the true value in 95 of 100 such experiments."),
     ("p", "How often chance alone would show at least this gain if the new policy were no better."),
     ("Return", "The outcome of the rest of the conversation, worth a little less for each turn that it takes."),
@@ -40,6 +63,10 @@ GLOSSARY = (
     ("PPO", "The method that moves a policy towards answers that Q likes, in small steps."),
     ("Held-out", "Conversations that neither Q nor the policy has learned from."),
     ("Offline gate", "Checks on held-out conversations that a challenger must pass before customers meet it."),
+    (
+        "Guardrail",
+        "Something in which a challenger may not be worse than the champion by more than a margin, such as its length.",
+    ),
     (
         "Certificate",
         "Evidence from logs alone that a policy is better; it supports a decision, only an A/B test makes it.",
@@ -108,13 +135,21 @@ def succeeds(outcomes: Mapping[str, float]) -> str:
     return "succeeds in" if names[0] == "success" else f"reaches “{names[0]}” in"
 
 
+def brief(value: float | None) -> str:
+    """A number of any unit in three digits."""
+    return NOTHING if value is None else f"{value:.3g}".replace("-", "−")
+
+
 def reason(text: str) -> tuple[str, str, str]:
-    """A gate's reason as (`failed`, `passed` or nothing; what was checked; what was found)."""
+    """A gate's reason as (`failed`, `passed`, `unknown` or nothing; what was checked; what was found)."""
     mark, colon, found = text.partition(": ")
-    if not colon or mark not in ("failed", "passed"):
+    if not colon or mark not in MARKS:
         mark, found = "", text
     checked = next((name for sign, name in CHECKS.items() if sign in found), "")
-    return mark, checked, found
+    found = found.removeprefix("certificate: ").removeprefix("off-policy gain of whole conversations: ")
+    if mark == UNTOLD:
+        found = f"Cannot tell from these logs: {found}"
+    return MARKS.get(mark, ""), checked, found.removeprefix("guardrail ")
 
 
 def _signed(value: float) -> str:

@@ -1,0 +1,270 @@
+"""Looks at the running A/B test: the conversations that arrived as evidence, what a look finds, and its guardrails.
+
+A conversation is assigned when it begins, by its first timestamp. Its outcome counts if it comes within
+`data.outcome_window_hours`. One that is left without an outcome is here only after a silence as long, so what began
+less than two windows ago may lack just those; it is not looked at yet. Traffic without any timestamps, as the
+simulator's, is ordered as it arrived, and all of it has matured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from iterative_ppo.config import Config
+from iterative_ppo.errors import ConfigError, StoreError, TurnTableError
+from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.designs import design_of
+from iterative_ppo.evaluation.experiment import LEAST_BUSINESSES, History, Look, comparable
+from iterative_ppo.evaluation.guardrails import Said, guarded
+from iterative_ppo.evaluation.inference import inference
+from iterative_ppo.evaluation.non_inferiority import NonInferiority
+from iterative_ppo.evaluation.ramp import Ramp
+from tasks.datasets import arrived, frozen_conversations, label_outcomes
+from tasks.state import Experiment, NightState
+
+HOUR = pd.Timedelta(hours=1)
+DESIGN = ("design", "conversations", "challenger_share", "looks", "mde", "ramp", "ramp_hours", "unit")
+PAIRED = "business_conversations"
+WINDOWS = 2
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What may be looked at, and what may not yet.
+
+    Attributes:
+        history: the matured conversations of the ramp's last stage.
+        turns: their rows of the turn table. ramp, maturing: conversations of the ramp's safety stages, and later ones
+            that have not matured.
+    """
+
+    history: History
+    turns: pd.DataFrame
+    ramp: int
+    maturing: int
+
+    @property
+    def arms(self) -> tuple[int, int]:
+        """Conversations of champion and challenger."""
+        challengers = int(self.history.challenger.sum())
+        return len(self.history.challenger) - challengers, challengers
+
+    @property
+    def missing(self) -> str | None:
+        """Why there is nothing to look at, or None."""
+        empty = [name for name, count in zip(("champion", "challenger"), self.arms, strict=True) if not count]
+        if not empty:
+            return None
+        waiting = f"{self.ramp} of the ramp's first stages, {self.maturing} still maturing"
+        return f"the {' and the '.join(empty)} arm holds no matured conversation yet ({waiting})"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a look found. `test` is None where it compared nothing or the test goes on."""
+
+    look: Look
+    guardrails: tuple[NonInferiority, ...] = ()
+    test: ABTest | None = None
+
+    def kept_in(self, tested: Experiment) -> Experiment:
+        """The experiment with this look among its own."""
+        found = [one.as_dict() for one in self.guardrails]
+        return tested.model_copy(update={"looks": [*tested.looks, self.look.as_dict()], "guardrails": found})
+
+
+def ended(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """A decided experiment with all of its looks, the last one's guardrails, and its figures."""
+    tested = evidence["experiment"]
+    looks = [*tested.get("looks", []), *([evidence["look"]] if "look" in evidence else [])]
+    return {**tested, "looks": looks, "guardrails": evidence.get("guardrails", [])}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What defines a test's evidence, JSON-able."""
+    test = config.abtest.model_dump(mode="json")
+    names = (*DESIGN, PAIRED) if config.abtest.design == "anytime" else DESIGN
+    return {
+        **{f"abtest.{name}": test[name] for name in names},
+        "gate.alpha": config.gate.alpha,
+        "outcomes": dict(config.outcomes),
+        "data.outcome_window_hours": config.data.outcome_window_hours,
+    }
+
+
+def running(state: NightState) -> Experiment:
+    """The test that runs. Raises StoreError where none is recorded."""
+    if state.experiment is None:
+        raise StoreError("state.json: phase is test but no experiment is recorded; restore the file")
+    return state.experiment
+
+
+def unchanged(config: Config, tested: Experiment) -> None:
+    """Raises ConfigError where what defines the test's evidence is not what it was when the test began."""
+    now = settings_of(config)
+    for key, began in tested.settings.items():
+        if now.get(key) != began:
+            raise ConfigError(
+                f"{key}: the A/B test {tested.salt!r} began with {began!r}, now it is {now.get(key)!r}; set it back, "
+                "or end the test with `ippo abtest --stop` and its reason"
+            )
+
+
+def evidence(config: Config, state: NightState, now: datetime) -> Evidence | None:
+    """What has arrived of the running test; None where nothing has.
+
+    Raises TurnTableError for conversations that cannot be evidence, and ConfigError where the arms are defined
+    differently or the settings are no longer those that the test began with.
+    """
+    tested, frame = running(state), arrived(config, state.gathering)
+    unchanged(config, tested)
+    if frame is None:
+        return None
+    table = _conversations(label_outcomes(frame, config), tested, config.data.outcome_window_hours)
+    _check(table, config, state)
+    times = _times(table, config, tested, now)
+    due = times.hours <= times.now - times.maturity
+    table = table.assign(hours=times.hours)
+    chosen = table[due & times.last_stage].sort_values("hours", kind="stable")
+    history = History(
+        challenger=chosen["challenger"].to_numpy(dtype=bool),
+        outcome=chosen["success"].to_numpy(dtype=float),
+        assigned=chosen["hours"].to_numpy(dtype=float),
+        now=times.now,
+        window=times.maturity,
+        business=_business(chosen, config),
+        earlier=tuple(Look.from_dict(one) for one in tested.looks),
+    )
+    turns = frame[frame["conversation_id"].isin(chosen.index)]
+    return Evidence(history, turns, int((~times.last_stage).sum()), int((times.last_stage & ~due).sum()))
+
+
+def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
+    """What the configured design makes of the evidence. Guardrails and figures come only with a look that compares.
+
+    An empty arm is waited for, unless so many conversations without it are a fault of their own.
+    """
+    look = design_of(config.abtest, config.gate.alpha).look(seen.history)
+    if look.verdict == "halt" or (look.verdict == "continue" and look.statistic is None and not seen.missing):
+        return Finding(look)
+    if seen.missing:
+        return Finding(replace(look, verdict="continue", reasons=(seen.missing,)))
+    unit = "business_id" if config.abtest.unit == "business" else "conversation_id"
+    champion, challenger = (
+        Said.of_turns(_of(seen.turns, version), unit) for version in (tested.champion, tested.challenger)
+    )
+    guardrails = guarded(config.gate.guardrails, champion, challenger, config.gate.alpha)
+    decides = look.verdict != "continue"
+    test = inference(config.abtest, config.gate.alpha, seen.history, look) if decides else None
+    return Finding(look, guardrails, test)
+
+
+def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd.DataFrame:
+    """One row a conversation of either arm, in order of arrival, by its id.
+
+    It is its first answerer's, which is whom it was assigned to.
+    """
+    kept = frame[frame["policy_version"].isin([str(tested.champion), str(tested.challenger)])]
+    grouped = kept.groupby("conversation_id", sort=False)
+    table = grouped.agg(
+        version=("policy_version", "first"),
+        arm=("arm", "first"),
+        business=("business_id", "first"),
+        start=("timestamp", "min"),
+        end=("timestamp", "max"),
+        outcome=("outcome", "max"),
+    )
+    in_time = table["start"].isna() | (table["end"] - table["start"] <= window * HOUR)
+    success = (table["outcome"] > 0) & in_time
+    return table.assign(challenger=(table["version"] == str(tested.challenger)).astype(bool), success=success)
+
+
+def _check(table: pd.DataFrame, config: Config, state: NightState) -> None:
+    """Raises TurnTableError, naming a conversation, or ConfigError, where these are not a test's two arms."""
+    role = table["challenger"].map({True: "challenger", False: "champion"})
+    wrong = table[table["arm"].notna() & (table["arm"].astype(object) != role)]
+    if len(wrong):
+        one = wrong.iloc[0]
+        raise TurnTableError(
+            f"A/B test: conversation {wrong.index[0]!r} of policy {one['version']} is labelled as of the "
+            f"{one['arm']}'s arm; mend who serves or logs, then end the test with `ippo abtest --stop`"
+        )
+    trained_on = table.index[table.index.isin(frozen_conversations(config, state.round))]
+    if len(trained_on):
+        raise TurnTableError(
+            f"A/B test: conversation {trained_on[0]!r} is in the dataset of round {state.round}, which trained the "
+            f"challenger: evidence of another data set; take it out of rounds/{state.gathering:04d}/arrived"
+        )
+    champion, challenger = table[~table["challenger"]], table[table["challenger"]]
+    if len(champion) and len(challenger):
+        comparable(_definition(champion, config), _definition(challenger, config))
+    if table["start"].isna().any() and table["start"].notna().any():
+        name = table.index[table["start"].isna()][0]
+        raise TurnTableError(f"A/B test: conversation {name!r} has no timestamp although others have; log it for all")
+    if config.abtest.unit == "business" and table["business"].isna().any():
+        name = table.index[table["business"].isna()][0]
+        raise TurnTableError(f"A/B test: conversation {name!r} has no business_id, but abtest.unit is business")
+
+
+def _definition(arm: pd.DataFrame, config: Config) -> dict[str, str]:
+    found = {"timestamps": _known(arm["start"])}
+    return {**found, "business ids": _known(arm["business"])} if config.abtest.unit == "business" else found
+
+
+def _known(values: pd.Series) -> str:
+    return "in all conversations" if values.notna().all() else "in some" if values.notna().any() else "in none"
+
+
+@dataclass(frozen=True)
+class Times:
+    """When conversations were assigned, in hours since the test's start, and what that makes of them.
+
+    Attributes:
+        hours: (N,). last_stage: (N,) bool, whether the ramp was in its last stage.
+        now: the clock. maturity: hours from assignment until a conversation and its outcome are surely here.
+    """
+
+    hours: np.ndarray
+    last_stage: np.ndarray
+    now: float
+    maturity: float
+
+
+def _times(table: pd.DataFrame, config: Config, tested: Experiment, now: datetime) -> Times:
+    """The clock is the newest time in the traffic, unless that is in the future: later traffic may not be here yet."""
+    if table["start"].isna().all():
+        if config.abtest.ramp and config.source.kind != "renovation":
+            raise ConfigError(
+                "abtest.ramp: the conversations have no timestamps, so its stages cannot be told apart; log "
+                "timestamps, or end the test and set abtest.ramp=[]"
+            )
+        return Times(np.zeros(len(table)), np.ones(len(table), dtype=bool), 0.0, 0.0)
+    start = pd.Timestamp(tested.started) if tested.started else table["start"].min()
+    hours = ((table["start"] - start) / HOUR).to_numpy(dtype=float)
+    clock = (min(table["end"].max(), pd.Timestamp(now)) - start) / HOUR
+    return Times(hours, Ramp.of(config.abtest).evidence(hours), clock, maturity_hours(config))
+
+
+def maturity_hours(config: Config) -> float:
+    """Hours from a conversation's assignment until it and its outcome are surely here."""
+    return WINDOWS * config.data.outcome_window_hours
+
+
+def _business(table: pd.DataFrame, config: Config) -> np.ndarray | None:
+    """(N,) ids, where they matter: businesses are assigned, or enough of them hold several conversations."""
+    business = table["business"]
+    if config.abtest.unit != "business" and (business.isna().any() or business.nunique() < LEAST_BUSINESSES):
+        return None
+    return business.to_numpy(dtype=object).astype(str)
+
+
+def _of(turns: pd.DataFrame, version: int) -> pd.DataFrame:
+    """The rows of a version's conversations, by who answered first."""
+    first = turns.dropna(subset=["policy_version"]).groupby("conversation_id", sort=False)["policy_version"].first()
+    return turns[turns["conversation_id"].isin(first.index[first == str(version)])]

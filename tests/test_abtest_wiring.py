@@ -1,0 +1,492 @@
+"""From the turn table to the verdict of an A/B test: what counts as evidence, what is refused, what a night keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ab_arms import abtest, history
+from prefect.logging import disable_run_logger
+from scipy.stats import norm
+from typer.testing import CliRunner
+
+from flows import night
+from flows.abtest_views import standing
+from flows.command_line import app
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.errors import ConfigError, IterativePPOError, StoreError, TurnTableError
+from iterative_ppo.evaluation.ab_test import Arm, ab_test, assign
+from iterative_ppo.evaluation.bounds import bounds
+from iterative_ppo.evaluation.designs import design_of
+from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.evaluation.gate import outcome_gate
+from iterative_ppo.evaluation.inference import inference, repeated_p_value
+from iterative_ppo.evaluation.spending import upper_bounds
+from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
+from tasks import experiments, looks, registry, rounds, tracking
+from tasks.assignment import assigned, share_in_force
+from tasks.audit import history as trail
+from tasks.datasets import round_folder, turns_folder, write_once
+from tasks.state import Experiment, NightState, load_state, save_state
+from tasks.traffic import to_rows
+
+START = datetime(2026, 3, 2, tzinfo=UTC)
+LATER = START + timedelta(days=60)
+WINDOW = 72.0
+
+
+def talk(
+    name: str,
+    version: int,
+    success: bool = False,
+    hour: float | None = None,
+    lasts: float = 1.0,
+    said: str = "which room is it",
+    **more: Any,
+) -> Conversation:
+    """One suggestion, sent as it was; `hour` after the test's start."""
+    stamp = None if hour is None else START + timedelta(hours=hour)
+    end = None if stamp is None else stamp + timedelta(hours=lasts)
+    turns = (
+        Turn("hello", (0.0,), Suggestion(said, "suggested", -1.0), said, "verbatim", stamp),
+        Turn("yes" if success else None, (float(success),), timestamp=end),
+    )
+    return Conversation(name, turns, f"customer-{name}", policy_version=str(version), **more)
+
+
+def arm(version: int, successes: int, count: int, first: float | None = None, **more: Any) -> list[Conversation]:
+    """`count` conversations, one an hour from hour `first`, successes spread evenly."""
+    won = np.diff(np.floor(np.linspace(0, successes, count + 1) + 1e-9)) > 0
+    hours = [None if first is None else first + k for k in range(count)]
+    return [
+        talk(f"{version}-{first}-{k}", version, bool(w), hour, **more)
+        for k, (w, hour) in enumerate(zip(won, hours, strict=True))
+    ]
+
+
+class Test:
+    """Policy 2 is tested against 1 below a folder of its own."""
+
+    __test__ = False
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        self.overrides = {
+            "data.root": str(root / "data"),
+            "abtest.conversations": 400,
+            "abtest.ramp": [],
+            **{key.replace("__", "."): value for key, value in settings.items()},
+        }
+        self.tested = Experiment(
+            salt="s", champion=1, challenger=2, started=START, settings=looks.settings_of(self.config)
+        )
+
+    @property
+    def config(self) -> Config:
+        return load_config(overrides=self.overrides)
+
+    @property
+    def state(self) -> NightState:
+        return NightState(phase="test", champion=1, experiment=self.tested, rounds=[{"round": 0, "data_md5": "d"}])
+
+    def arrive(self, name: str, *talks: Sequence[Conversation]) -> None:
+        frame = to_rows(self.config, [one for some in talks for one in some])
+        write_once(round_folder(self.config, 1) / "arrived" / f"{name}.parquet", frame, self.config)
+
+    def evidence(self, now: datetime = LATER) -> looks.Evidence:
+        found = looks.evidence(self.config, self.state, now)
+        assert found is not None
+        return found
+
+    def take(self, now: datetime = LATER) -> looks.Finding:
+        return looks.take(self.config, self.tested, self.evidence(now))
+
+
+# --- evidence --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_and_an_empty_arm_are_no_evidence_yet(tmp_path: Path) -> None:
+    test = Test(tmp_path)
+    assert looks.evidence(test.config, test.state, LATER) is None
+    test.arrive("one", arm(1, 5, 20))
+    seen = test.evidence()
+    assert seen.arms == (20, 0)
+    assert seen.missing is not None and "the challenger arm holds no matured conversation" in seen.missing
+    found = test.take()
+    assert (found.look.verdict, found.look.reasons, found.test) == ("continue", (seen.missing,), None)
+
+
+def test_conversations_without_a_clock_have_matured_and_come_as_they_arrived(tmp_path: Path) -> None:
+    test = Test(tmp_path, abtest__ramp=[0.01, 0.1])
+    test.arrive("b", arm(2, 4, 10))
+    test.arrive("a", arm(1, 3, 10))
+    test.arrive("c", [talk("other", 7)])
+    found = test.evidence().history
+    assert found.matured == 20 and list(found.challenger) == [False] * 10 + [True] * 10
+    assert found.outcome.sum() == 7 and test.evidence().arms == (10, 10)
+
+
+def test_only_what_surely_is_here_counts_as_matured(tmp_path: Path) -> None:
+    """The newest conversations are 200 h old by the test's clock; what began 144 h before that has matured."""
+    test = Test(tmp_path)
+    test.arrive("all", arm(1, 50, 100, 0.0), arm(2, 50, 100, 99.0))
+    seen = test.evidence()
+    assert seen.history.now == pytest.approx(199.0) and seen.arms == (56, 0) and seen.maturing == 144
+    earlier = test.evidence(START + timedelta(hours=160))
+    assert earlier.arms == (17, 0), "by the clock, where rows claim to be of the future"
+
+
+def test_an_outcome_counts_only_within_its_window(tmp_path: Path) -> None:
+    test = Test(tmp_path)
+    slow, soon = (talk(name, 2, True, 1.0, WINDOW + more) for name, more in (("slow", 1), ("soon", -1)))
+    test.arrive("all", [slow, soon], [talk("new", 1, False, 1000.0)])
+    assert list(test.evidence().history.outcome) == [0.0, 1.0]
+
+
+def test_the_ramps_safety_stages_are_no_evidence(tmp_path: Path) -> None:
+    test = Test(tmp_path, abtest__ramp=[0.01, 0.1], abtest__ramp_hours=24.0)
+    early = [talk("before", 1, True, -5.0)]
+    test.arrive("all", early, arm(1, 9, 60, 0.0), arm(2, 9, 60, 0.5), [talk("new", 1, False, 1000.0)])
+    seen = test.evidence()
+    assert seen.ramp == 1 + 48 + 48 and seen.arms == (12, 12) and seen.maturing == 1
+    assert set(seen.turns["conversation_id"]) == {
+        f"{v}-{f}-{k}" for v, f in ((1, 0.0), (2, 0.5)) for k in range(48, 60)
+    }
+    assert (np.diff(seen.history.assigned) >= 0).all()
+
+
+def test_businesses_are_given_to_the_design(tmp_path: Path) -> None:
+    test = Test(tmp_path, abtest__unit="business")
+    talks = [talk(f"t{k}", 1 + k % 2, k % 4 < 2, business_id=f"b{k % 40}") for k in range(400)]
+    test.arrive("all", talks)
+    business = test.evidence().history.business
+    assert business is not None and len(set(business)) == 40
+    look = test.take().look
+    assert look.design_effect is not None and look.design_effect != 1.0
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+BOTH = (arm(1, 5, 20), arm(2, 5, 20))
+REFUSED: dict[str, tuple[dict[str, Any], list[Conversation], type[IterativePPOError], str]] = {
+    "mislabelled": ({}, [talk("x", 2, arm="champion")], TurnTableError, r"'x' of policy 2 is labelled as of the champ"),
+    "one without a time": (
+        {},
+        [talk("x", 1, hour=1.0), talk("y", 1), talk("u", 2, hour=1.0), talk("v", 2)],
+        TurnTableError,
+        r"'v' has no timestamp",
+    ),
+    "another definition": (
+        {},
+        [*arm(1, 5, 20, 0.0), *arm(2, 5, 20)],
+        ConfigError,
+        r"arms differ in timestamps: 'in all conversations' for the champion and 'in none' for the challenger",
+    ),
+    "no business": (
+        {"abtest.unit": "business"},
+        [talk("x", 1, business_id="b"), talk("y", 1), talk("z", 2), talk("w", 2, business_id="b")],
+        TurnTableError,
+        r"'y' has no business_id",
+    ),
+    "a business in both arms": (
+        {"abtest.unit": "business"},
+        [talk("x", 1, business_id="b"), talk("y", 2, business_id="b")],
+        TurnTableError,
+        r"business 'b' is in both arms",
+    ),
+    "a ramp without a clock": (
+        {"source.kind": "table", "abtest.ramp": [0.1]},
+        [*BOTH[0], *BOTH[1]],
+        ConfigError,
+        r"abtest.ramp: the conversations have no timestamps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_evidence_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
+    settings, talks, error, reason = REFUSED[name]
+    test = Test(tmp_path, **settings)
+    test.arrive("all", talks)
+    save_state(test.config.data.root, test.state)
+    with pytest.raises(error, match=reason), disable_run_logger():
+        night.look(test.config, SimpleNamespace(), test.state)  # type: ignore[arg-type]
+    assert load_state(test.config.data.root) == test.state, "nothing changed"
+
+
+def test_conversations_that_trained_the_challenger_are_refused(tmp_path: Path) -> None:
+    test = Test(tmp_path)
+    test.arrive("all", *BOTH)
+    frame = to_rows(test.config, BOTH[0][:1])
+    write_once(turns_folder(test.config, 0) / "turns.parquet", frame, test.config)
+    with pytest.raises(TurnTableError, match=r"'1-None-0' is in the dataset of round 0.*another data set"):
+        test.evidence()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("abtest.mde", 0.04), ("gate.alpha", 0.1), ("outcomes", {"purchase": 2.0}), ("abtest.looks", 3)]
+)
+def test_a_test_keeps_the_settings_that_it_began_with(tmp_path: Path, key: str, value: Any) -> None:
+    test = Test(tmp_path)
+    test.arrive("all", *BOTH)
+    test.overrides[key] = value
+    with pytest.raises(ConfigError, match=rf"{key}: the A/B test 's' began with .* set it back"):
+        test.evidence()
+
+
+def test_a_test_of_another_data_set_does_not_start(tmp_path: Path) -> None:
+    tested = Experiment(salt="s", champion=1, challenger=2, settings={"gate.alpha": 0.05})
+    started = experiments.start(tmp_path, tested, "first.dir")
+    assert experiments.start(tmp_path, tested, "first.dir") == started and started.started is not None
+    before = trail(tmp_path)
+    with pytest.raises(StoreError, match=r"data first.dir, and this one is of second.dir"):
+        experiments.start(tmp_path, tested, "second.dir")
+    assert trail(tmp_path) == before
+
+
+# --- looks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    heard: list[tuple[str, ...]] = []
+    monkeypatch.setattr(night.notify, "tell", lambda config, *message: heard.append(message))
+    monkeypatch.setattr(rounds, "open_round", lambda *_: SimpleNamespace(run_id="run"))
+    return heard
+
+
+def nightly(test: Test, name: str, *talks: Sequence[Conversation]) -> NightState:
+    """A night on what arrived until it, with a store that only takes JSON."""
+    if talks:
+        test.arrive(name, *talks)
+    store: Any = SimpleNamespace(log_json=lambda run, value, file: json.dumps(value, allow_nan=False))
+    with disable_run_logger():
+        state = night.look(test.config, store, test.state)
+    assert state.experiment is not None
+    test.tested = state.experiment
+    return state
+
+
+def test_a_night_keeps_looks_that_spent_evidence(tmp_path: Path, told: list[Any]) -> None:
+    test = Test(tmp_path, abtest__looks=4)
+    nightly(test, "a", arm(1, 10, 30), arm(2, 10, 30))
+    assert not test.tested.looks, "a look is due at 100 matured conversations"
+    nightly(test, "b", [talk(f"b{k}", 1 + k % 2, k % 3 == 0) for k in range(60)])
+    nightly(test, "nothing new")
+    assert test.tested.fractions == [pytest.approx(120 / 400)] and test.tested.guardrails
+    assert load_state(test.config.data.root).experiment == test.tested
+    nightly(test, "c", [talk(f"c{k}", 1 + k % 2, k % 3 == 0) for k in range(120)])
+    assert test.tested.fractions == pytest.approx([0.3, 0.6]) and not told
+    spent = [Look.from_dict(one).bound for one in test.tested.looks]
+    assert spent == pytest.approx(upper_bounds([0.3, 0.6], 0.05)), "the second bound knows of the first look"
+
+
+@pytest.mark.parametrize("challengers", [0, 60])
+def test_arms_of_the_wrong_size_halt_and_are_told_once(tmp_path: Path, told: list[Any], challengers: int) -> None:
+    test = Test(tmp_path)
+    for _ in range(2):
+        state = nightly(test, "a", arm(1, 30, 200), arm(2, challengers // 2, challengers))
+        assert state.phase == "test" and test.tested.looks[-1]["verdict"] == "halt"
+    assert [event for event, *_ in told] == ["alarm"] and "sample-ratio mismatch" in told[0][2]
+    assert len(test.tested.looks) == 1
+    assert share_in_force(test.config, test.tested, LATER) == 0.0, "customers meet the champion alone"
+
+
+def test_a_guardrail_of_the_arms_blocks_a_promotion(tmp_path: Path) -> None:
+    good, wordy = "which room is it", "which room is it and may I say how very glad we all are to hear from you today"
+    for said, verdict in ((good, "promote"), (wordy, "reject")):
+        test = Test(tmp_path / verdict)
+        test.arrive("all", arm(1, 40, 200), arm(2, 120, 200, said=said))
+        found = test.take()
+        assert found.look.verdict == "promote" and found.test is not None and found.test.p_value < 1e-6
+        decision = outcome_gate(found.look, found.guardrails)
+        assert decision.verdict == verdict
+        failed = [reason for reason in decision.reasons if reason.startswith("failed")]
+        assert all("guardrail length" in reason for reason in failed) and bool(failed) == (verdict == "reject")
+
+
+def test_a_gain_that_is_ruled_out_rejects_before_the_end(tmp_path: Path) -> None:
+    test = Test(tmp_path, abtest__conversations=1000)
+    test.arrive("all", arm(1, 150, 300), arm(2, 60, 300))
+    found = test.take()
+    assert found.look.verdict == "stop_futile" and found.test is not None and found.test.gain_high < 0
+    assert outcome_gate(found.look, found.guardrails).verdict == "reject"
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("design", ["fixed", "group_sequential", "anytime"])
+def test_the_p_value_agrees_with_the_verdict(design: str) -> None:
+    for successes in (30, 36, 42, 48, 80):
+        arms = Arm(30, 150), Arm(successes, 150)
+        config, seen = abtest(design=design, conversations=300), history(*arms)
+        look = design_of(config, 0.05).look(seen)
+        found = inference(config, 0.05, seen, look)
+        assert (found.p_value < 0.05) == (look.verdict == "promote")
+        assert (found.champion, found.challenger) == arms
+        assert look.low is not None and look.high is not None
+        assert found.gain_low < look.low < found.gain < look.high < found.gain_high
+
+
+def test_one_look_at_the_planned_size_is_a_plain_test() -> None:
+    arms = Arm(100, 500), Arm(125, 500)
+    plain = ab_test(*arms, 0.05)
+    for design in ("fixed", "group_sequential"):
+        config, seen = abtest(design=design, conversations=1000), history(*arms)
+        found = inference(config, 0.05, seen, design_of(config, 0.05).look(seen))
+        assert found.p_value == pytest.approx(plain.p_value, rel=0.01)
+        assert (found.gain_low, found.gain_high) == pytest.approx((plain.gain_low, plain.gain_high), abs=2e-3)
+
+
+def test_the_repeated_p_value_is_the_level_at_which_the_bound_is_met() -> None:
+    fractions = [0.2, 0.5, 0.8]
+    for alpha in (0.01, 0.05, 0.3):
+        assert repeated_p_value(fractions, upper_bounds(fractions, alpha)[-1]) == pytest.approx(alpha, rel=1e-4)
+    assert repeated_p_value(fractions, 7.9) <= 1e-9 and repeated_p_value(fractions, -3.0) > 0.9
+    assert repeated_p_value([1.2], 1.3) == pytest.approx(norm.sf(1.3))
+
+
+def test_arms_that_do_not_vary_have_the_figures_of_a_fixed_sample() -> None:
+    config, seen = abtest(conversations=200), history(Arm(0, 100), Arm(0, 100))
+    look = design_of(config, 0.05).look(seen)
+    assert look.verdict == "reject" and inference(config, 0.05, seen, look) == ab_test(Arm(0, 100), Arm(0, 100), 0.05)
+
+
+def test_bounds_are_those_taken_then_those_planned() -> None:
+    config = abtest(looks=4)
+    look = design_of(config, 0.05).look(history(Arm(400, 1000), Arm(405, 1000)))
+    found = bounds(config, 0.05, [look])
+    assert [one.fraction for one in found] == pytest.approx([2000 / 3000, 0.75, 1.0])
+    assert [one.statistic is None for one in found] == [False, True, True] and found[0].bound == look.bound
+    (fixed,) = bounds(abtest(design="fixed"), 0.05, [])
+    assert (fixed.fraction, fixed.bound) == (1.0, pytest.approx(1.645, abs=1e-3))
+
+
+# --- who answers -----------------------------------------------------------------------------------------------------
+
+
+def test_the_share_follows_the_ramp_and_units_stay(tmp_path: Path) -> None:
+    test = Test(tmp_path, abtest__ramp=[0.01, 0.1], abtest__ramp_hours=24.0)
+    config, state = test.config, test.state
+    shares = [share_in_force(config, test.tested, START + timedelta(hours=h)) for h in (-1, 0, 23.9, 24, 48, 900)]
+    assert shares == [0.01, 0.01, 0.01, 0.1, 0.5, 0.5]
+    met: set[str] = set()
+    for hour in (1, 30, 60):
+        now = START + timedelta(hours=hour)
+        who = {u: assigned(config, state, 1, u, now) for u in map(str, range(3000))}
+        challenged = {u for u, one in who.items() if one.arm == "challenger"}
+        assert met <= challenged and {who[u].version for u in challenged} <= {2}
+        assert all((assign(u, "s", 0.5) == "challenger") >= (u in challenged) for u in who)
+        met = challenged
+    assert abs(len(met) / 3000 - 0.5) < 0.03
+
+
+def test_without_a_test_or_after_it_the_champion_answers(tmp_path: Path) -> None:
+    test = Test(tmp_path)
+    config, state, nobody = test.config, test.state, NightState()
+    assert assigned(config, nobody, 4, "u", LATER).version == 4
+    assert assigned(config, state, 3, "u", LATER) == assigned(config, nobody, 3, "u", LATER)
+    assert {assigned(config, state, 1, str(u), LATER).version for u in range(50)} == {1, 2}
+    experiments.end(config.data.root, test.tested, {"verdict": "reject", "reasons": []}, {})
+    assert {assigned(config, state, 1, str(u), LATER).version for u in range(50)} == {1}
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def ippo(test: Test, *arguments: str) -> Any:
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in test.overrides.items()]
+    return CliRunner().invoke(app, [*arguments, *sets])
+
+
+def test_abtest_shows_the_running_test(tmp_path: Path, told: list[Any]) -> None:
+    test = Test(tmp_path, abtest__looks=4)
+    nightly(test, "a", [talk(f"a{k}", 1 + k % 2, k % 3 == 0) for k in range(120)])
+    plots = [tmp_path / f"path.{kind}" for kind in ("png", "svg", "html")]
+    for plot in plots:
+        shown = ippo(test, "abtest", "--plot", str(plot))
+        assert shown.exit_code == 0, shown.output
+    for words in (
+        "policy version 2 against 1",
+        "120 of 400",
+        "next look: at 200",
+        "verdict so far: continue",
+        "length",
+    ):
+        assert words in shown.output
+    assert plots[0].read_bytes().startswith(b"\x89PNG") and "<svg" in plots[1].read_text(encoding="utf-8")
+    assert plots[2].read_text(encoding="utf-8").startswith("<!doctype html>")
+    values = json.loads(ippo(test, "abtest", "--json").stdout)
+    assert values["matured"] == {"champion": 60, "challenger": 60} and values["looks"] == test.tested.looks
+    assert [one["statistic"] is None for one in values["bounds"]] == [False, True, True, True]
+
+
+def test_abtest_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    test = Test(tmp_path)
+    assert isinstance(ippo(test, "abtest").exception, StoreError)
+    assert isinstance(ippo(test, "abtest", "--plot", "path.gif").exception, ConfigError)
+    assert not list(tmp_path.rglob("path.*"))
+
+
+def test_abtest_shows_the_last_test_that_ended(tmp_path: Path) -> None:
+    test = Test(tmp_path)
+    test.arrive("all", arm(1, 40, 200), arm(2, 120, 200))
+    found = test.take()
+    assert found.test is not None
+    evidence = {
+        "experiment": test.tested.model_dump(mode="json"),
+        "look": found.look.as_dict(),
+        "guardrails": [one.as_dict() for one in found.guardrails],
+    }
+    decision = outcome_gate(found.look, found.guardrails).as_dict()
+    record = {"round": 3, "experiment": looks.ended(evidence), "ab_test": found.test.as_dict(), "decision": decision}
+    shown = standing(test.config, NightState(rounds=[record]), LATER)
+    assert (shown["running"], shown["round"], shown["verdict"]) == (False, 3, "promote")
+    assert len(shown["looks"]) == 1 and shown["guardrails"]
+    json.dumps(shown, allow_nan=False)
+
+
+def test_abtest_shows_a_test_that_became_void(tmp_path: Path, told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    test = Test(tmp_path)
+    nightly(test, "a", [talk(f"a{k}", 1 + k % 2, k % 3 == 0) for k in range(120)])
+    monkeypatch.setattr(night.champions, "end_void_test", lambda *_: "another became the champion")
+    closed = night.follow(test.config, SimpleNamespace(finish=lambda run: None), test.state)  # type: ignore[arg-type]
+    shown = standing(test.config, closed, LATER)
+    assert (closed.experiment, closed.phase, shown["running"]) == (None, "collect", False)
+    assert (shown["verdict"], shown["reasons"]) == ("void", ["another became the champion"])
+    assert shown["looks"] == test.tested.looks
+
+
+def test_a_test_that_is_stopped_is_void(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = Test(tmp_path)
+    root, withdrawn = test.config.data.root, []
+    save_state(root, test.state)
+    monkeypatch.setattr(tracking, "open_tracking", lambda config: None)
+    monkeypatch.setattr("flows.champions.settle", lambda *_: ())
+    monkeypatch.setattr(registry, "withdraw", lambda store, number, reason: withdrawn.append(number))
+    done = ippo(test, "abtest", "--stop", "the shares are off")
+    assert done.exit_code == 0 and withdrawn == [2]
+    reason = experiments.void(root, test.tested, {1, 2})
+    assert reason is not None and "the shares are off" in reason
+    assert isinstance(ippo(test, "abtest", "--stop", "again").exception, StoreError)
+    assert len(trail(root)) == 1
+    shown = ippo(test, "abtest").output
+    assert "verdict so far: void" in shown and "the shares are off" in shown and "meets 0% of customers" in shown
+
+
+def test_plan_names_a_size_for_each_design(tmp_path: Path) -> None:
+    test = Test(tmp_path)
+    arguments = ("plan", "--base", ".3", "--mde", ".1", "--power", ".9", "--alpha", ".01", "--per-day", "100")
+    values = {one["design"]: one for one in json.loads(ippo(test, *arguments, "--json").stdout)}
+    assert set(values) == {"fixed", "group_sequential", "anytime"}
+    assert values["fixed"]["most"] < values["group_sequential"]["most"] < values["anytime"]["most"]
+    assert values["fixed"]["most_days"] == pytest.approx(6 + values["fixed"]["most"] / 100, abs=0.1)
+    shown = ippo(test, *arguments).stdout
+    assert f"set abtest.conversations={values['group_sequential']['most']}" in shown
+    assert isinstance(ippo(test, "plan", "--base", ".99").exception, ConfigError)
