@@ -16,27 +16,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.results_file import figure, mean_interval, write
+from benchmarks.baselines import Learner, actor_critic, advantage_weighted, cloned, online_rloo, sharpened
+from benchmarks.results_file import write
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.environments.renovation import Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.files import fingerprint, read_json, whole_directory, write_json
 from tasks.traffic import copying_lessons, environment, outcome_of, scripted_corpus, to_rows
 
 WORK = Path(__file__).parent / "work" / "learning"
 ROUND, EVALUATION = 1500, 5000
+EXACT = (0, 3, 5)
+"""Rounds after which success is measured on more conversations, and greedily."""
+GREEDY = 1e-3
+"""A temperature at which sampling takes the likeliest token."""
 OURS, CLONING, MYOPIC = "iterative PPO", "filtered behaviour cloning", "myopic: trained on acceptance"
-BEST_OF_N = "best of n by Q, cloned"
+ONLINE = "trajectory RLOO, updated every 250 conversations"
+LEARNERS: dict[str, Learner] = {
+    "pi_0 sharpened": sharpened,
+    CLONING: cloned,
+    "advantage-weighted regression": advantage_weighted,
+    "trajectory actor-critic": actor_critic,
+}
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
-    CLONING: {},
+    "best of n by Q, cloned": {"improve.ppo.episodes": 0},
+    **{name: {} for name in LEARNERS},
+    ONLINE: {},
     MYOPIC: {"improve.reward": "acceptance", "q.corpus_epochs": 0.0},
-    BEST_OF_N: {"improve.ppo.episodes": 0},
-    "logged pass, then PPO": {
-        "improve.logged.epochs": 5.0,
-        "improve.best_of_n.epochs": 0.0,
-        "improve.ppo.kl_coefficient": 0.3,
-    },
     "paper's shape: PPO alone, KL to pi_i, Monte Carlo Q": {
         "improve.best_of_n.epochs": 0.0,
         "improve.ppo.kl_coefficient": 0.3,
@@ -45,7 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "q.target": "monte_carlo",
     },
 }
-ROUNDS = {MYOPIC: 1}
+ROUNDS = {OURS: 5, MYOPIC: 1}
+"""Rounds of those that do not make as many as asked for."""
 
 
 def configuration(method: str, seed: int) -> Config:
@@ -65,6 +72,7 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
     for number in range(rounds + 1):
         place = folder / f"{number}"
         if (place / "result.json").exists():
+            _greedily(config, number, place)
             continue
         began = time.process_time()
         with whole_directory(place) as draft:
@@ -77,9 +85,10 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
             if number == 0 and method != OURS and started.exists():
                 result = read_json(started)
             else:
-                result = _measure(config, number, draft, final=number in (0, rounds))
+                result = _measure(config, number, draft, EVALUATION if number in EXACT else ROUND)
             result |= {"cpu_seconds": trained - began, "cpu_seconds_evaluation": time.process_time() - trained}
             write_json(draft / "result.json", result)
+        _greedily(config, number, place)
         print(f"{method}, seed {seed}, round {number}: {result['success']:.3f}", flush=True)
 
 
@@ -105,22 +114,17 @@ def _improve(config: Config, method: str, before: Path, number: int, draft: Path
     from iterative_ppo.mdp import turn_table
 
     policy = LanguagePolicy.load(before / "model")
-    talks = collect(policy, environment(config), ROUND, 10_000 * (config.seed + 1) + number, str(number))
+    seed = 10_000 * (config.seed + 1) + number
+    if method == ONLINE:
+        online_rloo(policy, ROUND, config, seed).save(draft / "model")
+        return
+    talks = collect(policy, environment(config), ROUND, seed, str(number))
+    if method in LEARNERS:
+        LEARNERS[method](policy, talks, config).save(draft / "model")
+        return
     frame = to_rows(config, talks)
     turn_table.write(frame, draft / "turns.parquet", config.outcomes)
-    improved = (
-        _clone(config, policy, talks) if method == CLONING else _policy_iteration(config, policy, frame, before, draft)
-    )
-    improved.save(draft / "model")
-
-
-def _clone(config: Config, policy: Any, talks: list[Any]) -> Any:
-    from iterative_ppo.learning.supervised import fine_tune
-
-    won = [talk for talk in talks if talk.turns[-1].outcomes[0] > 0]
-    sequences = [s for talk in won for s in policy.renderer.encode(talk)[0]]
-    gentle = config.supervised.model_copy(update={"learning_rate": 0.001, "epochs": 4.0})
-    return fine_tune(policy, sequences, gentle, config.seed)[0]
+    _policy_iteration(config, policy, frame, before, draft).save(draft / "model")
 
 
 def _policy_iteration(config: Config, policy: Any, frame: Any, before: Path, draft: Path) -> Any:
@@ -141,70 +145,40 @@ def _policy_iteration(config: Config, policy: Any, frame: Any, before: Path, dra
     return improve_policy(policy, current, behaviour, q, prompts, config, config.seed).policy
 
 
-def _measure(config: Config, number: int, draft: Path, final: bool) -> dict[str, float]:
-    """Success on fresh conversations: 5,000 at the first and the last round, 1,500 between."""
+def _measure(config: Config, number: int, draft: Path, conversations: int) -> dict[str, float]:
+    """Success and manners on fresh conversations."""
     from iterative_ppo.environments.phrases import parse
     from iterative_ppo.learning.language_model import LanguagePolicy
 
     policy = LanguagePolicy.load(draft / "model")
-    count = EVALUATION if final else ROUND
-    talks = collect(policy, environment(config), count, 5_000_000 + 1000 * config.seed + number, "evaluation")
+    talks = collect(policy, environment(config), conversations, 5_000_000 + 1000 * config.seed + number, "evaluation")
     actions = [turn.suggestion for talk in talks for turn in talk.turns if turn.suggestion]
     said = [a.text or "" for a in actions if a.status == "suggested"]
     adopted = [turn.adoption == "verbatim" for talk in talks for turn in talk.turns if turn.adoption]
     return {
         "success": outcome_of(talks).rate,
-        "conversations": count,
+        "conversations": conversations,
         "well_formed": float(np.mean([parse(text).kind != "unclear" for text in said])) if said else 1.0,
         "abstained": 1.0 - len(said) / len(actions),
         "verbatim": float(np.mean(adopted)) if adopted else 0.0,
     }
 
 
-def table(seeds: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Figures over seeds, from finished cells; a method that some seed has not finished is left out."""
-    rows: list[dict[str, Any]] = []
-    rate: dict[tuple[str, int], np.ndarray] = {}
-    for method in METHODS:
-        for number in range(ROUNDS.get(method, rounds) + 1):
-            paths = [cell_path(method, seed) / f"{number}" / "result.json" for seed in seeds]
-            if not all(path.exists() for path in paths):
-                continue
-            results = [read_json(path) for path in paths]
-            rate[method, number] = np.array([r["success"] for r in results])
-            mean, low, high = mean_interval(rate[method, number])
-            cpu = float(np.mean([r["cpu_seconds"] for r in results]))
-            rows.append(figure(f"success, {method}, round {number}", mean, (low, high), seeds=seeds, cpu_seconds=cpu))
-            well = mean_interval([r["well_formed"] for r in results])
-            if number in (0, rounds):
-                rows.append(figure(f"well-formed messages, {method}, round {number}", well[0], well[1:], seeds=seeds))
-    return rows + _comparisons(rate, seeds, rounds)
+def _greedily(config: Config, number: int, place: Path) -> None:
+    """Success where every message is the likeliest one."""
+    from iterative_ppo.learning.language_model import LanguagePolicy
 
-
-def _comparisons(rate: dict[tuple[str, int], np.ndarray], seeds: list[int], rounds: int) -> list[dict[str, Any]]:
-    """What the figures are held against; every comparison pairs the seeds."""
-    start, ours = rate[OURS, 0], rate[OURS, rounds]
-    ratio, interval = float(ours.mean() / start.mean()), mean_interval(ours / start)[1:]
-    inside = bool(0.15 <= start.mean() <= 0.25)
-    rows = [
-        figure("mean success after the last round over pi_0's", ratio, interval, ">= 3", ratio >= 3, seeds),
-        figure("pi_0's success", start.mean(), mean_interval(start)[1:], ".15 to .25", inside, seeds),
-    ]
-    for method, number in [(m, n) for m in METHODS if m != OURS for n in range(1, rounds + 1)]:
-        if (method, number) in rate:
-            mean, low, high = mean_interval(rate[OURS, number] - rate[method, number])
-            rows.append(figure(f"margin over {method}, round {number}", mean, (low, high), "> 0", low > 0, seeds))
-    for number, least in ((1, 0.58), (3, 0.82)):
-        if (OURS, number) in rate:
-            mean, low, high = mean_interval(rate[OURS, number])
-            what = f"success after {number} rounds"
-            rows.append(figure(what, mean, (low, high), f">= {least}", mean >= least, seeds))
-    oracle = outcome_of(collect(Script(1.0), environment(configuration(OURS, 0)), EVALUATION, 99, "oracle"))
-    return [*rows, figure("the scripted oracle's success", oracle.rate, None, ">= .80", oracle.rate >= 0.8)]
+    if number not in EXACT or (place / "greedy.json").exists():
+        return
+    policy = LanguagePolicy.load(place / "model").at(GREEDY)
+    talks = collect(policy, environment(config), ROUND, 7_000_000 + 1000 * config.seed + number, "greedy")
+    write_json(place / "greedy.json", {"success": outcome_of(talks).rate, "conversations": ROUND})
 
 
 def main() -> None:
     """Run all cells in `--jobs` processes, then print and write the table."""
+    from benchmarks.learning_table import table
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import hackers
 from benchmarks.chain_logs import CHAIN, GAMMA, Log, behaviours, divergence, fitted_q, improved, sampled_q
-from benchmarks.results_file import figure, write
+from benchmarks.results_file import figure
 from iterative_ppo.config import load_config
 from iterative_ppo.evaluation.certificate import Certificate, certify
 from iterative_ppo.evaluation.metrics import proportion_interval
@@ -163,7 +163,3 @@ def unbiased(what: str, champion: np.ndarray, challenger: np.ndarray, seed: int)
     z = float((found.mean() - CHAIN.value(challenger, GAMMA)) / (found.std(ddof=1) / np.sqrt(len(found))))
     name = f"bias of doubly_robust with a wrong Q in standard errors, {what}"
     return figure(name, z, None, "within 3", abs(z) <= 3, cpu_seconds=time.process_time() - began)
-
-
-if __name__ == "__main__":
-    write("bench-ope", rows())

@@ -1,4 +1,4 @@
-"""`make bench-q`: the estimators of Q on the chain, in the simulator and on STAR; several outcomes; speed.
+"""`make bench-q`: the estimators of Q on the chain, in the simulator and on STAR; several outcomes; credit; speed.
 
 Resumable by part, method and seed: what is in benchmarks/work is not done again.
 """
@@ -13,12 +13,14 @@ import torch
 
 from benchmarks.q_cells import Row
 from benchmarks.q_chain import chain
+from benchmarks.q_credit import credit
+from benchmarks.q_exploration import exploration
 from benchmarks.q_outcomes import outcomes
 from benchmarks.q_simulator import ranking
 from benchmarks.q_speed import speed
 from benchmarks.results_file import write
 
-PARTS = ("speed", "chain", "outcomes", "ranking", "star")
+PARTS = ("speed", "chain", "exploration", "outcomes", "credit", "ranking", "star")
 
 
 def star(data: Path) -> list[Row]:
@@ -46,7 +48,9 @@ def main() -> None:
     made: dict[str, Callable[[], list[Row]]] = {
         "speed": speed,
         "chain": lambda: chain(seeds),
+        "exploration": exploration,
         "outcomes": lambda: outcomes(seeds),
+        "credit": lambda: credit(seeds),
         "ranking": lambda: ranking(seeds, arguments.states),
         "star": lambda: star(arguments.data),
     }

@@ -101,8 +101,13 @@ def abtest(
 
 def _standing(config: Config) -> dict[str, Any]:
     from flows.abtest_views import standing
+    from flows.champions import end_void_test, settle
+    from tasks import tracking
     from tasks.state import load_state
 
+    store = tracking.open_tracking(config)
+    settle(config, store, "ippo abtest")
+    end_void_test(config, store, load_state(config.data.root))
     return standing(config, load_state(config.data.root), datetime.now(UTC))
 
 

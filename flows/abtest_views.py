@@ -15,8 +15,9 @@ from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.bounds import Bound, bounds
 from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.plan import PlannedDesign
-from tasks import experiments, looks
+from tasks import approvals, experiments, looks
 from tasks.assignment import share_in_force
+from tasks.audit import history
 from tasks.state import Experiment, NightState
 
 PLAN = ("design", "at most", "if equal", "if better")
@@ -52,19 +53,24 @@ def _running(config: Config, state: NightState, tested: Experiment, now: datetim
         "matured": dict(zip(("champion", "challenger"), arms, strict=True)),
         "waiting": waiting,
         "share": share_in_force(config, tested, now),
-        "next_look": _next_look(config, told["bounds"], sum(arms)) if verdict["verdict"] == "continue" else None,
+        "next_look": _next_look(config, told["bounds"], seen, now) if verdict["verdict"] == "continue" else None,
     }
 
 
 def _told(config: Config, number: int, tested: Experiment) -> dict[str, Any]:
-    taken = [Look.from_dict(one) for one in tested.looks]
+    settings = {**looks.settings_of(config), **tested.settings}
+    taken, design, alpha = (
+        [Look.from_dict(one) for one in tested.looks],
+        settings["abtest.design"],
+        settings["gate.alpha"],
+    )
     return {
         "round": number,
         **tested.model_dump(mode="json", include={"salt", "champion", "challenger", "started", "looks", "guardrails"}),
-        "design": config.abtest.design,
-        "planned": config.abtest.conversations,
-        "alpha": config.gate.alpha,
-        "bounds": [asdict(bound) for bound in bounds(config.abtest, config.gate.alpha, taken)],
+        "design": design,
+        "planned": settings["abtest.conversations"],
+        "alpha": alpha,
+        "bounds": [asdict(bound) for bound in bounds(design, settings["abtest.looks"], alpha, taken)],
     }
 
 
@@ -74,6 +80,10 @@ def _verdict(config: Config, state: NightState, tested: Experiment, seen: looks.
     if ended is not None:
         return {"verdict": ended["verdict"], "reasons": [*ended["reasons"], "the next night goes on from there"]}
     if state.approval is not None and state.approval.kind == "promote":
+        records = history(config.data.root)
+        if answered := approvals.answer(records, state.approval):
+            verdict = "promote" if approvals.approved(records, state.approval) else "reject"
+            return {"verdict": verdict, "reasons": [answered, *state.approval.reasons]}
         return {"verdict": "awaits approval", "reasons": list(state.approval.reasons)}
     nothing = ["no conversation of it has arrived yet"] if seen is None else [seen.missing] if seen.missing else []
     if tested.looks:
@@ -81,14 +91,20 @@ def _verdict(config: Config, state: NightState, tested: Experiment, seen: looks.
     return {"verdict": "continue", "reasons": nothing or ["no look has been taken yet"]}
 
 
-def _next_look(config: Config, ahead: Sequence[Mapping[str, Any]], matured: int) -> dict[str, Any] | None:
-    """The next look of the plan, in matured conversations of both arms."""
+def _next_look(
+    config: Config, ahead: Sequence[Mapping[str, Any]], seen: looks.Evidence | None, now: datetime
+) -> dict[str, Any] | None:
+    """The next look of the plan, in matured conversations of both arms, and about when, at the pace so far."""
     planned = [one for one in ahead if one["statistic"] is None]
     if not planned:
         return None
+    matured = sum(seen.arms) if seen else 0
     anytime = config.abtest.design == "anytime"
     due = matured if anytime else math.ceil(planned[0]["fraction"] * config.abtest.conversations - 1e-9)
-    return {"conversations": due, "due": matured >= due and matured > 0, "bound": planned[0]["bound"]}
+    is_due, pace = matured >= due and matured > 0, seen.pace if seen else None
+    expected = max(pace.matured(due), now).isoformat(timespec="minutes") if pace and not is_due else None
+    found = {"conversations": due, "due": is_due, "bound": planned[0]["bound"], "expected": expected}
+    return found | {"conversations_per_day": round(24 * pace.hourly, 1) if pace else None}
 
 
 def lines(told: Mapping[str, Any]) -> Iterator[str]:
@@ -102,7 +118,8 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
             f"{matured['challenger']:,} challenger); still maturing: {waiting['maturing']:,}; of the ramp's safety "
             f"stages, no evidence: {waiting['ramp']:,}"
         )
-        yield f"the challenger now meets {told['share']:.0%} of customers"
+        if told["verdict"] not in ("promote", "reject"):
+            yield f"the challenger now meets {told['share']:.0%} of customers"
         yield _next(told)
     yield f"verdict{' so far' if told['running'] else ''}: {told['verdict']}"
     yield from (f"  {reason}" for reason in told["reasons"])
@@ -115,6 +132,9 @@ def _next(told: Mapping[str, Any]) -> str:
     if following is None:
         return "next look: none"
     when = "the next night takes it" if following["due"] else f"at {following['conversations']:,} matured conversations"
+    if following["expected"]:
+        day = datetime.fromisoformat(following["expected"]).date()
+        when += f", about {day} at {following['conversations_per_day']:,g} conversations a day"
     return f"next look: {when}; bound {following['bound']:.4g}"
 
 

@@ -104,6 +104,10 @@ def suggest(
         str | None,
         typer.Option(help="Id of the conversation, or business: during an A/B test its hash decides who answers."),
     ] = None,
+    began: Annotated[
+        str | None,
+        typer.Option(help="With --unit: when the conversation began (2026-03-02T09:30:00+01:00); without it, now."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     params: Params = None,
     sets: Sets = None,
@@ -114,10 +118,11 @@ def suggest(
     messages alternate and the last one is the customer's.
     """
     config, _, _ = configured(params, sets)
-    from flows.suggesting import read_state, suggestion_for
+    from flows.suggesting import read_state, suggestion_for, time_of
 
     state = read_state(sys.stdin.read() if str(conversation) == "-" else _text(conversation), str(conversation))
-    typer.echo(json.dumps(suggestion_for(config, state, alias, seed, unit), ensure_ascii=False))
+    started = time_of(began) if began else None
+    typer.echo(json.dumps(suggestion_for(config, state, alias, seed, unit, started), ensure_ascii=False))
 
 
 def _text(path: Path) -> str:

@@ -131,7 +131,7 @@ def await_conversations(config: Config, store: tracking.Tracking, state: NightSt
 def freeze(config: Config, store: tracking.Tracking, state: NightState, number: int) -> NightState:
     """Validate and version what arrived for round `number`; training is next."""
     context = rounds.open_round(config, store, number)
-    dataset = rounds.freeze_dataset(context, state.outcome_rates)
+    dataset = rounds.freeze_dataset(context, state.outcome_rates, rounds.label_outcomes(context))
     rates, champion = outcome_rates(dataset, config), registry.champion(store)
     return _saved(config, state.advance(round=number, phase="train", champion=champion, outcome_rates=rates))
 
@@ -139,6 +139,7 @@ def freeze(config: Config, store: tracking.Tracking, state: NightState, number: 
 def outcome_rates(dataset: Dataset, config: Config) -> dict[str, float]:
     """Success rate of each policy version in a dataset, to notice a shift of the same version later."""
     ends = closed(dataset.read(config)).dropna(subset=["policy_version"])
+    ends = ends[ends["persona"].isna()]
     rates = (ends["outcome"] > 0).groupby(ends["policy_version"].astype(str)).mean()
     return {str(version): float(rate) for version, rate in rates.items()}
 
@@ -211,7 +212,8 @@ def look(config: Config, store: tracking.Tracking, state: NightState) -> NightSt
         return looked(config, store, state, found)
     evidence = test_evidence(config, store, state, found, decision)
     if decision.verdict == "promote" and config.gate.promotion == "approve":
-        return _saved(config, champions.asked(config, state, approval(tested, evidence)))
+        kept = state.advance(experiment=found.kept_in(tested))
+        return _saved(config, champions.asked(config, kept, approval(tested, evidence)))
     return conclude(config, store, state, evidence)
 
 

@@ -38,7 +38,7 @@ def _round(config: Config) -> dict[str, Any]:
         return state.rounds[-1]
     talks = _taken_up(config)
     context = rounds.open_round(config, store, state.round)
-    dataset = rounds.freeze_dataset(context, state.outcome_rates)
+    dataset = rounds.freeze_dataset(context, state.outcome_rates, rounds.label_outcomes(context))
     if registry.champion(store) is None:
         rounds.initialize(context, for_cloning(config, talks), str(config.source.path))
     champion = registry.champion(store)

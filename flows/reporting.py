@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flows.champions import end_void_test, settle
 from iterative_ppo.config import Config
@@ -25,22 +26,26 @@ def status_lines(config: Config) -> Iterator[str]:
         e = state.experiment
         yield f"challenger: policy version {e.challenger} awaits its A/B test against version {e.champion}"
     if state.approval and not reason:
-        yield f"waits for you: {approvals.command(state.approval)}"
-        yield from state.approval.reasons
+        answered = approvals.answer(registry.history(config.data.root), state.approval)
+        yield answered or f"waits for you: {approvals.command(state.approval)}"
+        yield from () if answered else state.approval.reasons
     for record in state.rounds:
-        gate = record["offline"]
-        line = f"round {record['round']}: policy {record['challenger']} from {record['champion']}, "
-        line += f"offline {gate['verdict']}"
-        if decision := record.get("decision"):
-            line += f", A/B {decision['verdict']}: {decision['reasons'][0]}"
-        elif gate["verdict"] == "reject":
-            line += f": {gate['reasons'][0]}"
-        elif "void" in record:
-            line += ", A/B void"
-        yield line
+        yield _round_line(record)
         if distance := record.get("distance"):
             nats = distance.get("held_out_nats_a_token", float("nan"))
             yield f"the champion, cloned from the log, is {nats:.2f} nats a token from it on held-out conversations"
+
+
+def _round_line(record: Mapping[str, Any]) -> str:
+    """A round in a line, as far as it has come."""
+    line = f"round {record['round']}: policy {record.get('challenger', '-')} from {record.get('champion', '-')}"
+    gate = record.get("offline")
+    line += f", offline {gate['verdict']}" if gate else ", not gated yet"
+    if decision := record.get("decision"):
+        return f"{line}, A/B {decision['verdict']}: {decision['reasons'][0]}"
+    if gate and gate["verdict"] == "reject":
+        return f"{line}: {gate['reasons'][0]}"
+    return f"{line}, A/B void: {record['void']}" if "void" in record else line
 
 
 def publish(config: Config, out: Path) -> Path:

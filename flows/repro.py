@@ -9,7 +9,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.errors import ConfigError, did_you_mean
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
-from tasks import gating, learning, validation
+from tasks import gating, labels, learning, validation
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, Prompts
 from tasks.stage import Stage, load_stage, run_stage
@@ -68,11 +68,13 @@ def _validate(config: Config) -> Stage:
     source = folder(config) / "collected" / "turns.parquet"
 
     def work(draft: Path) -> dict[str, float]:
-        checked = validation.validate(turn_table.read(source, config.outcomes), config)
+        checked = validation.validate(labels.judged(turn_table.read(source, config.outcomes), config), config)
         turn_table.write(checked.good, draft / "turns.parquet", config.outcomes)
         return {"quarantined": float(checked.bad["conversation_id"].nunique())}
 
-    return run_stage(folder(config) / "validated", {"from": content_hash(source)}, work)
+    return run_stage(
+        folder(config) / "validated", {"from": content_hash(source), "labels": labels.definition(config)}, work
+    )
 
 
 def _dataset(config: Config) -> Dataset:

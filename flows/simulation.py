@@ -13,10 +13,10 @@ from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest, ab_test
 from iterative_ppo.files import write_json
 from tasks import registry, rounds, tracking
+from tasks.assignment import assigned
 from tasks.datasets import round_folder
-from tasks.learning import PolicyVersion
 from tasks.stage import run_stage
-from tasks.state import NightState, load_state
+from tasks.state import load_state
 from tasks.traffic import deliver, outcome_of, simulate
 
 MAX_NIGHTS = 100
@@ -40,7 +40,7 @@ def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] |
 
 
 def traffic(config: Config) -> None:
-    """One day of simulated customers: the champion alone, or both arms of a running test."""
+    """One day of simulated customers: the champion alone, or both arms of a running test, assigned as live ones are."""
     store = tracking.open_tracking(config)
     state = load_state(config.data.root)
     folder = round_folder(config, state.gathering) / "arrived"
@@ -49,24 +49,16 @@ def traffic(config: Config) -> None:
     if (folder / f"{name}.parquet").exists():
         return
     seed = 1000 * (config.seed + 1) + 10 * state.gathering + (5 if anew else 0)
-    deliver(config, name, arms_of(config, store, state), seed)
-
-
-def arms_of(config: Config, store: tracking.Tracking, state: NightState) -> list[tuple[PolicyVersion, str | None, int]]:
-    """Which policies answer today, under which arm, and to how many customers."""
-    if state.experiment is None:
-        version = registry.champion(store)
-        assert version is not None
-        return [(rounds.policy_version(store, version), "champion", config.simulator.conversations)]
-    challengers = round(config.abtest.conversations * config.abtest.challenger_share)
-    return [
-        (
-            rounds.policy_version(store, state.experiment.champion),
-            "champion",
-            config.abtest.conversations - challengers,
-        ),
-        (rounds.policy_version(store, state.experiment.challenger), "challenger", challengers),
-    ]
+    champion = registry.champion(store)
+    assert champion is not None
+    deliver(
+        config,
+        name,
+        config.abtest.conversations if state.experiment else config.simulator.conversations,
+        seed,
+        lambda unit: assigned(config, state, champion, unit),
+        lambda version: rounds.policy_version(store, version),
+    )
 
 
 def closing_test(config: Config) -> ABTest:

@@ -57,21 +57,39 @@ def _turn(customer: str, message: Any, place: str) -> Turn:
     return Turn(customer, (), action, sent, adoption)
 
 
-def answerer(config: Config, store: Tracking, unit: str, now: datetime) -> Assigned:
-    """Who answers this conversation, or business: the champion, or while an A/B test runs its arm at today's share."""
+def time_of(text: str) -> datetime:
+    """A moment such as 2026-03-02T09:30:00+01:00. Raises ConfigError for another form, or without its offset."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise ConfigError(f"--began {text}: expected a time with its offset, such as 2026-03-02T09:30:00+01:00")
+    return moment
+
+
+def answerer(config: Config, store: Tracking, unit: str, began: datetime) -> Assigned:
+    """Who answers this conversation, or business: the champion, or while an A/B test runs the arm of its hash."""
+    from flows.champions import end_void_test
     from tasks import registry
     from tasks.assignment import assigned
     from tasks.state import load_state
 
-    champion = registry.resolve(store, "champion")
-    return assigned(config, load_state(config.data.root), champion, unit, now)
+    state = load_state(config.data.root)
+    end_void_test(config, store, state)  # a challenger that was deleted meets nobody
+    return assigned(config, state, registry.resolve(store, "champion"), unit, began)
 
 
-def suggestion_for(config: Config, state: State, alias: str, seed: int, unit: str | None = None) -> dict[str, Any]:
+def suggestion_for(
+    config: Config, state: State, alias: str, seed: int, unit: str | None = None, began: datetime | None = None
+) -> dict[str, Any]:
     """The suggestion as JSON-able values, with the version that made it and its log-prob.
 
     Args:
         unit: id of the conversation, or business, whose arm of a running A/B test answers; None leaves that to `alias`.
+        began: when the conversation began; None means now, which only a first message can.
+
+    Raises ConfigError where a unit's arm cannot be told.
     """
     from flows.champions import settle
     from iterative_ppo.learning.language_model import LanguagePolicy
@@ -82,16 +100,23 @@ def suggestion_for(config: Config, state: State, alias: str, seed: int, unit: st
     settle(config, store, "ippo suggest")
     if unit is not None and alias != "champion":
         raise ConfigError(f"--alias {alias} and --unit {unit}: name either, an A/B test assigns by unit")
-    who = answerer(config, store, unit, datetime.now(UTC)) if unit is not None else None
+    if unit is not None and began is None and state.history:
+        raise ConfigError(
+            f"--unit {unit}: the conversation is under way; say with --began when it began, so that it keeps its arm"
+        )
+    who = answerer(config, store, unit, began or datetime.now(UTC)) if unit is not None else None
     version = who.version if who else registry.resolve(store, alias)
     with computing(config.runtime):
         policy = LanguagePolicy.load(registry.fetch(store, registry.POLICY, version), device=config.runtime.device)
-        action = policy.sample([state], seed)[0]
+        persona = who.persona if who else None
+        speaker = policy if persona is None else policy.led_by(config.exploration.personas[persona])
+        action = speaker.sample([state], seed)[0]
     return {
         "suggestion": action.text,
         "abstained": action.status == "abstained",
         "policy_version": version,
         "arm": who.arm if who else None,
+        "persona": persona,
         "logprob": action.logprob,
-        "truncated_turns": policy.renderer.prompt(state).truncated_turns,
+        "truncated_turns": speaker.renderer.prompt(state).truncated_turns,
     }

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from iterative_ppo.errors import ConfigError, did_you_mean
 
-GUARDRAILS = ("gate", "guardrails")
+NAMED = (("gate", "guardrails"), ("labels", "rules"))
+"""Sections in which users name entries of their own."""
+WHOLE = (("outcomes",), ("exploration", "personas"))
+"""Tables of users' own that are replaced whole."""
+ON_POLICY = ("monte_carlo", "td_lambda", "sarsa")
 DEFAULTS = Path(__file__).resolve().parents[1] / "params.yaml"
 
 Share = Field(ge=0.0, le=1.0)
@@ -90,6 +95,82 @@ class LoRAConfig(Frozen):
     """None yet: dropout would make log-probs and their ratios noise."""
     target_modules: list[str] | str | None
     """Names of the layers that carry adapters, as peft reads them; null: all linear layers but the vocabulary's."""
+
+
+class RuleConfig(Frozen):
+    """An outcome by rule: did one side say something that the pattern finds?"""
+
+    side: Literal["customer", "business"]
+    """Whose messages. What the business sends may be the policy's own words, which then learns to say them."""
+    pattern: str
+    """A regular expression, found anywhere in a message; `(?i)` at its start ignores case."""
+    first_turn: int = Count
+    last_turn: int | None = Field(ge=1)
+    """Turns whose messages count, both ends included; null: to the conversation's end."""
+    value: float
+    """The outcome where it is found; 0 elsewhere."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}; mend or quote it") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _turns(self) -> RuleConfig:
+        if self.last_turn is not None and self.last_turn < self.first_turn:
+            raise ValueError(f"last_turn {self.last_turn} is before first_turn {self.first_turn}")
+        return self
+
+
+class ClassifierConfig(Frozen):
+    """Logistic regression of the outcome on the words of a conversation, fitted on those with a reported outcome."""
+
+    reported_at_least: int = Field(ge=20)
+    """Fewer conversations with a reported outcome are too few to fit it on."""
+    vocabulary: int = Count
+    """Most words and pairs of words that it looks at."""
+    inverse_regularization: float = Positive
+    """C of scikit-learn's LogisticRegression."""
+    false_positive_cost: float = Positive
+    false_negative_cost: float = Positive
+    """What a wrong label costs. The threshold is where their sum is least, by cross-validation."""
+
+
+class LabelsConfig(Frozen):
+    kind: Literal["reported", "rule", "classifier"]
+    """Where the outcome of a conversation comes from that nobody reported one of: nowhere, which is 0; a rule; or a
+    classifier trained on the reported ones. A reported outcome always stands."""
+    rules: dict[str, RuleConfig]
+    """By the name of the outcome; one without a rule stays 0."""
+    classifier: ClassifierConfig
+
+
+class PersonaConfig(Frozen):
+    """How the policy speaks in a conversation that explores."""
+
+    instruction: str
+    """What it is told before the conversation; a tiny model, which knows no instructions, is led by temperature."""
+    temperature: float = Positive
+    """Of its sampling, times the policy's own."""
+
+
+class ExplorationConfig(Frozen):
+    """Persona exploration (section 3.2 of the paper): more kinds of actions for Q to learn from, off-policy."""
+
+    share: float = Field(ge=0.0, lt=1.0)
+    """Share of conversations outside A/B tests that a persona leads; the others are the policy's own. 0 is off."""
+    personas: dict[str, PersonaConfig]
+    """By name; each leads as many conversations. Given anew, the table replaces this one whole."""
+
+    @model_validator(mode="after")
+    def _somebody(self) -> ExplorationConfig:
+        if self.share and not self.personas:
+            raise ValueError("share is above 0 but personas names nobody; name a persona, or set share to 0")
+        return self
 
 
 class PolicyConfig(Frozen):
@@ -189,6 +270,20 @@ class QConfig(Frozen):
         if self.pessimism and self.members < 2:
             raise ValueError("pessimism needs the spread of members; set q.members to 2 or more, or q.pessimism to 0")
         return self
+
+
+class CreditConfig(Frozen):
+    assigner: Literal["outcome", "itpo", "norm_itpo"]
+    """What pays a turn: the outcome on arrival, or turn rewards of an implicit process reward model (arXiv 2603.23550);
+    norm_itpo's sum to the outcome of their conversation."""
+    beta: float = Positive
+    """The log-ratio of that model to the policy, times beta and summed, is the logit of success."""
+    temperature: float = Positive
+    """Of norm_itpo's softmax over a conversation's turns."""
+    epochs: float = Positive
+    learning_rate: float = Rate
+    batch_size: int = Count
+    """Conversations an update, and whose scores are normalised together."""
 
 
 class LoggedConfig(Frozen):
@@ -401,8 +496,11 @@ class Config(Frozen):
     tracking: TrackingConfig
     source: SourceConfig
     simulator: SimulatorConfig
+    labels: LabelsConfig
+    exploration: ExplorationConfig
     policy: PolicyConfig
     supervised: SupervisedConfig
+    credit: CreditConfig
     q: QConfig
     improve: ImproveConfig
     gate: GateConfig
@@ -416,6 +514,38 @@ class Config(Frozen):
     def _outcomes(self) -> Config:
         if not self.outcomes:
             raise ValueError("outcomes: name at least one outcome and its weight")
+        if "origin" in self.outcomes:
+            raise ValueError("outcomes: no outcome can be named 'origin'; that column says where labels come from")
+        return self
+
+    @model_validator(mode="after")
+    def _rules(self) -> Config:
+        if self.labels.kind == "rule" and not self.labels.rules:
+            raise ValueError("labels.kind rule: labels.rules names no rule; give one for an outcome")
+        low, high = self.data.outcome_low, self.data.outcome_high
+        for name, rule in self.labels.rules.items():
+            if name not in self.outcomes:
+                raise ValueError(f"labels.rules: no outcome is named {name!r}{did_you_mean(name, self.outcomes)}")
+            if not low <= rule.value <= high:
+                raise ValueError(f"labels.rules.{name}.value: {rule.value:g} is not from {low:g} to {high:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_reward(self) -> Config:
+        if self.credit.assigner != "outcome" and self.improve.reward == "acceptance":
+            raise ValueError(
+                f"credit.assigner {self.credit.assigner} makes turn rewards of the outcome, improve.reward acceptance "
+                "pays each turn by itself; set credit.assigner to outcome, or improve.reward to outcome"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _explored(self) -> Config:
+        if self.exploration.share and self.q.target in ON_POLICY:
+            raise ValueError(
+                f"exploration.share {self.exploration.share:g}: q.target {self.q.target} learns from the policy's own "
+                "conversations alone; set q.target to one_step, fqe or retrace, or exploration.share to 0"
+            )
         return self
 
 
@@ -493,19 +623,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _merge(
     base: Mapping[str, Any], new: Mapping[str, Any], known: Any, where: str, at: tuple[str, ...]
 ) -> dict[str, Any]:
-    """`base` with `new` laid over it. The outcomes' names are the user's own, so that section is replaced whole.
+    """`base` with `new` laid over it. The names of outcomes and personas are the user's own: replaced whole.
 
-    Guardrails of the user's own stand beside the known ones.
+    Guardrails and rules of the user's own stand beside the known ones.
     """
     merged = dict(base)
     for key, value in new.items():
         path = (*at, str(key))
-        if at == GUARDRAILS and key not in known and isinstance(value, Mapping):
+        if at in NAMED and key not in known and isinstance(value, Mapping):
             merged[key] = {**merged.get(key, {}), **value}
             continue
         if key not in known:
             raise ConfigError(f"{where}: unknown key {'.'.join(path)!r}{did_you_mean(str(key), known)}")
-        if path == ("outcomes",) or not isinstance(known[key], dict):
+        if path in WHOLE or not isinstance(known[key], dict):
             merged[key] = value
         elif isinstance(value, Mapping):
             merged[key] = _merge(merged[key], value, known[key], where, path)

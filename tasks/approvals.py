@@ -64,6 +64,14 @@ def refusal(records: Sequence[Mapping[str, Any]], request: Approval) -> str | No
     return f"declined by {found['actor']}: {found['reason']}" if found else None
 
 
+def answer(records: Sequence[Mapping[str, Any]], request: Approval) -> str | None:
+    """What was answered, in words, until the next night goes on from there; None while it waits."""
+    if approved(records, request):
+        return f"approved: {request.id}; the next night goes on from there"
+    declined = refusal(records, request)
+    return f"{declined}; the next night goes on from there" if declined else None
+
+
 def command(request: Approval) -> str:
     """What a person may do."""
     return f'`ippo approve` or `ippo approve --reject "why"` ({request.id})'

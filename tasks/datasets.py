@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
+
+LOGGED = "logged"
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,24 @@ def frozen_conversations(config: Config, round_number: int) -> list[str]:
     return [] if found is None else found["conversation_id"].astype(str).unique().tolist()
 
 
-def label_outcomes(frame: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Outcomes as reported: R is the sum of the named ones under today's weights, whatever weights a file came with."""
-    named = frame[turn_table.outcome_columns(config.outcomes)].to_numpy(dtype=float)
-    return frame.assign(outcome=named @ np.array(list(config.outcomes.values())))
-
-
 def write_once(path: Path, frame: pd.DataFrame, config: Config) -> Path:
     """Write a turn table."""
     turn_table.write(frame, path, config.outcomes)
     return path
 
 
-def of_policy(frame: pd.DataFrame, label: str) -> pd.Series:
-    """(N,) bool: the rows of one policy version's conversations."""
+def served_by(frame: pd.DataFrame, label: str) -> pd.Series:
+    """(N,) bool: the rows of one policy version's conversations, whatever persona led them."""
     return (frame["policy_version"] == label).fillna(False).astype(bool)
+
+
+def of_policy(frame: pd.DataFrame, label: str) -> pd.Series:
+    """(N,) bool: the rows of one policy version's own conversations, which no persona led.
+
+    A log that names no version is one policy's with all of its personas: pi_0 is cloned from all of it.
+    """
+    own = frame["persona"].isna() if label != LOGGED else True
+    return served_by(frame, label) & own
 
 
 def closed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -94,7 +98,7 @@ def closed(frame: pd.DataFrame) -> pd.DataFrame:
 def arm(frame: pd.DataFrame, label: str) -> Arm:
     """Successes (a positive outcome) among a policy version's closed conversations."""
     ends = closed(frame)
-    ends = ends[of_policy(ends, label)]
+    ends = ends[served_by(ends, label)]
     return Arm(int((ends["outcome"] > 0).sum()), len(ends))
 
 

@@ -12,18 +12,28 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import SourceError
+from iterative_ppo.errors import SourceError, TrainingError
 from iterative_ppo.files import content_hash, fingerprint, read_json, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import monte_carlo, rewards
 from tasks.datasets import Dataset, datasets_before, of_policy, round_folder
+from tasks.exploration import coverage_metrics
+from tasks.labels import origin_metrics
 from tasks.progress import progress
 from tasks.stage import Stage, run_stage
 
 if TYPE_CHECKING:
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.policy_evaluation import Round
+    from iterative_ppo.learning.q_model import QModel
+
+
+IMPROVED_WITH: Any = {
+    **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
+    "policy": {"lora", "save"},
+}
+"""The configuration that an improved policy depends on, its Q's included."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def initial_policy_stage(
         "source": source,
         "conversations": len(corpus),
         "code": 1,
-    }
+    } | _credit(config)
 
     def work(draft: Path) -> Mapping[str, float]:
         from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
@@ -119,7 +129,11 @@ def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:
 def fit_q_stage(
     config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path, previous_q: Path | None = None
 ) -> Stage:
-    """Line 5: Q of the policy from its own conversations, and what it is worth on held-out ones."""
+    """Line 5: Q of the policy from its own conversations, and what it is worth on held-out ones.
+
+    With a credit assigner all of these figures are about its turn rewards, which it leaves in credit.parquet; the
+    metric `objective_is_credited` is 1 then, and credit.json says what that means.
+    """
     replay = datasets_before(config, dataset.round_number, config.q.replay_rounds)
     inputs = {
         "q": config.q.model_dump(),
@@ -131,23 +145,33 @@ def fit_q_stage(
         "md5": dataset.md5,
         "replay": [content_hash(d.path) for d in replay],
         "start": content_hash(previous_q) if previous_q else None,
-    }
+    } | _credit(config)
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.jobs import Evaluation
+        from iterative_ppo.learning.jobs import Crediting, Evaluation
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.worker import do
 
         with computing(config.runtime):
             current, frame, others = _rounds(config, policy, dataset, replay)
             start = previous_q if config.q.warm_start else None
+            metrics: dict[str, float] = {}
+            if config.credit.assigner != "outcome":
+                with progress("assigning credit to turns") as report:
+                    credit = do(Crediting(config, policy.path, current, others), draft, report)
+                current, others, metrics = credit.current, credit.replay, credit.report
             with progress("fitting Q") as report:
                 q = do(Evaluation(config, policy.path, start, current, others), draft, report)
-            report_on, calibration = q_report(q, current, frame, config)
+            report_on, calibration = q_report(q, current, frame)
         write_json(draft / "calibration.json", calibration)
-        return report_on
+        return metrics | report_on | origin_metrics(frame) | coverage_metrics(config, policy, dataset)
 
     return run_stage(folder / "q", inputs, work)
+
+
+def _credit(config: Config) -> dict[str, Any]:
+    """The inputs of a stage that credit assigners bring; none by default, so that earlier stages stay as they are."""
+    return {} if config.credit.assigner == "outcome" else {"credit": config.credit.model_dump()}
 
 
 def _rounds(
@@ -181,8 +205,11 @@ def other_rounds(policy: LanguagePolicy, label: str, dataset: Dataset, config: C
     return None if frame.empty else round_of(policy, frame, config)
 
 
-def q_report(q: Any, current: Round, frame: pd.DataFrame, config: Config) -> tuple[dict[str, float], dict[str, Any]]:
-    """R2, AUC and calibration of Q on the evidence part, beside a baseline that sees the state alone."""
+def q_report(q: QModel, current: Round, frame: pd.DataFrame) -> tuple[dict[str, float], dict[str, Any]]:
+    """R2, AUC and calibration of Q on the evidence part, beside a baseline that sees the state alone.
+
+    R2 and calibration are about the returns that Q was fitted to, the AUC about the outcome in any case.
+    """
     from dataclasses import asdict
 
     from iterative_ppo.evaluation.metrics import auc, calibration, r_squared
@@ -194,7 +221,7 @@ def q_report(q: Any, current: Round, frame: pd.DataFrame, config: Config) -> tup
         return metrics, {}
     returns = current.returns[held]
     won = frame.groupby("conversation_id")["outcome"].transform("max").to_numpy()[held] > 0
-    low, high = config.data.outcome_low, config.data.outcome_high
+    low, high = q.settings.low, q.settings.high
     unit = [np.clip((x - low) / (high - low), 0, 1) for x in (values.q[held], returns)]
     bins = calibration(unit[0], unit[1], frame["conversation_id"].to_numpy(dtype=str)[held])
     metrics |= {
@@ -228,7 +255,10 @@ def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folde
 
 
 def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_path: Path, folder: Path) -> Stage:
-    """Line 7: SingleTurnOpt with the frozen Q. Killed, it goes on from the checkpoint that it keeps beside itself."""
+    """Line 7: SingleTurnOpt with the frozen Q. Killed, it goes on from the checkpoint that it keeps beside itself.
+
+    Raises StoreError where that is of the same champion and data, but of another configuration (checkpoint.take_up).
+    """
     inputs = {
         "improve": config.improve.model_dump(),
         "lora": config.policy.lora.model_dump(),
@@ -239,21 +269,29 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         "q": content_hash(q_path),
         "prompts": content_hash(prompts.path),
         "md5": prompts.dataset.md5,
-    }
+    } | _credit(config)
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.checkpoint import Checkpoint
-        from iterative_ppo.learning.jobs import Improving
+        from iterative_ppo.learning.checkpoint import take_up
+        from iterative_ppo.learning.jobs import Improving, stored_credit
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.worker import do
 
-        checkpoint = Checkpoint(folder / "improving", fingerprint(inputs))
+        settings = config.model_dump(mode="json", include=IMPROVED_WITH)
+        given = {name: inputs[name] for name in ("policy", "md5")}
+        checkpoint = take_up(folder / "improving", fingerprint(inputs), settings, given)
         tokens = [tuple(map(int, p)) for p in pd.read_parquet(prompts.path / "prompts.parquet")["tokens"]]
         with computing(config.runtime):
             current, behaviour = _behaviour(config, policy, prompts.dataset)
+            if config.credit.assigner != "outcome":
+                current = stored_credit(current, q_path.parent, config)
             with progress("improving the policy") as report:
                 job = Improving(config, policy.path, q_path, current, behaviour, tokens, checkpoint)
-                result = do(job, draft, report)
+                try:
+                    result = do(job, draft, report)
+                except TrainingError:  # it would come again, and what it advises to change may be a setting
+                    checkpoint.clear()
+                    raise
         return {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}
 
     stage = run_stage(folder / "improved", inputs, work)

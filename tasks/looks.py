@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,34 @@ from iterative_ppo.evaluation.guardrails import Said, guarded
 from iterative_ppo.evaluation.inference import inference
 from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.ramp import Ramp
-from tasks.datasets import arrived, frozen_conversations, label_outcomes
+from tasks.datasets import arrived, frozen_conversations
+from tasks.labels import definition, judged
 from tasks.state import Experiment, NightState
 
 HOUR = pd.Timedelta(hours=1)
 DESIGN = ("design", "conversations", "challenger_share", "looks", "mde", "ramp", "ramp_hours", "unit")
 PAIRED = "business_conversations"
 WINDOWS = 2
+LEAST_HOURS = 24.0
+"""Of traffic, before its pace is told: hours of a day differ."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast evidence comes.
+
+    Attributes:
+        opens: when the ramp's last stage begins. hourly: conversations that begin an hour, both arms together.
+        maturity: hours from then until one has matured.
+    """
+
+    opens: datetime
+    hourly: float
+    maturity: float
+
+    def matured(self, conversations: int) -> datetime:
+        """About when so many have matured."""
+        return self.opens + timedelta(hours=conversations / self.hourly + self.maturity)
 
 
 @dataclass(frozen=True)
@@ -41,13 +62,14 @@ class Evidence:
     Attributes:
         history: the matured conversations of the ramp's last stage.
         turns: their rows of the turn table. ramp, maturing: conversations of the ramp's safety stages, and later ones
-            that have not matured.
+            that have not matured. pace: of them, once a day of timestamps tells it.
     """
 
     history: History
     turns: pd.DataFrame
     ramp: int
     maturing: int
+    pace: Pace | None = None
 
     @property
     def arms(self) -> tuple[int, int]:
@@ -94,6 +116,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         **{f"abtest.{name}": test[name] for name in names},
         "gate.alpha": config.gate.alpha,
         "outcomes": dict(config.outcomes),
+        "labels": definition(config),
         "data.outcome_window_hours": config.data.outcome_window_hours,
     }
 
@@ -126,7 +149,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     unchanged(config, tested)
     if frame is None:
         return None
-    table = _conversations(label_outcomes(frame, config), tested, config.data.outcome_window_hours)
+    table = _conversations(judged(frame, config), tested, config.data.outcome_window_hours)
     _check(table, config, state)
     times = _times(table, config, tested, now)
     due = times.hours <= times.now - times.maturity
@@ -142,7 +165,8 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
         earlier=tuple(Look.from_dict(one) for one in tested.looks),
     )
     turns = frame[frame["conversation_id"].isin(chosen.index)]
-    return Evidence(history, turns, int((~times.last_stage).sum()), int((times.last_stage & ~due).sum()))
+    ramp, maturing = int((~times.last_stage).sum()), int((times.last_stage & ~due).sum())
+    return Evidence(history, turns, ramp, maturing, _pace(times, config, tested))
 
 
 def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
@@ -168,9 +192,9 @@ def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
 def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd.DataFrame:
     """One row a conversation of either arm, in order of arrival, by its id.
 
-    It is its first answerer's, which is whom it was assigned to.
+    It is its first answerer's, which is whom it was assigned to. What a persona led began before the test.
     """
-    kept = frame[frame["policy_version"].isin([str(tested.champion), str(tested.challenger)])]
+    kept = frame[frame["policy_version"].isin([str(tested.champion), str(tested.challenger)]) & frame["persona"].isna()]
     grouped = kept.groupby("conversation_id", sort=False)
     table = grouped.agg(
         version=("policy_version", "first"),
@@ -249,6 +273,14 @@ def _times(table: pd.DataFrame, config: Config, tested: Experiment, now: datetim
     hours = ((table["start"] - start) / HOUR).to_numpy(dtype=float)
     clock = (min(table["end"].max(), pd.Timestamp(now)) - start) / HOUR
     return Times(hours, Ramp.of(config.abtest).evidence(hours), clock, maturity_hours(config))
+
+
+def _pace(times: Times, config: Config, tested: Experiment) -> Pace | None:
+    begun = int((times.hours >= 0).sum())
+    if tested.started is None or times.now < LEAST_HOURS or not begun:
+        return None
+    opens = tested.started + timedelta(hours=Ramp.of(config.abtest).evidence_from)
+    return Pace(opens, begun / times.now, times.maturity)
 
 
 def maturity_hours(config: Config) -> float:

@@ -21,7 +21,7 @@ from tasks.tracking import OURS, Tracking
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-POLICY, Q = "iterative-ppo-policy", "iterative-ppo-q"
+POLICY, Q, OUTCOME = "iterative-ppo-policy", "iterative-ppo-q", "iterative-ppo-outcome"
 CONTENT = "content"
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
@@ -45,7 +45,7 @@ def register(tracking: Tracking, name: str, directory: Path, run_id: str, tags: 
     """The version that holds a saved model; made once for the same content and the same `round` tag.
 
     Args:
-        directory: as LanguagePolicy.save or QModel.save wrote it.
+        directory: as LanguagePolicy.save, QModel.save or OutcomeClassifier.save wrote it.
 
     Raises StoreError where the directory does not hold such a model or the store refuses.
     """
@@ -98,10 +98,13 @@ def _description(name: str, model_id: str) -> Any:
         given, said = ColSpec(DataType.string, "prompt"), ColSpec(DataType.string)
         params = ParamSchema([ParamSpec("seed", DataType.long, 0)])
         signature = ModelSignature(Schema([given]), Schema([said]), params)
-    else:
+    elif name == Q:
         signature = ModelSignature(
             Schema([ColSpec(Array(DataType.long), "tokens")]), Schema([ColSpec(DataType.double)])
         )
+    else:
+        told, probabilities = ColSpec(DataType.string, "transcript"), ColSpec(Array(DataType.double))
+        signature = ModelSignature(Schema([told]), Schema([probabilities]))
     model = Model(signature=signature)
     model.model_id = model_id
     add_to_model(model, loader_module="tasks.served_model")
@@ -111,10 +114,12 @@ def _description(name: str, model_id: str) -> Any:
 def check_loads(name: str, directory: Path, called: str) -> None:
     """Raise StoreError where a directory does not hold a model of this kind that loads."""
     from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.outcome_classifier import OutcomeClassifier
     from iterative_ppo.learning.q_model import QModel
 
+    kinds: dict[str, Any] = {POLICY: LanguagePolicy, Q: QModel, OUTCOME: OutcomeClassifier}
     try:
-        LanguagePolicy.load(directory) if name == POLICY else QModel.load(directory)
+        kinds[name].load(directory)
     except Exception as error:  # damaged files raise what their readers like: safetensors, tokenizers, json, torch
         raise StoreError(f"{called} does not load: {' '.join(str(error).split())[:400]}") from error
 

@@ -16,6 +16,7 @@ from tasks.audit import INTENT, Standing, history, locked, open_intent, standing
 from tasks.model_versions import (
     CHALLENGER,
     CHAMPION,
+    OUTCOME,
     POLICY,
     PREVIOUS,
     REJECTED,
@@ -40,6 +41,7 @@ from tasks.tracking import Tracking
 __all__ = [
     "CHALLENGER",
     "CHAMPION",
+    "OUTCOME",
     "POLICY",
     "PREVIOUS",
     "Move",

@@ -15,8 +15,8 @@ from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
-from tasks import lineage, registry, tracking, validation, versioning
-from tasks.datasets import Dataset, arrived, label_outcomes, round_folder, turns_folder
+from tasks import labels, lineage, registry, tracking, validation, versioning
+from tasks.datasets import Dataset, round_folder, turns_folder
 from tasks.gating import decision_of, gate_stage
 from tasks.learning import (
     PolicyVersion,
@@ -106,18 +106,33 @@ def policy_version(store: tracking.Tracking, version: int, logged_as: str | None
     return PolicyVersion(version, registry.fetch(store, registry.POLICY, version), logged_as)
 
 
+@task(name="label outcomes", cache_policy=NO_CACHE)
+def label_outcomes(context: RoundContext) -> Path:
+    """Labels for what nobody reported an outcome of, as `labels.kind` says; a classifier is registered first."""
+    config, number, folder = context.config, context.round_number, context.folder
+    fitted, classifier = labels.classifier_stage(config, number, folder), None
+    if fitted is not None:
+        context.log("outcome classifier", fitted)
+        tags = {"round": str(number)} | {key: f"{value:.4g}" for key, value in fitted.metrics.items()}
+        classifier = _registered(context, registry.OUTCOME, fitted.path / "model", tags), fitted.path / "model"
+    stage = labels.labels_stage(config, number, folder, classifier)
+    context.log("label outcomes", stage)
+    return stage.path
+
+
 @task(name="validate and version", cache_policy=NO_CACHE)
-def freeze_dataset(context: RoundContext, rates: dict[str, float]) -> Dataset:
-    """What arrived becomes the round's dataset: outcomes labelled as reported, validated, versioned by DVC."""
+def freeze_dataset(context: RoundContext, rates: dict[str, float], labelled: Path) -> Dataset:
+    """What arrived becomes the round's dataset: with its labels, validated, versioned by DVC."""
     config, number = context.config, context.round_number
     stage = run_stage(
         context.folder / "validated",
         {
             "arrived": content_hash(context.folder / "arrived"),
+            "labels": content_hash(labelled),
             "data": config.data.model_dump(),
             "outcomes": config.outcomes,
         },
-        lambda draft: _validated(context, rates, draft),
+        lambda draft: _validated(context, rates, labelled, draft),
     )
     target = turns_folder(config, number)
     turns = turn_table.read(stage.path / "turns.parquet", config.outcomes)
@@ -127,11 +142,9 @@ def freeze_dataset(context: RoundContext, rates: dict[str, float]) -> Dataset:
     return Dataset(number, target, version.md5)
 
 
-def _validated(context: RoundContext, rates: dict[str, float], draft: Path) -> dict[str, float]:
-    frame = arrived(context.config, context.round_number)
-    assert frame is not None, "a round is frozen only after conversations have arrived"
-    labelled = label_outcomes(frame, context.config)
-    checked = validation.validate(labelled, context.config, rates, context.round_number)
+def _validated(context: RoundContext, rates: dict[str, float], labelled: Path, draft: Path) -> dict[str, float]:
+    frame = labels.labelled(context.config, context.round_number, labelled)
+    checked = validation.validate(frame, context.config, rates, context.round_number)
     for warning in checked.warnings:
         get_run_logger().warning(warning)
     turn_table.write(checked.good, draft / "turns.parquet", context.config.outcomes)

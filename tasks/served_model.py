@@ -1,6 +1,7 @@
 """A registered version as MLflow's pyfunc: `mlflow.pyfunc.load_model("models:/iterative-ppo-policy@champion")`.
 
-The policy answers prompts by sampling as it does in a conversation; Q gives the value at the last of some token ids.
+The policy answers prompts by sampling as it does in a conversation; Q gives the value at the last of some token ids;
+an outcome classifier says how probable each outcome is after what was said.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.outcome_classifier import OutcomeClassifier
     from iterative_ppo.learning.q_model import QModel
 
 
@@ -48,12 +50,27 @@ class ServedQ:
         return [float(value[-1]) for value in values]
 
 
-def _load_pyfunc(path: str) -> ServedPolicy | ServedQ:
+class ServedOutcome:
+    """Takes a column `transcript`, as mdp.labels.transcripts writes conversations."""
+
+    def __init__(self, classifier: OutcomeClassifier) -> None:
+        self.classifier = classifier
+
+    def predict(self, frame: pd.DataFrame, params: dict[str, Any] | None = None) -> list[list[float]]:
+        """The probability of each outcome, a list a row."""
+        found: list[list[float]] = self.classifier.probabilities(frame["transcript"].tolist()).tolist()
+        return found
+
+
+def _load_pyfunc(path: str) -> ServedPolicy | ServedQ | ServedOutcome:
     """MLflow's entry: the version's directory."""
+    from iterative_ppo.learning import outcome_classifier
     from iterative_ppo.learning.language_model import SETTINGS, LanguagePolicy
     from iterative_ppo.learning.q_model import QModel
 
     folder = Path(path)
     if (folder / SETTINGS).exists():
         return ServedPolicy(LanguagePolicy.load(folder))
+    if (folder / outcome_classifier.SETTINGS).exists():
+        return ServedOutcome(outcome_classifier.OutcomeClassifier.load(folder))
     return ServedQ(QModel.load(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,23 +12,24 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.environments.renovation import OUTCOMES, Renovation, Script, copying_curriculum
-from iterative_ppo.environments.rollout import collect
+from iterative_ppo.environments.rollout import Customer, collect, customers, serve
 from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
-from tasks.datasets import inbox, write_once
+from tasks.assignment import Assigned
+from tasks.datasets import LOGGED, inbox, write_once
 from tasks.learning import PolicyVersion
 from tasks.progress import progress
 
 if TYPE_CHECKING:
     from iterative_ppo.environments.rollout import Environment
-    from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.sources import SetAside
 
 
-LOGGED = "logged"
+EXPLORATION = "exploration"
+"""The arm of simulated conversations that a persona led: no arm of a test."""
 
 
 def environment(config: Config) -> Environment:
@@ -53,35 +54,62 @@ def copying_lessons(config: Config) -> list[Conversation]:
     return [Conversation(f"copying-{k}", turns, f"copying-{k}") for k, turns in enumerate(lessons)]
 
 
-def simulate(
-    config: Config, policy: PolicyVersion, conversations: int, seed: int, arm: str | None = None
-) -> list[Conversation]:
+def simulate(config: Config, policy: PolicyVersion, conversations: int, seed: int) -> list[Conversation]:
     """Conversations of one registered policy with simulated customers."""
+    new = customers(environment(config), conversations, seed, f"{policy.version}-collect-{seed}")
+    return _answered(config, policy, new, seed)
+
+
+def deliver(
+    config: Config,
+    name: str,
+    conversations: int,
+    seed: int,
+    who: Callable[[str], Assigned],
+    policy: Callable[[int], PolicyVersion],
+) -> Path:
+    """Simulated traffic of one night, left whole in the inbox as live traffic would be, in the order it came.
+
+    Args:
+        who: answers the conversation, or the business (`abtest.unit`), of an id. policy: of a version.
+    """
+    met: dict[Assigned, list[Customer]] = {}
+    for one in customers(environment(config), conversations, seed, f"{name}-{seed}"):
+        unit = one.business_id if config.abtest.unit == "business" else one.conversation_id
+        met.setdefault(who(unit), []).append(one)
+    talks = [
+        talk
+        for k, (chosen, theirs) in enumerate(sorted(met.items(), key=lambda pair: _in_order(pair[0])))
+        for talk in _answered(config, policy(chosen.version), theirs, seed + k, _arm(chosen), chosen.persona)
+    ]
+    frame = to_rows(config, sorted(talks, key=lambda talk: talk.conversation_id))
+    return write_once(inbox(config) / f"{name}.parquet", frame, config)
+
+
+def _in_order(chosen: Assigned) -> tuple[int, str]:
+    return chosen.version, chosen.persona or ""
+
+
+def _arm(chosen: Assigned) -> str:
+    return chosen.arm or ("champion" if chosen.persona is None else EXPLORATION)
+
+
+def _answered(
+    config: Config,
+    policy: PolicyVersion,
+    new: Sequence[Customer],
+    seed: int,
+    arm: str | None = None,
+    persona: str | None = None,
+) -> list[Conversation]:
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.runtime import computing
 
     with computing(config.runtime), progress(f"conversations of policy {policy.version}") as report:
         pi: LanguagePolicy = LanguagePolicy.load(policy.path, device=config.runtime.device)
-        return collect(
-            pi,
-            environment(config),
-            conversations,
-            seed,
-            str(policy.version),
-            arm,
-            lambda done: report(done, conversations),
-        )
-
-
-def deliver(config: Config, name: str, arms: Sequence[tuple[PolicyVersion, str | None, int]], seed: int) -> Path:
-    """Simulated traffic of one night, left whole in the inbox as live traffic would be."""
-    talks = [
-        talk
-        for k, (policy, arm, conversations) in enumerate(arms)
-        for talk in simulate(config, policy, conversations, seed + k, arm)
-    ]
-    frame = to_rows(config, talks)
-    return write_once(inbox(config) / f"{name}.parquet", frame, config)
+        speaker = pi if persona is None else pi.led_by(config.exploration.personas[persona])
+        talks = serve(speaker, new, seed, str(policy.version), arm, lambda done: report(done, len(new)))
+    return [replace(talk, persona=persona) for talk in talks]
 
 
 def to_rows(config: Config, talks: Sequence[Conversation]) -> pd.DataFrame:

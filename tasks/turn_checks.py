@@ -11,14 +11,15 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.mdp.conversation import ADOPTIONS, PARTS, SUGGESTION_STATUSES
-from iterative_ppo.mdp.turn_table import conform, outcome_columns, turn_schema
+from iterative_ppo.mdp.labels import ORIGINS
+from iterative_ppo.mdp.turn_table import ORIGIN, conform, outcome_columns, turn_schema
 
 if TYPE_CHECKING:
     from great_expectations import ExpectationSuite
 
 LEAST_LOGPROB = -1e9
 
-OF_CONVERSATION = ("customer_id", "business_id", "context", "policy_version", "arm", "persona", "part")
+OF_CONVERSATION = ("customer_id", "business_id", "context", "policy_version", "arm", "persona", "part", ORIGIN)
 
 Checks = dict[str, np.ndarray]
 """`"field: must ..."` -> (N,) bool, True where it holds; Great Expectations sees each as a column of its own."""
@@ -77,6 +78,9 @@ def turn_suite(config: Config) -> ExpectationSuite:
             )
             for c in outcomes
         ],
+        gxe.ExpectColumnValuesToMatchRegex(
+            column=ORIGIN, regex=ORIGINS, **must(ORIGIN, "be reported, rule or classifier:<version>")
+        ),
         gxe.ExpectColumnValuesToBeBetween(
             column="behaviour_logprob",
             min_value=LEAST_LOGPROB,
@@ -102,6 +106,14 @@ def grouped(frame: pd.DataFrame) -> Rows:
     rows = frame.iloc[order]
     terminal = rows["suggestion_status"].isna().to_numpy()
     return Rows(rows, talk, place, np.append(starts[1:], True)[: len(talk)], terminal)
+
+
+def sound(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
+    """The rows of conversations that hold no null where none may be and pass all checks; in order, for a first use."""
+    rows = grouped(conform(frame, outcomes))
+    whole = rows.frame[[field.name for field in turn_schema(outcomes) if not field.nullable]].notna().all(axis=1)
+    good = np.logical_and.reduce([whole.to_numpy(), *checks(rows, outcomes).values()])
+    return rows.frame[~np.isin(rows.talk, rows.talk[~good])].reset_index(drop=True)
 
 
 def checks(rows: Rows, outcomes: Mapping[str, float]) -> Checks:
@@ -139,7 +151,7 @@ def _message_checks(rows: Rows) -> Checks:
     asked, sent = frame["customer_message"].notna().to_numpy(), frame["business_message"].notna().to_numpy()
     silent = _is(frame["adoption"], "no_reply")
     stops_next = np.append((terminal & ~asked)[1:] & ~rows.last[:-1], False)[: len(frame)]
-    paid = frame.filter(regex="^outcome").fillna(0.0).ne(0.0).any(axis=1).to_numpy()
+    paid = _paid(frame)
     return {
         "customer_message: must not be null before the terminal row": asked | terminal,
         "customer_message: must be null in a terminal row without an outcome": ~(asked & terminal & ~paid),
@@ -171,7 +183,10 @@ def _outcome_checks(rows: Rows, outcomes: Mapping[str, float]) -> Checks:
     outcome = rows.frame["outcome"].to_numpy()
     total = rows.frame[named].to_numpy() @ np.array(list(outcomes.values()))
     same = np.isclose(outcome, total, rtol=1e-9, atol=1e-9) | np.isnan(outcome) | np.isnan(total)
-    checks = {"outcome: must be the weighted sum of the named outcomes": same}
+    checks = {
+        "outcome: must be the weighted sum of the named outcomes": same,
+        f"{ORIGIN}: must not be null where there is an outcome": ~(_paid(rows.frame) & _null(rows.frame, ORIGIN)),
+    }
     for field in ["outcome", *named]:
         value = rows.frame[field].to_numpy()
         checks[f"{field}: must be 0 before the terminal row"] = (value == 0.0) | np.isnan(value) | rows.terminal
@@ -185,6 +200,11 @@ def _constancy_checks(rows: Rows) -> Checks:
         code, _ = pd.factorize(rows.frame[field], use_na_sentinel=False)
         checks[f"{field}: must be the same in all rows of a conversation"] = code == code[first]
     return checks
+
+
+def _paid(frame: pd.DataFrame) -> np.ndarray:
+    outcomes = frame.filter(regex="^outcome").drop(columns=ORIGIN)
+    return outcomes.fillna(0.0).ne(0.0).any(axis=1).to_numpy()
 
 
 def _is(column: pd.Series, value: str) -> np.ndarray:

@@ -212,7 +212,11 @@ def _statistics(rows: Rows, bad: pd.DataFrame, found: pd.DataFrame, verdicts: li
 
 
 def _outcome_rates(good: pd.DataFrame) -> pd.DataFrame:
-    """(versions, 2) by policy version: the share of conversations with an outcome above 0, and how many there are."""
+    """(versions, 2) by policy version: the share of conversations with an outcome above 0, and how many there are.
+
+    Without those that a persona led.
+    """
+    good = good[good["persona"].isna()]
     reached = good["outcome"].gt(0.0).groupby([good["policy_version"], good["conversation_id"]], sort=False).any()
     return reached.groupby(level=0).agg(["mean", "size"])
 

@@ -14,7 +14,8 @@ from iterative_ppo.config import Config
 from iterative_ppo.evaluation.alarms import Alarm, alarms, measure
 from iterative_ppo.files import write_bytes
 from tasks.audit import DONE, INTENT, history, record, standing
-from tasks.datasets import arrived, closed, label_outcomes, of_policy, round_folder
+from tasks.datasets import arrived, closed, of_policy, round_folder
+from tasks.labels import judged
 from tasks.state import NightState
 
 EVENT = "alarm"
@@ -84,7 +85,7 @@ def _promoting_round(records: list[dict[str, Any]], version: int | None) -> int 
 def _served(config: Config, version: int, rounds: Iterable[int]) -> pd.DataFrame:
     """A version's conversations of some rounds, measured: one row each by its id, in the order of service."""
     tables = [_in_order(frame, str(version)) for n in rounds if (frame := arrived(config, n)) is not None]
-    found = [table for frame in tables if len(table := _measured(label_outcomes(frame, config)))]
+    found = [table for frame in tables if len(table := _measured(judged(frame, config)))]
     return pd.concat(found) if found else _measured(None)
 
 

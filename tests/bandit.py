@@ -49,6 +49,12 @@ def likes(policy: LanguagePolicy, text: str) -> Taste:
     return Taste(lambda tokens: float(tokens == liked))
 
 
+def leans_to(policy: LanguagePolicy, text: str) -> Taste:
+    """Q is the share of tokens in their place: 1 for one response alone, and something for nearly every other."""
+    liked = said(policy, text)
+    return Taste(lambda tokens: sum(a == b for a, b in zip(tokens, liked, strict=False)) / len(liked))
+
+
 def prompt(policy: LanguagePolicy, *before: str) -> tuple[int, ...]:
     """After a greeting, and after some suggestions before it."""
     ids = policy.renderer.ids

@@ -16,10 +16,12 @@ from prefect.logging import disable_run_logger
 from scipy.stats import norm
 from typer.testing import CliRunner
 
-from flows import night
-from flows.abtest_views import standing
+from flows import night, simulation
+from flows.abtest_views import lines, standing
 from flows.command_line import app
 from iterative_ppo.config import Config, load_config
+from iterative_ppo.environments.renovation import Script
+from iterative_ppo.environments.rollout import Customer, serve
 from iterative_ppo.errors import ConfigError, IterativePPOError, StoreError, TurnTableError
 from iterative_ppo.evaluation.ab_test import Arm, ab_test, assign
 from iterative_ppo.evaluation.bounds import bounds
@@ -32,7 +34,7 @@ from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from tasks import experiments, looks, registry, rounds, tracking
 from tasks.assignment import assigned, share_in_force
 from tasks.audit import history as trail
-from tasks.datasets import round_folder, turns_folder, write_once
+from tasks.datasets import arrived, inbox, round_folder, take_up, turns_folder, write_once
 from tasks.state import Experiment, NightState, load_state, save_state
 from tasks.traffic import to_rows
 
@@ -361,10 +363,10 @@ def test_arms_that_do_not_vary_have_the_figures_of_a_fixed_sample() -> None:
 def test_bounds_are_those_taken_then_those_planned() -> None:
     config = abtest(looks=4)
     look = design_of(config, 0.05).look(history(Arm(400, 1000), Arm(405, 1000)))
-    found = bounds(config, 0.05, [look])
+    found = bounds(config.design, config.looks, 0.05, [look])
     assert [one.fraction for one in found] == pytest.approx([2000 / 3000, 0.75, 1.0])
     assert [one.statistic is None for one in found] == [False, True, True] and found[0].bound == look.bound
-    (fixed,) = bounds(abtest(design="fixed"), 0.05, [])
+    (fixed,) = bounds("fixed", 4, 0.05, [])
     assert (fixed.fraction, fixed.bound) == (1.0, pytest.approx(1.645, abs=1e-3))
 
 
@@ -375,7 +377,7 @@ def test_the_share_follows_the_ramp_and_units_stay(tmp_path: Path) -> None:
     test = Test(tmp_path, abtest__ramp=[0.01, 0.1], abtest__ramp_hours=24.0)
     config, state = test.config, test.state
     shares = [share_in_force(config, test.tested, START + timedelta(hours=h)) for h in (-1, 0, 23.9, 24, 48, 900)]
-    assert shares == [0.01, 0.01, 0.01, 0.1, 0.5, 0.5]
+    assert shares == [0.0, 0.01, 0.01, 0.1, 0.5, 0.5], "what began before the test stays the champion's"
     met: set[str] = set()
     for hour in (1, 30, 60):
         now = START + timedelta(hours=hour)
@@ -397,7 +399,81 @@ def test_without_a_test_or_after_it_the_champion_answers(tmp_path: Path) -> None
     assert {assigned(config, state, 1, str(u), LATER).version for u in range(50)} == {1}
 
 
+def test_simulated_customers_are_assigned_as_live_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by the hash of the id that it is logged under, in the order in which they come."""
+    monkeypatch.setattr(simulation.tracking, "open_tracking", lambda config: None)
+    monkeypatch.setattr(simulation.registry, "champion", lambda store: 1)
+    monkeypatch.setattr(simulation.rounds, "policy_version", lambda store, version: SimpleNamespace(version=version))
+    monkeypatch.setattr("tasks.traffic._answered", scripted)
+    for unit in ("conversation", "business"):
+        test = Test(tmp_path / unit, abtest__unit=unit, abtest__ramp=[0.01])
+        save_state(test.config.data.root, test.state)
+        simulation.traffic(test.config)
+        take_up(test.config, 1)
+        simulation.traffic(test.config)
+        frame = arrived(test.config, 1)
+        assert frame is not None and not list(inbox(test.config).glob("*")), "a day comes once"
+        first = frame.groupby("conversation_id", sort=False)[["arm", "policy_version", "business_id"]].first()
+        ids = first.index if unit == "conversation" else first["business_id"]
+        assert list(first["arm"]) == [assign(str(one), "s", 0.5) for one in ids] and len(first) == 400
+        assert list(first.index) == sorted(first.index)
+        assert list(first["policy_version"]) == [{"champion": "1", "challenger": "2"}[arm] for arm in first["arm"]]
+        assert 0 < (first["arm"] == "challenger").sum() != 200, "by hash, not by count"
+    save_state(test.config.data.root, NightState(round=5))
+    simulation.traffic(test.config)
+    take_up(test.config, 5)
+    alone = arrived(test.config, 5)
+    assert alone is not None and set(alone["arm"]) == {"champion"} and set(alone["policy_version"]) == {"1"}
+
+
+def scripted(
+    config: Config, policy: Any, new: Sequence[Customer], seed: int, arm: str, persona: str | None
+) -> list[Conversation]:
+    assert persona is None, "nobody explores in a test"
+    return serve(Script(0.5), new, seed, str(policy.version), arm)
+
+
+def test_a_conversation_keeps_its_arm_while_the_ramp_rises(tmp_path: Path) -> None:
+    test = Test(tmp_path, abtest__ramp=[0.01, 0.1])
+    began = START + timedelta(hours=23.9)
+    units = [str(u) for u in range(2000)]
+    met = {u for u in units if assigned(test.config, test.state, 1, u, began).version == 2}
+    later = {u for u in units if assigned(test.config, test.state, 1, u, began + timedelta(hours=30)).version == 2}
+    assert met < later and 5 <= len(met) <= 45, "what begins later is ramped up; what began keeps its stage"
+    before = START - timedelta(minutes=1)
+    assert {assigned(test.config, test.state, 1, u, before).version for u in units} == {1}
+
+
+def test_a_conversation_under_way_must_say_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = Test(tmp_path, abtest__ramp=[0.01])
+    save_state(test.config.data.root, test.state)
+    asked: list[Any] = []
+    monkeypatch.setattr(tracking, "open_tracking", lambda config: None)
+    monkeypatch.setattr("flows.suggesting.answerer", lambda config, store, *who: asked.append(who) or 1 / 0)
+    first = {"messages": [{"customer": "hi"}]}
+    second = {"messages": [{"customer": "hi"}, {"business": "hello"}, {"customer": "how much?"}]}
+    for talk, more in ((first, ()), (second, ("--began", "2026-03-02T10:00:00+01:00"))):
+        path = tmp_path / "talk.json"
+        path.write_text(json.dumps(talk), encoding="utf-8")
+        assert isinstance(ippo(test, "suggest", str(path), "--unit", "u", *more).exception, ZeroDivisionError)
+    assert asked[1] == ("u", START + timedelta(hours=9)) and asked[0][1] > START
+    refused = ippo(test, "suggest", str(path), "--unit", "u").exception
+    assert isinstance(refused, ConfigError) and "--began" in str(refused)
+    for wrong in ("yesterday", "2026-03-02T10:00:00"):
+        refused = ippo(test, "suggest", str(path), "--unit", "u", "--began", wrong).exception
+        assert isinstance(refused, ConfigError) and "its offset" in str(refused)
+    assert len(asked) == 2
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _nothing_moved_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands begin by looking into MLflow; here it says nothing new."""
+    monkeypatch.setattr(tracking, "open_tracking", lambda config: None)
+    monkeypatch.setattr("flows.champions.settle", lambda *_: ())
+    monkeypatch.setattr("flows.champions.end_void_test", lambda *_: None)
 
 
 def ippo(test: Test, *arguments: str) -> Any:
@@ -425,6 +501,27 @@ def test_abtest_shows_the_running_test(tmp_path: Path, told: list[Any]) -> None:
     values = json.loads(ippo(test, "abtest", "--json").stdout)
     assert values["matured"] == {"champion": 60, "challenger": 60} and values["looks"] == test.tested.looks
     assert [one["statistic"] is None for one in values["bounds"]] == [False, True, True, True]
+
+
+def test_the_next_look_has_a_date_once_a_day_of_traffic_tells_its_pace(tmp_path: Path) -> None:
+    """10 an hour from hour 0; the ramp's stage takes 24 h; 400 are planned, a look at each 100; 144 h to mature."""
+    test = Test(tmp_path, abtest__looks=4, abtest__ramp=[0.1], abtest__ramp_hours=24.0)
+    assert standing(test.config, test.state, START)["next_look"]["expected"] is None
+    talks = [talk(f"t{k}", 1 + k % 2, hour=k / 10, lasts=0.0) for k in range(101)]
+    test.arrive("a", talks)
+    early = standing(test.config, test.state, START + timedelta(hours=10))
+    assert early["next_look"]["expected"] is None and "about" not in "".join(lines(early))
+    test.arrive("b", [talk(f"u{k}", 1 + k % 2, hour=10.1 + k / 10, lasts=0.0) for k in range(200)])
+    now = START + timedelta(hours=30)
+    told = standing(test.config, test.state, now)
+    expected = datetime.fromisoformat(told["next_look"]["expected"])
+    assert abs(expected - (START + timedelta(hours=24 + 100 / 10 + 144))) < timedelta(minutes=10)
+    assert told["next_look"]["conversations"] == 100 and told["next_look"]["conversations_per_day"] == 240.8
+    assert "next look: at 100 matured conversations, about 2026-03-09 at 240.8 conversations a day" in "\n".join(
+        lines(told)
+    )
+    late = START + timedelta(hours=2000)
+    assert datetime.fromisoformat(standing(test.config, test.state, late)["next_look"]["expected"]) == late
 
 
 def test_abtest_refuses_what_it_cannot_do(tmp_path: Path) -> None:
@@ -467,8 +564,6 @@ def test_a_test_that_is_stopped_is_void(tmp_path: Path, monkeypatch: pytest.Monk
     test = Test(tmp_path)
     root, withdrawn = test.config.data.root, []
     save_state(root, test.state)
-    monkeypatch.setattr(tracking, "open_tracking", lambda config: None)
-    monkeypatch.setattr("flows.champions.settle", lambda *_: ())
     monkeypatch.setattr(registry, "withdraw", lambda store, number, reason: withdrawn.append(number))
     done = ippo(test, "abtest", "--stop", "the shares are off")
     assert done.exit_code == 0 and withdrawn == [2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from policy_store import registered
 from prefect.logging import disable_run_logger
 
 from flows import champions, night
+from flows.abtest_views import lines, standing
 from flows.reporting import status_lines
-from flows.simulation import arms_of
+from flows.suggesting import answerer
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import StoreError
+from iterative_ppo.report.record import RunRecord
 from tasks import approvals, experiments, notify, registry
+from tasks.assignment import assigned
 from tasks.audit import audit_file, history
 from tasks.datasets import inbox, write_once
 from tasks.registry import POLICY
@@ -262,12 +266,29 @@ def test_a_promotion_waits_and_says_so(asking: Night, told: Told) -> None:
     asking.arrive("late", champion_1=1.0, challenger_2=0.0)
     assert asking.step() == before and asking.champion == 1, "what arrives meanwhile changes nothing"
     assert told.events == ["approval"], "one is asked once"
-    assert [version.version for version, _, _ in arms_of(asking.config, asking.store, before)] == [1, 2]
+    assert {assigned(asking.config, before, 1, str(unit)).version for unit in range(50)} == {1, 2}
+
+
+def test_what_waits_is_in_the_report_and_among_the_looks(asking: Night) -> None:
+    tested = load_state(asking.root).experiment
+    assert tested is not None and [look["verdict"] for look in tested.looks] == ["promote"] and tested.guardrails
+    shown = RunRecord.read(asking.root)
+    assert shown.ab is not None and (shown.ab.verdict, len(shown.ab.looks)) == ("awaits approval", 1)
+    answer(asking)
+    assert len(asking.step().rounds[0]["experiment"]["looks"]) == 1
+
+
+def test_the_status_of_a_round_that_a_kill_left_half_written(it: Night) -> None:
+    save_state(it.root, load_state(it.root).advance(rounds=[{"round": 0}], experiment=None, phase="train"))
+    assert "round 0: policy - from -, not gated yet" in it.status
 
 
 def test_once_approved_it_goes_on(asking: Night, told: Told) -> None:
     assert str(answer(asking)) == "promote: policy version 2 is the champion, after version 1"
     assert answer(asking).outcome == "unchanged"
+    assert "approved: promotion of version 2" in asking.status and "waits for you" not in asking.status
+    shown = standing(asking.config, load_state(asking.root), datetime.now(UTC))
+    assert shown["verdict"] == "promote" and "customers" not in "".join(list(lines(shown))[:4])
     with pytest.raises(StoreError, match=r"was approved before and is done"):
         approvals.decline(load_state(asking.root), "no", "me", asking.root)
     state = asking.step()
@@ -283,7 +304,7 @@ def test_once_approved_it_goes_on(asking: Night, told: Told) -> None:
 def test_once_declined_it_goes_on(asking: Night, told: Told) -> None:
     for _ in range(2):
         approvals.decline(load_state(asking.root), "the tone", "me", asking.root)
-    assert len(asking.events("declined")) == 1
+    assert len(asking.events("declined")) == 1 and "declined by me: the tone" in asking.status
     with pytest.raises(StoreError, match=r"was declined before"):
         answer(asking)
     state = asking.step()
@@ -355,6 +376,30 @@ def test_a_deleted_challenger_ends_its_test(it: Night, told: Told) -> None:
     it.store.client.delete_model_version(POLICY, "2")
     state = it.step()
     assert (state.phase, state.round) == ("collect", 1) and "was deleted" in state.rounds[0]["void"]
+
+
+def test_a_deleted_challenger_meets_no_customer_and_cannot_win(it: Night, told: Told) -> None:
+    """Whoever asks first notices: here a customer, and then a night to which conversations say that it is better."""
+    now = datetime.now(UTC) + timedelta(days=30)
+    assert {answerer(it.config, it.store, str(unit), now).version for unit in range(30)} == {1, 2}
+    it.arrive("test", champion_1=0.2, challenger_2=1.0)
+    it.store.client.delete_model_version(POLICY, "2")
+    assert {answerer(it.config, it.store, str(unit), now).version for unit in range(30)} == {1}
+    assert [r["verdict"] for r in it.events("experiment ended")] == ["void"] and told.events == ["verdict"]
+    assert "policy version 2, the challenger, was deleted" in it.status
+    state = it.step()
+    assert (state.phase, state.round, it.champion) == ("train", 1, 1) and "was deleted" in state.rounds[0]["void"]
+    assert "A/B void: policy version 2, the challenger, was deleted" in it.status
+    assert it.moves == [("promote", None, 1)] and told.events == ["verdict"]
+
+
+def test_what_waits_for_approval_and_was_deleted_cannot_be_approved(asking: Night, told: Told) -> None:
+    asking.store.client.delete_model_version(POLICY, "2")
+    before = history(asking.root)
+    with pytest.raises(StoreError, match="has no version 2: it was deleted"):
+        answer(asking)
+    assert history(asking.root) == before and asking.champion == 1
+    assert "was deleted" in asking.step().rounds[0]["void"] and asking.champion == 1
 
 
 def test_a_promotion_by_hand_ends_the_test_too(it: Night, told: Told) -> None:

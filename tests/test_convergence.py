@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from tabular import EVIDENCE_SHARE, OUTCOMES, TabularSteps, pairs
 
+from benchmarks import idle
 from benchmarks.chain_logs import CHAIN, GAMMA, Log, divergence, explored, tilted_by
 from iterative_ppo.algorithm import iterative_ppo
 from iterative_ppo.config import Config, load_config
@@ -94,6 +95,11 @@ def test_rounds_that_did_nothing_or_broke_a_guardrail_show_nothing(idle: dict[st
         assert verdict(config, *rounds) == (False, False)
     ended = convergence([quiet] * MOST, config)
     assert ended == Convergence(True, False, f"the budget of {MOST} rounds is spent"), "over, but never converged"
+
+
+def test_idle_rounds_look_converged_but_for_the_rule() -> None:
+    none, a_third, all_of_it = (row["value"] for row in idle.rows(runs=5))
+    assert (none, a_third, all_of_it) == (0.0, 0.0, 1.0)
 
 
 def test_half_of_the_budget_is_enough(config: Config) -> None:

@@ -724,10 +724,11 @@ def test_killed_within_a_pass_it_ends_with_the_same_weights(bandit: LanguagePoli
     assert all(torch.equal(p, o) for p, o in zip(parameters(resumed), parameters(whole), strict=True))
 
 
-def test_a_checkpoint_of_other_inputs_is_not_taken_up_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_inputs_and_a_damaged_one_are_errors(tmp_path: Path) -> None:
     kept = Checkpoint(tmp_path / "one", "key")
     kept.save({"a": torch.ones(2)}, {"curve": []})
-    assert Checkpoint(tmp_path / "one", "other").load() is None
+    with pytest.raises(StoreError, match=r"one: the checkpoint of .* another configuration or other inputs"):
+        Checkpoint(tmp_path / "one", "other").load()
     found = kept.load()
     assert found is not None and found[0]["a"].tolist() == [1.0, 1.0]
     (tmp_path / "one" / "tensors.safetensors").write_bytes(b"torn")

@@ -352,12 +352,12 @@ def test_killed_between_any_two_writes(name: str, built: Place, tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("again", range(20))
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_between_any_two_writes_twenty_times(
-    name: str, built: Place, tmp_path: Path, arena: Path, killer: Killer
+    name: str, again: int, built: Place, tmp_path: Path, arena: Path, killer: Killer
 ) -> None:
-    for again in range(20):
-        assert killed_everywhere(SCENARIOS[name], built, tmp_path / str(again), arena, killer) == SCENARIOS[name].points
+    assert killed_everywhere(SCENARIOS[name], built, tmp_path, arena, killer) == SCENARIOS[name].points
 
 
 def test_two_promotions_at_once_come_one_after_the_other(place: Place, killer: Killer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn
@@ -50,6 +51,44 @@ def play(
         progress(len(sessions))
 
 
+@dataclass(frozen=True)
+class Customer:
+    """A customer whose conversation is about to begin, whoever is going to answer."""
+
+    conversation_id: str
+    business_id: str
+    session: Session
+
+
+def customers(environment: Environment, conversations: int, seed: int, prefix: str) -> list[Customer]:
+    """New customers in the order in which they come; `prefix` begins the ids of their conversations."""
+    sessions = environment.start(conversations, seed)
+    return [Customer(f"{prefix}-{k:06d}", environment.business_of(k), one) for k, one in enumerate(sessions)]
+
+
+def serve(
+    policy: Sampler,
+    served: Sequence[Customer],
+    seed: int,
+    policy_version: str,
+    arm: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Conversation]:
+    """Let `policy` answer some customers, and log what happened."""
+    play(policy, [one.session for one in served], seed, progress)
+    return [
+        Conversation(
+            conversation_id=one.conversation_id,
+            turns=tuple(one.session.turns),
+            customer_id=f"customer-{one.conversation_id}",
+            business_id=one.business_id,
+            policy_version=policy_version,
+            arm=arm,
+        )
+        for one in served
+    ]
+
+
 def collect(
     policy: Sampler,
     environment: Environment,
@@ -60,17 +99,5 @@ def collect(
     progress: Callable[[int], None] | None = None,
 ) -> list[Conversation]:
     """Line 4 of Algorithm 1: deploy `policy` on new customers and log what happened."""
-    sessions = environment.start(conversations, seed)
-    play(policy, sessions, seed, progress)
     prefix = f"{policy_version}-{arm or 'collect'}-{seed}"
-    return [
-        Conversation(
-            conversation_id=f"{prefix}-{k:06d}",
-            turns=tuple(session.turns),
-            customer_id=f"customer-{prefix}-{k:06d}",
-            business_id=environment.business_of(k),
-            policy_version=policy_version,
-            arm=arm,
-        )
-        for k, session in enumerate(sessions)
-    ]
+    return serve(policy, customers(environment, conversations, seed, prefix), seed, policy_version, arm, progress)

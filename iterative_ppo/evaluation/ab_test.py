@@ -56,6 +56,10 @@ def ab_test(champion: Arm, challenger: Arm, alpha: float) -> ABTest:
 
 
 def assign(unit: str, salt: str, challenger_share: float) -> str:
-    """The sticky arm of a unit: sha256(salt:unit) as 64 bits / 2^64 < share is the challenger's."""
-    draw = int.from_bytes(hashlib.sha256(f"{salt}:{unit}".encode()).digest()[:8], "big") / 2**64
-    return "challenger" if draw < challenger_share else "champion"
+    """The sticky arm of a unit: a place below the share is the challenger's."""
+    return "challenger" if position(unit, salt) < challenger_share else "champion"
+
+
+def position(unit: str, salt: str) -> float:
+    """A unit's place in [0, 1), uniform over units and new with each salt: sha256(salt:unit) as 64 bits / 2^64."""
+    return int.from_bytes(hashlib.sha256(f"{salt}:{unit}".encode()).digest()[:8], "big") / 2**64

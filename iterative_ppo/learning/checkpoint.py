@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from iterative_ppo.files import read_json, whole_directory, write_json
 from iterative_ppo.learning import distributed
 from iterative_ppo.learning.sharding import full, like
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, BEGUN = "tensors.safetensors", "state.json", "begun.json"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,15 @@ class Checkpoint:
         distributed.wait()
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """What was kept; None where nothing was, or for other inputs. Raises StoreError where it is damaged."""
+        """What was kept; None where nothing was. Raises StoreError where it is damaged or of another training."""
         if not (self.path / STATE).exists():
             return None
         values = read_json(self.path / STATE)
         if not isinstance(values, dict) or values.get("key") != self.key:
-            return None
+            raise StoreError(
+                f"{self.path}: the checkpoint of a training with another configuration or other inputs; restore them, "
+                "or remove that folder to begin anew"
+            )
         try:
             return load_file(self.path / TENSORS), values
         except (OSError, SafetensorError) as error:
@@ -61,6 +66,49 @@ class Checkpoint:
         """Forget it: the work is done."""
         if distributed.rank() == 0:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def take_up(path: Path, key: str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Checkpoint:
+    """The place of an improvement of several loops, with what was kept there if the same improvement was begun in it.
+
+    What was begun of another champion or on other data is void, whatever the settings: it makes room with a warning, so
+    that no night waits for a person. Where the settings alone differ, a person changed them, and may want the work
+    that was done: that is an error.
+
+    Args:
+        key: of everything that the result depends on.
+        settings: JSON-able, the part of the configuration that it depends on. given: hashes of the champion and data.
+
+    Raises StoreError, naming the folder and what differs.
+    """
+    begun = path / BEGUN
+    kept: Any = read_json(begun) if begun.exists() else {}
+    if not isinstance(kept, dict):
+        raise StoreError(f"{begun}: not what an improvement began with; remove {path} to begin anew")
+    if kept.get("key") == key:
+        return Checkpoint(path, key)
+    lost = any(path.glob(f"*/{STATE}"))
+    changed = list(_differences(kept.get("settings", {}), settings))
+    if lost and changed and kept.get("given") == given:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise StoreError(
+            f"{path}: an unfinished improvement that was begun with another configuration "
+            f"({', '.join(changed[:3])}{more}); restore that to go on, or remove the folder to begin anew"
+        )
+    if lost:
+        _LOG.warning("%s: an unfinished improvement of other data, or of another policy or Q; it begins anew", path)
+    shutil.rmtree(path, ignore_errors=True)
+    write_json(begun, {"key": key, "settings": settings, "given": given})
+    return Checkpoint(path, key)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name} was {old}, is {new}"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:

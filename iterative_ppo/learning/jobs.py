@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import pandas as pd
 
 from iterative_ppo.config import Config
+from iterative_ppo.errors import StoreError
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.credit import OBJECTIVE, Credit, credited, with_rewards
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.q_model import QModel
@@ -19,6 +22,7 @@ from iterative_ppo.learning.training import Progress
 
 Result = TypeVar("Result")
 REPORT, CURVES = "report.json", "curves.json"
+CREDIT, TURN_REWARDS = "credit.json", "credit.parquet"
 
 
 class Job(Protocol[Result]):
@@ -36,6 +40,47 @@ class Job(Protocol[Result]):
 
     def load(self, folder: Path) -> Result:
         """Read it again."""
+
+
+@dataclass(frozen=True)
+class Crediting:
+    """Before line 5, where a credit assigner is configured: its turn rewards (credit.credited)."""
+
+    config: Config
+    policy: Path
+    current: Round
+    replay: tuple[Round, ...]
+
+    def run(self, progress: Progress | None = None) -> Credit:
+        device, lora = self.config.runtime.device, self.config.policy.lora
+        policy = LanguagePolicy.load(self.policy, device=device, lora=lora)
+        return credited(policy, self.current, self.replay, self.config, progress)
+
+    def save(self, result: Credit, folder: Path) -> None:
+        rounds = [result.current, *result.replay]
+        rewards = np.concatenate([r.reward for r in rounds])
+        number = np.repeat(np.arange(len(rounds)), [len(r.last) for r in rounds])
+        pd.DataFrame({"round": number, "reward": rewards}).to_parquet(folder / TURN_REWARDS, index=False)
+        objective = OBJECTIVE.format(self.config.credit.assigner)
+        write_json(folder / CREDIT, {"objective": objective, "metrics": result.report})
+
+    def load(self, folder: Path) -> Credit:
+        last = pd.read_parquet(folder / TURN_REWARDS)["round"].iloc[-1]
+        current, *replay = (
+            stored_credit(r, folder, self.config, k) for k, r in enumerate([self.current, *self.replay][: last + 1])
+        )
+        return Credit(current, tuple(replay), read_json(folder / CREDIT)["metrics"])
+
+
+def stored_credit(data: Round, folder: Path, config: Config, number: int = 0) -> Round:
+    """A round with the turn rewards that Q in this folder was fitted to. Raises StoreError where they are another's."""
+    table = pd.read_parquet(folder / TURN_REWARDS)
+    rewards = table["reward"][table["round"] == number].to_numpy()
+    if len(rewards) != len(data.last):
+        raise StoreError(
+            f"{folder / TURN_REWARDS}: holds {len(rewards)} turn rewards for {len(data.last)} rows; fit Q again"
+        )
+    return with_rewards(data, rewards, config)
 
 
 @dataclass(frozen=True)

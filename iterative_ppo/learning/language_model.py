@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from iterative_ppo.config import LoRAConfig, PolicyConfig
+from iterative_ppo.config import LoRAConfig, PersonaConfig, PolicyConfig
 from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning import adapters, distributed, loading, runtime, sharding
@@ -151,12 +151,19 @@ class LanguagePolicy:
         """The same weights, shared, sampling at another temperature."""
         return self._like(self.model, self.adapter, replace(self.settings, temperature=temperature))
 
+    def led_by(self, persona: PersonaConfig) -> LanguagePolicy:
+        """The same weights, shared, told to speak as a persona: a behaviour b, exact in its log-probs as any policy."""
+        behaviour = self.at(self.settings.temperature * persona.temperature)
+        behaviour.renderer.instruction = persona.instruction
+        return behaviour
+
     def with_model(self, model: PreTrainedModel, adapter: str | None = None) -> LanguagePolicy:
         """The same policy with other weights of the same family."""
         return self._like(model, adapter, self.settings)
 
     def _like(self, model: PreTrainedModel, adapter: str | None, settings: PolicySettings) -> LanguagePolicy:
         other = LanguagePolicy(model, self.tokenizer, settings, adapter, self.lora)
+        other.renderer.instruction = self.renderer.instruction
         if "abilities" in self.__dict__:
             other.__dict__["abilities"] = self.abilities
         return other

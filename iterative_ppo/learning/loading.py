@@ -62,10 +62,16 @@ def _check_base(path: Path) -> None:
         raise ModelError(f"{path}: adapters of {base}, which is not there; put the base back, or save policies merged")
 
 
+def context(model: PreTrainedModel) -> int | None:
+    """How many tokens a model reads at most; None where its configuration sets no limit."""
+    config = model.config.get_text_config()
+    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return limit
+
+
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
     """Raise ModelError where a prompt with its response, or the vocabulary, is more than the model takes."""
-    config, name = model.config.get_text_config(), tokenizer.name_or_path
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    name, limit = tokenizer.name_or_path, context(model)
     if limit and tokens > limit:
         raise ModelError(
             f"{name}: its context is {limit} tokens, but policy.max_prompt_tokens + policy.max_response_tokens is "

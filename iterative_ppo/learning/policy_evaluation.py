@@ -26,6 +26,7 @@ class Round:
     Attributes:
         reward, returns: (N,) r_i and G_i of the weighted outcome. last: (N,) last rows. fit: (N,) not held out.
         behaviour: (N,) log b(a_i | s_i) as logged, NaN where unknown; None where no row knows it.
+        assigner: what made `reward`, the outcome or a credit assigner.
         outcome_rewards, outcome_returns: (N, K) the same of each named outcome, where Q has a head for each.
     """
 
@@ -37,6 +38,7 @@ class Round:
     behaviour: np.ndarray | None = None
     outcome_rewards: np.ndarray | None = None
     outcome_returns: np.ndarray | None = None
+    assigner: str = "outcome"
 
     @property
     def head_rewards(self) -> np.ndarray:

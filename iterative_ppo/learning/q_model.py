@@ -30,6 +30,7 @@ from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
+from iterative_ppo.learning.objective import head_range, head_weights
 from iterative_ppo.learning.sharding import full
 from iterative_ppo.learning.value_scale import ValueScale
 from iterative_ppo.mdp.rendering import Encoded
@@ -68,8 +69,7 @@ class QSettings:
         c = config.q
         return cls(
             c.loss,
-            config.data.outcome_low,
-            config.data.outcome_high,
+            *head_range(config),
             config.gamma,
             head_weights(config),
             c.members,
@@ -96,13 +96,6 @@ class QSettings:
 
         names, others = list(self.outcomes), list(other.outcomes)
         return network(self) == network(other) and (names == others or len(names) == len(others) == 1)
-
-
-def head_weights(config: Config) -> dict[str, float]:
-    """Name and weight of what each head of Q learns: the named outcomes, or one reward."""
-    if config.improve.reward == "acceptance":
-        return {"acceptance": 1.0}
-    return dict(config.outcomes) if config.q.outcome_heads else {"outcome": 1.0}
 
 
 @dataclass(frozen=True)

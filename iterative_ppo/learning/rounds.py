@@ -10,15 +10,18 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config, ImproveConfig
+from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.batching import encode_table
 from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.credit import credited
 from iterative_ppo.learning.improve import group_trainers, ppo
 from iterative_ppo.learning.improve.best_of_n import improve_by_best
-from iterative_ppo.learning.improve.episodes import Prompts
+from iterative_ppo.learning.improve.episodes import Prompts, check_prompts
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, turn_advantages
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.objective import head_weights
 from iterative_ppo.learning.policy_evaluation import Round, fit_q
-from iterative_ppo.learning.q_model import QModel, QSettings, head_weights
+from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.regression import Regression, regress
 from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.returns import acceptance_rewards, discounted_returns, rewards
@@ -26,7 +29,10 @@ from iterative_ppo.mdp.turn_table import last_rows, outcome_columns
 
 
 def round_of(policy: LanguagePolicy, frame: pd.DataFrame, config: Config) -> Round:
-    """A turn table as tokens, rewards and returns. The myopic reward looks no further than its own turn."""
+    """A turn table as tokens, rewards and returns. The myopic reward looks no further than its own turn.
+
+    Turn rewards of a credit assigner come later, from all of a round's conversations (credit.credited).
+    """
     last = last_rows(frame)
     myopic = config.improve.reward == "acceptance"
     reward = acceptance_rewards(frame) if myopic else rewards(frame)
@@ -51,6 +57,7 @@ class Improvement:
 
 def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Progress | None = None) -> QModel:
     """A first Q from the outcomes of the corpus that pi_0 was cloned from: a start for round 0's, never used itself."""
+    corpus = credited(policy, corpus, [], config, progress).current
     q = QModel.from_policy(policy, QSettings.of(config), config.seed)
     how = Regression(config.q.corpus_epochs, config.q.learning_rate, 2 * config.q.batch_size, config.q.running_weight)
     regress(q, corpus.encoded, corpus.fit_returns, how, config.seed, progress)
@@ -65,10 +72,16 @@ def evaluate_policy(
     start: QModel | None = None,
     progress: Progress | None = None,
 ) -> QModel:
-    """Line 5: fit Q^pi."""
+    """Line 5: fit Q^pi, to turn rewards where credit.assigner says so; `current` may bring them, or gets them here."""
+    report: dict[str, float] = {}
+    if current.assigner != config.credit.assigner:
+        credit = credited(policy, current, replay, config, progress)
+        current, replay, report = credit.current, credit.replay, credit.report
     if config.improve.reward == "acceptance":
         config = config.model_copy(update={"q": config.q.model_copy(update={"target": "monte_carlo"})})
-    return fit_q(policy, current, replay, config, start, progress)
+    q = fit_q(policy, current, replay, config, start, progress)
+    q.report |= report
+    return q
 
 
 def improve_policy(
@@ -87,10 +100,21 @@ def improve_policy(
     Args:
         behaviour: (N,) log-probs of the logged actions as sampled, NaN where unknown.
         checkpoint: where a killed improvement goes on from.
+
+    Raises TrainingError where the logged pass would take its advantages from other rewards than Q was fitted to, and
+    what its passes raise.
     """
     values = q.evaluate(current.encoded)
     usable = current.fit & np.isfinite(values.q)
     c = config.improve
+    if c.logged.epochs and current.assigner != config.credit.assigner:
+        raise TrainingError(
+            f"improve.logged learns from rewards of {current.assigner}, Q was fitted to those of credit.assigner "
+            f"{config.credit.assigner}; give it the credited round, or set improve.logged.epochs to 0"
+        )
+
+    if c.best_of_n.epochs or c.ppo.episodes:
+        check_prompts(policy, prompts)  # before the logged pass trains for nothing
 
     def kept(name: str, loop: int) -> Checkpoint | None:
         return checkpoint and checkpoint.part(name, loop)

@@ -12,6 +12,9 @@ SuggestionStatus = Literal["suggested", "abstained", "missing"]
 Adoption = Literal["verbatim", "edited", "rejected", "no_reply"]
 Part = Literal["fit", "evidence"]
 
+REPORTED = "reported"
+"""The origin of an outcome that the log states, of none too; mdp/labels.py knows the others."""
+
 SUGGESTION_STATUSES: tuple[str, ...] = ("suggested", "abstained", "missing")
 ADOPTIONS: tuple[str, ...] = ("verbatim", "edited", "rejected", "no_reply")
 PARTS: tuple[str, ...] = ("fit", "evidence")
@@ -71,6 +74,8 @@ class Conversation:
     policy_version: str | None = None
     arm: str | None = None
     persona: str | None = None
+    outcome_origin: str | None = REPORTED
+    """Who says what came of it; None where nobody does, and the outcome is 0 until it is labelled."""
     extra: dict[str, str] = field(default_factory=dict)
 
     def state(self, i: int) -> State:

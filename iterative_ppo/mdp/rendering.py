@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.errors import ModelError
@@ -77,6 +78,7 @@ class Renderer:
         max_response_tokens: longest response, end of sequence included.
         abstain: the response that means no suggestion.
 
+    `instruction` stands before the conversation, as the system's message where a chat template takes one.
     `eos` ends a response: the token with which the chat template ends an assistant's turn, else the end of sequence.
     `ordinary` are the ids of tokens that are not special.
 
@@ -92,6 +94,7 @@ class Renderer:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_tokens = max_prompt_tokens + max_response_tokens
         self.abstain = abstain
+        self.instruction = ""
         vocabulary = tokenizer.get_vocab()
         self._labels = {name: token if token in vocabulary else _PLAIN[name] for name, token in MARKERS.items()}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -123,6 +126,15 @@ class Renderer:
             ) from None
         return text
 
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the chat template writes a system's message; some refuse it or leave it out."""
+        said = [{"role": "system", "content": "INSTRUCTION"}, {"role": "user", "content": "a"}]
+        try:
+            return "INSTRUCTION" in self._templated(said, add_generation_prompt=True)
+        except ModelError:
+            return False
+
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text without special tokens, remembered."""
         if text not in self._cache:
@@ -152,6 +164,8 @@ class Renderer:
     def _marked(self, state: State) -> tuple[int, ...]:
         label = {name: self.ids(text) for name, text in self._labels.items()}
         tokens = list(self._first)
+        if self.instruction:
+            tokens += self.ids(self.instruction + "\n")
         if state.context is not None:
             tokens += label["context"] + self.ids(self._plain(state.context))
         for turn in state.history:
@@ -174,6 +188,10 @@ class Renderer:
             messages.append({"role": "assistant", "content": self._spoken(_action_of(turn))})
             heard = f"Business: {self._sent(turn)}\n"
         messages.append({"role": "user", "content": f"{heard}Customer: {self._plain(state.customer_message)}"})
+        if self.instruction and self._takes_system:
+            messages.insert(0, {"role": "system", "content": self.instruction})
+        elif self.instruction:
+            messages[0]["content"] = f"{self.instruction}\n{messages[0]['content']}"
         text = self._templated(messages, add_generation_prompt=True)
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 
 from iterative_ppo.errors import StoreError, TurnTableError, did_you_mean
 from iterative_ppo.files import write_bytes
-from iterative_ppo.mdp.conversation import Conversation, Part, Suggestion, Turn, part_of
+from iterative_ppo.mdp.conversation import REPORTED, Conversation, Part, Suggestion, Turn, part_of
 
 SCHEMA_VERSION = 1
 OUTCOME_PREFIX = "outcome_"
+ORIGIN = "outcome_origin"
 
 _BEFORE = [
     ("conversation_id", pa.string(), False),
@@ -30,6 +31,7 @@ _BEFORE = [
     ("outcome", pa.float64(), False),
 ]
 _AFTER = [
+    (ORIGIN, pa.string(), True),
     ("suggestion", pa.string(), True),
     ("suggestion_status", pa.string(), True),
     ("business_message", pa.string(), True),
@@ -88,6 +90,7 @@ def to_frame(
                     turn.customer_message,
                     float(np.dot(weights, turn.outcomes)),
                     *turn.outcomes,
+                    talk.outcome_origin,
                     action.text if action else None,
                     action.status if action else None,
                     turn.business_message,
@@ -112,9 +115,13 @@ def part_of_conversation(talk: Conversation, evidence_share: float, split_by: st
 def conform(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
     """Cast a frame to the schema's columns, order and types (a round trip through Arrow).
 
+    A table without outcome_origin is one of reported outcomes.
+
     Raises TurnTableError, naming the column (and its nearest known name), where one is missing or does not cast.
     """
     schema = turn_schema(outcomes)
+    if ORIGIN not in frame.columns:
+        frame = frame.assign(**{ORIGIN: REPORTED})
     for name in schema.names:
         if name not in frame.columns:
             extra = [c for c in frame.columns if c not in schema.names]
@@ -195,7 +202,7 @@ def _read_one(file: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
 
 def conversations(frame: pd.DataFrame) -> Iterator[Conversation]:
     """The rows as Conversation objects, in table order. Rows of a conversation must be adjacent and in order."""
-    names = [c for c in frame.columns if c.startswith(OUTCOME_PREFIX)]
+    names = [c for c in frame.columns if c.startswith(OUTCOME_PREFIX) and c != ORIGIN]
     columns = {c: _python_values(frame[c]) for c in frame.columns}
     ids = columns["conversation_id"]
     start = 0
@@ -216,6 +223,7 @@ _CONVERSATION_COLUMNS = (
     "policy_version",
     "arm",
     "persona",
+    ORIGIN,
 )
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.files import write_bytes
-from iterative_ppo.report import plots, rows, technical_plots, words
+from iterative_ppo.report import ab_rows, plots, rows, technical_plots, words
 from iterative_ppo.report.cards import cards
 from iterative_ppo.report.record import RunRecord
 from iterative_ppo.report.verdict import verdict
@@ -55,6 +55,7 @@ def render(run: RunRecord, title: str = TITLE, now: datetime | None = None) -> s
         examples=rows.examples(run),
         groups=[rows.group_row(*group) for group in plots.labelled_groups(run)],
         guardrails=rows.guardrails(run),
+        abtest=ab_rows.ab_section(run),
         glossary=words.GLOSSARY,
         footer=footer(run, now or datetime.now(UTC)),
     )
@@ -64,9 +65,12 @@ def figures(run: RunRecord) -> dict[str, Drawn | None]:
     """Every plot by name; None where there is nothing to draw yet."""
     drawn = {
         "success": (plots.success, "Successful conversations, with 95% intervals", _success(run)),
+        "abtest": (ab_rows.path, "Bounds and path", ab_rows.CAPTION),
         "acceptance": (plots.acceptance, "What became of the suggestions", ACCEPTANCE),
         "calibration": (technical_plots.calibration, "Does Q keep its promises?", _calibration(run)),
-        "curves": (technical_plots.curves, "PPO, rollout by rollout", CURVES),
+        "losses": (technical_plots.losses, "Passes over given answers, update by update", LOSSES),
+        "curves": (technical_plots.curves, f"{_algorithms(run)}, rollout by rollout", CURVES),
+        "judges": (technical_plots.judges, "Is Q's praise deserved?", JUDGES),
         "divergence": (technical_plots.divergence, "How far the challenger moved", _divergence(run)),
         "returns": (technical_plots.returns, "Mean return at the start", RETURNS),
     }
@@ -78,12 +82,26 @@ ACCEPTANCE = (
     "Shares of the turns at which the policy suggested something, in percent; abstentions are not counted. "
     f"At most the last {plots.MOST_BARS} bars are drawn."
 )
+LOSSES = (
+    "What a pass makes small, as means over neighbouring updates: of the best of n, how surprising the best answers "
+    "are to the policy. The newest round is drawn strongest."
+)
+JUDGES = (
+    "Mean Q of each rollout's answers over how far the policy had moved from the champion, and what members of Q that "
+    "the improvement never saw say of the same answers. Where they stop rising while Q rises on, the policy learns Q's "
+    "errors; a ring marks their highest."
+)
 CURVES = (
     "Means over each rollout. The KL penalty keeps the policy near its reference; entropy that falls to 0 would mean "
     "that the policy always says the same. At most the last "
     f"{technical_plots.MOST_ROUNDS} rounds are drawn, the newest strongest."
 )
 RETURNS = "Discounted outcome from the first turn on, with 95% intervals, of data that a round has trained on."
+
+
+def _algorithms(run: RunRecord) -> str:
+    shown = technical_plots.sampled_rounds(run)
+    return " and ".join(dict.fromkeys(words.ALGORITHMS[one.algorithm] for one in shown if one.algorithm))
 
 
 def _success(run: RunRecord) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.files import fingerprint
+from iterative_ppo.report.ab_record import ABRecord, ab_record
 from iterative_ppo.report.customers import Group, groups, outcome_weights, read_turns
 from iterative_ppo.report.round_record import Numbers, RoundRecord, read_round
 from iterative_ppo.report.stored import label, optional, part, shaped, test_of
@@ -42,6 +43,8 @@ class RunRecord:
     outcomes: Numbers = field(default_factory=dict)
     seed: int | None = None
     settings_hash: str | None = None
+    ab: ABRecord | None = None
+    """The A/B test that runs, or the last that ended."""
 
     @property
     def promotions(self) -> int:
@@ -69,7 +72,16 @@ class RunRecord:
         rounds = tuple(read_round(root, k, rows.get(k, {}), path) for k in sorted({*rows, *_begun(root)}))
         seed, settings_hash = _settings(rounds)
         return cls(
-            rounds, phase, number, pair, _tested(root, rounds), _closing(root), _outcomes(root), seed, settings_hash
+            rounds,
+            phase,
+            number,
+            pair,
+            _tested(root, rounds),
+            _closing(root),
+            _outcomes(root),
+            seed,
+            settings_hash,
+            ab_record(state, path),
         )
 
 

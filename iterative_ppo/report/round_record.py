@@ -11,6 +11,7 @@ from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import Calibration
+from iterative_ppo.mdp.labels import counts
 from iterative_ppo.report.customers import Group, groups, read_returns, read_turns
 from iterative_ppo.report.stored import decision_of, finite, label, numbers, optional, part, shaped, test_of
 
@@ -59,6 +60,8 @@ class RoundRecord:
     quarantine_reasons: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()
+    origins: Mapping[str, int] = field(default_factory=dict)
+    """Conversations by the origin of their outcome: reported, rule, classifier:<version>, or none."""
     mean_return: float | None = None
     q: Numbers = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -66,6 +69,8 @@ class RoundRecord:
     """How near a policy cloned from a log is to that log."""
     curves: Mapping[str, tuple[Numbers, ...]] = field(default_factory=dict)
     """Of each pass of the improvement that ran, in order: one entry an update, or a rollout of a sampled algorithm."""
+    candidates: int | None = None
+    """Responses a state, of which the best of n was learnt."""
     evidence: Numbers = field(default_factory=dict)
     guardrails: Mapping[str, Guarded] = field(default_factory=dict)
     """Of the offline gate, by name; one that a limit of its own has broken is not held."""
@@ -123,18 +128,21 @@ def _data(root: Path, folder: Path) -> dict[str, Any]:
         **_validation(folder / "validated" / "validation.json"),
         "conversations": sum(group.success.conversations for group in found) if found else None,
         "groups": found,
+        "origins": counts(frame) if frame is not None else {},
         "mean_return": numbers(folder / "returns" / "stage.json", "metrics").get("mean_return"),
     }
 
 
 def _learning(folder: Path) -> dict[str, Any]:
+    settings = {name: part(folder / name / "stage.json", "inputs") for name in STAGES}
     return {
         "q": numbers(folder / "q" / "stage.json", "metrics"),
         "calibration": _calibration(folder / "q" / "calibration.json"),
         "distance": numbers(folder / "distance" / "stage.json", "metrics"),
         "curves": _curves(folder / "improved" / "curves.json"),
         "temperature": numbers(folder / "improved" / "model" / "policy.json").get("temperature"),
-        "settings": {name: part(folder / name / "stage.json", "inputs") for name in STAGES},
+        "candidates": _candidates(folder / "improved" / "stage.json", settings["improved"]),
+        "settings": settings,
     }
 
 
@@ -208,6 +216,12 @@ def _curves(path: Path) -> dict[str, tuple[Numbers, ...]]:
     with shaped(path):
         entries = values.items() if values is not None else ()
         return {name: tuple(finite(entry) for entry in curve) for name, curve in entries if curve}
+
+
+def _candidates(path: Path, inputs: Mapping[str, Any]) -> int | None:
+    with shaped(path):
+        samples = inputs.get("improve", {}).get("best_of_n", {}).get("samples")
+        return None if samples is None else int(samples)
 
 
 def _gate(path: Path) -> Decision | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,7 @@ def _why(one: RoundRecord) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
 
 
 def _facts(one: RoundRecord) -> Iterator[str]:
+    yield from _improvement(one)
     if one.temperature is not None:
         yield f"Sampling temperature {one.temperature:g}; it is part of the policy"
     if "held_out_turns" in one.q:
@@ -104,14 +105,58 @@ def _facts(one: RoundRecord) -> Iterator[str]:
     if "held_out_nats_a_token" in one.distance:
         nats = words.number(one.distance["held_out_nats_a_token"], 2)
         yield f"The first policy was cloned from a log: {nats} nats a token on held-out actions"
+    if one.origins:
+        found = (f"{words.count(count)} {words.origin(origin)}" for origin, count in one.origins.items())
+        yield f"Outcomes of its conversations: {', '.join(found)}"
+    yield from _coverage(one.q)
     for reason, count in one.quarantine_reasons.items():
         yield f"Quarantined, {words.count(count)}: {reason}"
     if one.looks:
         shares = ", ".join(f"{fraction:.0%}" for fraction in one.looks)
         yield f"The A/B test was looked at {words.count(len(one.looks), 'times')}, at {shares} of its plan"
+    if one.void:
+        yield f"The A/B test ended without a verdict: {one.void}"
     if one.convergence:
         yield f"Converged: {one.convergence}"
     yield from one.warnings
+
+
+def _coverage(q: Mapping[str, float]) -> Iterator[str]:
+    """How many kinds of actions Q has seen in like states, with personas and without."""
+    if "coverage_distinct_actions" not in q:
+        return
+    distinct, unseen = words.number(q["coverage_distinct_actions"], 1), words.percent(q["coverage_extrapolated"])
+    own = q.get("coverage_distinct_actions_own")
+    like = words.count(q.get("coverage_neighbours"), "like states")
+    said = f"Among {like} Q saw {distinct} different suggestions; for {unseen} of the policy's own it extrapolates"
+    alone = f" (without personas {words.number(own, 1)} and {words.percent(q.get('coverage_extrapolated_own'))})"
+    yield said + (alone if own is not None else "")
+    if "coverage_effective_size" in q:
+        worth = words.count(q["coverage_effective_size"])
+        turns = words.count(q.get("coverage_persona_turns"), "suggestions")
+        yield f"Personas made {turns}, worth {worth} of the policy's own (effective sample size)"
+
+
+def _improvement(one: RoundRecord) -> Iterator[str]:
+    """Which passes made the challenger, and what Q says that came of it."""
+    if one.settings.get("improved"):
+        passes = ", then ".join(_pass(name, one) for name in one.curves)
+        yield f"Improved by {passes}" if passes else "No pass was configured: the challenger is the champion unchanged"
+    found = [one.evidence.get(f"q_{name}") for name in ("champion", "challenger", "gain_low", "gain_high")]
+    before, after, low, high = found
+    if before is None or after is None or low is None or high is None:
+        return
+    states = words.count(one.evidence.get("states"), "held-out states")
+    span = f"95% interval {words.change(low)} to {words.change(high)}"
+    doubt = ", so it may be chance" if low <= 0.0 <= high else ""
+    moved = f"{'fell' if after < before else 'rose'} from {words.number(before)} to {words.number(after)}"
+    yield f"E[Q] on {states} {moved}: {words.change(after - before)} ({span}{doubt})"
+
+
+def _pass(name: str, one: RoundRecord) -> str:
+    if name == "best_of_n":
+        return f"best of {one.candidates or 'n'} by Q"
+    return "the logged pass" if name == "logged" else words.ALGORITHMS.get(name, name)
 
 
 def group_row(origin: str, owner: str, group: Group) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Plots for the technically minded: Q, PPO, divergence and returns, each as an inline SVG or None."""
+"""Plots for the technically minded: Q, the improvement, divergence and returns, each as an inline SVG or None."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -14,12 +15,13 @@ from iterative_ppo.report.plots import ROLE, origin, ticks
 from iterative_ppo.report.record import RunRecord
 from iterative_ppo.report.round_record import RoundRecord
 
-MOST_ROUNDS = 4
+MOST_ROUNDS, MOST_MEANS = 4, 60
 CURVES = (
     ("q", "Q of the answers", "return to expect"),
     ("kl_to_reference", "KL to the reference", "nats a response"),
     ("entropy", "Entropy", "nats a token"),
 )
+PASSES = (("logged", "Logged pass", "loss"), ("best_of_n", "Best of n", "loss, nats a token"))
 
 
 @svg.styled
@@ -58,23 +60,80 @@ def _reliability(axes: Axes, one: RoundRecord, top: float) -> None:
     axes.text(0.98, 0.03, f"{len(bins.count)} bins of\n{turns} turns", **place)
 
 
+def sampled_rounds(run: RunRecord) -> list[RoundRecord]:
+    """The last rounds in which an algorithm learnt from sampled answers."""
+    return [one for one in run.rounds if one.sampled][-MOST_ROUNDS:]
+
+
 @svg.styled
 def curves(run: RunRecord) -> str | None:
-    """PPO's rollouts: Q, KL to the reference and entropy; the last round is drawn strongest."""
-    rounds = [one for one in run.rounds if one.curve][-MOST_ROUNDS:]
+    """An algorithm's rollouts: Q, KL to the reference and entropy; the last round is drawn strongest."""
+    rounds = sampled_rounds(run)
     if not rounds:
         return None
+    mixed = len({one.algorithm for one in rounds}) > 1
     figure, panels = svg.panels(9.6, 2.9, len(CURVES))
     for axes, (key, title, unit) in zip(panels, CURVES, strict=True):
         for one, strength in zip(rounds, _strengths(len(rounds)), strict=True):
-            found = [(x, entry[key]) for x, entry in enumerate(one.curve, start=1) if key in entry]
+            found = [(x, entry[key]) for x, entry in enumerate(one.sampled, start=1) if key in entry]
             if found:
-                _curve(axes, found, f"round {one.number}", strength)
+                _curve(axes, found, _named(one) if mixed else f"round {one.number}", strength)
         axes.set(title=title, xlabel="rollout", ylabel=unit)
         axes.margins(x=0.06, y=0.14)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     panels[0].legend(loc="best", fontsize=8.5, handlelength=1.4)
     return svg.inline(figure, "curves")
+
+
+@svg.styled
+def losses(run: RunRecord) -> str | None:
+    """The loss of the passes over answers that are given, logged ones or the best of n, for the last rounds."""
+    shown = [(key, *named) for key, *named in PASSES if any(key in one.curves for one in run.rounds)]
+    if not shown:
+        return None
+    figure, panels = svg.panels(9.6, 2.5, len(shown))
+    for axes, (key, title, unit) in zip(panels, shown, strict=True):
+        rounds = [one for one in run.rounds if key in one.curves][-MOST_ROUNDS:]
+        for one, strength in zip(rounds, _strengths(len(rounds)), strict=True):
+            if found := _means([entry["loss"] for entry in one.curves[key] if "loss" in entry]):
+                axes.plot(*zip(*found, strict=True), color=svg.CHALLENGER, alpha=strength, label=f"round {one.number}")
+        axes.set(title=title, xlabel="update", ylabel=unit)
+        axes.legend(loc="best", fontsize=8.5, handlelength=1.4)
+    return svg.inline(figure, "losses")
+
+
+def _means(values: Sequence[float]) -> list[tuple[float, float]]:
+    """Neighbours' means, with the middle of the updates that each stands for."""
+    parts = np.array_split(np.arange(len(values)), min(MOST_MEANS, len(values))) if values else []
+    return [(float(part.mean()) + 1.0, float(np.mean([values[k] for k in part]))) for part in parts]
+
+
+@svg.styled
+def judges(run: RunRecord) -> str | None:
+    """What Q and its unseen members say of each rollout's answers, over KL to the champion, for the last rounds."""
+    keys = ("kl_to_champion", "q", "judge")
+    rounds = [one for one in run.rounds if any("judge" in entry for entry in one.sampled)][-MOST_ROUNDS:]
+    if not rounds:
+        return None
+    figure, panels = svg.panels(9.6 if len(rounds) > 1 else 5.6, 2.9, len(rounds), sharey=True)
+    for axes, one in zip(panels, rounds, strict=True):
+        found = [tuple(entry[key] for key in keys) for entry in one.sampled if set(keys) <= entry.keys()]
+        kl, q, judge = np.array(found).reshape(-1, len(keys)).T
+        axes.plot(kl, q, marker="o", markersize=4, color=svg.CHALLENGER, label="Q, as improved on")
+        axes.plot(kl, judge, marker="s", markersize=4, color=svg.CHAMPION, label="judges")
+        if len(judge):
+            top = int(judge.argmax())
+            axes.plot(kl[top], judge[top], "o", markersize=11, markerfacecolor="none", color=svg.CHAMPION)
+        axes.set(title=_named(one).replace("round", "Round"), xlabel="KL to the champion, nats a response")
+        axes.margins(x=0.08, y=0.16)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    panels[0].set_ylabel("return to expect")
+    panels[0].legend(loc="best", fontsize=8.5, handlelength=1.4)
+    return svg.inline(figure, "judges")
+
+
+def _named(one: RoundRecord) -> str:
+    return f"round {one.number}, {words.ALGORITHMS[one.algorithm]}" if one.algorithm else f"round {one.number}"
 
 
 def _curve(axes: Axes, found: Sequence[tuple[int, float]], name: str, strength: float) -> None:

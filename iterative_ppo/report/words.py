@@ -42,6 +42,8 @@ GUARDRAILS = {
     "calibration": "Calibration error of Q",
 }
 
+ALGORITHMS = {"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO"}
+
 GLOSSARY = (
     ("Policy", "A version of the assistant: its weights, tokenizer and sampling temperature."),
     ("Champion, challenger", "The policy that serves customers now, and the newer one that is tested against it."),
@@ -60,7 +62,15 @@ GLOSSARY = (
     ("Calibration error", "How far Q's promises lie from what came true; beside it, what a perfect Q shows by chance."),
     ("KL", "How far two policies' answers differ, in nats a response; 0 means the same."),
     ("Entropy", "How varied the answers are; near 0 the policy always says the same."),
-    ("PPO", "The method that moves a policy towards answers that Q likes, in small steps."),
+    (
+        "Improvement",
+        "What makes a challenger of the champion: one or more passes against a fixed Q, one after the other.",
+    ),
+    ("Logged pass", "Learning from the suggestions that were made: more of what went better than expected."),
+    ("Best of n", "Of n answers that the policy gives in a state it learns the one that Q likes best."),
+    ("PPO", "A method that moves a policy towards answers that Q likes, in small steps."),
+    ("GRPO, RLOO", "Methods like PPO that compare several answers to the same state with each other."),
+    ("Judges", "Members of Q that the improvement does not see; they tell whether Q's praise is deserved."),
     ("Held-out", "Conversations that neither Q nor the policy has learned from."),
     ("Offline gate", "Checks on held-out conversations that a challenger must pass before customers meet it."),
     (
@@ -120,6 +130,11 @@ def count(value: float | None, noun: str = "") -> str:
     return f"{value:,.0f} {word}".strip()
 
 
+def origin(name: str) -> str:
+    """Who says an outcome, as `outcome_origin` names it."""
+    return {"rule": "by rule", "none": "that nobody reported"}.get(name, name.replace("classifier:", "by classifier "))
+
+
 def gain(test: ABTest) -> str:
     """A test's gain with its interval and p."""
     return f"{points(test.gain)} ({points_span(test.gain_low, test.gain_high)}, {p_value(test.p_value)})"
@@ -133,6 +148,11 @@ def succeeds(outcomes: Mapping[str, float]) -> str:
     if names[0] in SALES:
         return "sells in"
     return "succeeds in" if names[0] == "success" else f"reaches “{names[0]}” in"
+
+
+def change(value: float, digits: int = 3) -> str:
+    """A difference with its sign: +0.050."""
+    return _signed(value, digits)
 
 
 def brief(value: float | None) -> str:
@@ -152,5 +172,5 @@ def reason(text: str) -> tuple[str, str, str]:
     return MARKS.get(mark, ""), checked, found.removeprefix("guardrail ")
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+def _signed(value: float, digits: int = 1) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")

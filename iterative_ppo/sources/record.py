@@ -45,6 +45,11 @@ def turn_of(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> Turn:
     return Turn(None, found, timestamp=time)
 
 
+def reports(row: Row, outcomes: Mapping[str, float]) -> bool:
+    """Whether a record says an outcome, be it 0: null says nothing."""
+    return any(number(row, column) is not None for column in _outcome_columns(row, outcomes))
+
+
 def refused(row: Row, field: str | None, problem: str) -> BadDialogueError:
     """The error that sets aside the conversation of a record."""
     return BadDialogueError(problem, field, row.number, row.file)
@@ -88,8 +93,7 @@ def _given(row: Row, field: str) -> Any:
 
 def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tuple[float, ...]:
     """The named outcomes, null being 0. A single one may stand in column `outcome`, as it is and not yet weighted."""
-    names = outcome_columns(outcomes)
-    columns = [name if name in row.values or len(names) > 1 else "outcome" for name in names]
+    columns = _outcome_columns(row, outcomes)
     for column in columns:
         if column not in row.values:
             raise refused(row, column, "missing; write null where there is nothing")
@@ -99,6 +103,11 @@ def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tupl
         if not data.outcome_low <= value <= data.outcome_high:
             raise refused(row, column, f"expected {data.outcome_low:g} to {data.outcome_high:g}, found {value:g}")
     return found
+
+
+def _outcome_columns(row: Row, outcomes: Mapping[str, float]) -> list[str]:
+    names = outcome_columns(outcomes)
+    return [name if name in row.values or len(names) > 1 else "outcome" for name in names]
 
 
 def _suggestion(row: Row) -> Suggestion:

@@ -8,10 +8,19 @@ from pathlib import Path
 
 from iterative_ppo.config import DataConfig
 from iterative_ppo.errors import SourceError, did_you_mean
-from iterative_ppo.mdp.conversation import Conversation, Turn
+from iterative_ppo.mdp.conversation import REPORTED, Conversation, Turn
 from iterative_ppo.mdp.turn_table import outcome_columns
 from iterative_ppo.sources.log import OPEN, BadDialogueError, ImportedLog, SetAside, set_aside, short
-from iterative_ppo.sources.record import OF_CONVERSATION, OPTIONAL, REQUIRED, identity, number, refused, turn_of
+from iterative_ppo.sources.record import (
+    OF_CONVERSATION,
+    OPTIONAL,
+    REQUIRED,
+    identity,
+    number,
+    refused,
+    reports,
+    turn_of,
+)
 from iterative_ppo.sources.rows import Row, Rows, read_rows
 
 Talk = tuple[list[Row], list[Turn]]
@@ -24,7 +33,8 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     Required columns: those in `record.REQUIRED` and `outcome_<name>` of each outcome (or just `outcome`, where there
     is one). Optional ones have the turn table's names. Defaults: `suggestion_status` by the suggestion (null missing,
     "" is abstained), `adoption` by similarity, `customer_id` the conversation's id. Times are ISO 8601, in UTC where
-    they do not say. In CSV, nothing between two commas is null and "" is the empty text; some writers, pandas among
+    they do not say. An outcome of 0 in a conversation's last row is a report of none; null reports nothing, and
+    `labels` decides. In CSV, nothing between two commas is null and "" is the empty text; some writers, pandas among
     them, do not tell the two apart, and then Parquet or JSON Lines is the better choice.
 
     A conversation ends where its outcome is not 0, and what follows is left out (`extra["dropped_turns"]` counts it);
@@ -44,7 +54,7 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     for records, turns in talks:
         try:
             closed = _closed(records, turns, newest, timedelta(hours=data.outcome_window_hours))
-            log.conversations.append(_conversation(records, turns, closed))
+            log.conversations.append(_conversation(records, turns, closed, outcomes))
         except BadDialogueError as bad:
             log.set_aside.append(set_aside(identity(records[0], "conversation_id"), records[0].file, bad))
     return log
@@ -139,9 +149,12 @@ def _silence(row: Row, turns: Sequence[Turn], newest: datetime | None, window: t
     return Turn(None, (0.0,) * len(turns[-1].outcomes), timestamp=last)
 
 
-def _conversation(records: Sequence[Row], turns: Sequence[Turn], closed: tuple[Turn, ...]) -> Conversation:
+def _conversation(
+    records: Sequence[Row], turns: Sequence[Turn], closed: tuple[Turn, ...], outcomes: Mapping[str, float]
+) -> Conversation:
     name = str(identity(records[0], "conversation_id"))
     about = {field: identity(records[0], field) for field in OF_CONVERSATION}
     customer = about.pop("customer_id") or name
     extra = {"dropped_turns": str(max(0, len(turns) - len(closed)))}
-    return Conversation(name, closed, customer, **about, extra=extra)
+    reported = reports(records[min(len(closed), len(records)) - 1], outcomes)
+    return Conversation(name, closed, customer, **about, outcome_origin=REPORTED if reported else None, extra=extra)

@@ -15,7 +15,7 @@ from iterative_ppo.config import BestOfNConfig
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
-from iterative_ppo.learning.improve.episodes import Prompts, RewardModel
+from iterative_ppo.learning.improve.episodes import Prompts, RewardModel, check_prompts
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.rendering import single
@@ -39,12 +39,12 @@ def improve_by_best(
 ) -> tuple[LanguagePolicy, Curve]:
     """A copy of `policy` moved towards what Q prefers of its own responses, and its curve. Zero epochs change nothing.
 
-    Raises TrainingError where there is no prompt, or Q is not a number or the same for every response.
+    Raises TrainingError where there is no prompt, or Q is not a number or the same for every response; ModelError where
+    a prompt is longer than the model's context.
     """
     if not config.epochs:
         return policy, []
-    if not prompts:
-        raise TrainingError("no prompt to improve on")
+    check_prompts(policy, prompts)
     n = config.samples
     surer = policy.at(config.temperature * policy.settings.temperature)
     responses = surer.respond(prompts, seed, samples=n)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import ModelError, TrainingError
+from iterative_ppo.learning import loading
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.mdp.rendering import Encoded, Span, single
@@ -26,6 +27,19 @@ class RewardModel(Protocol):
 
     def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
         """(1 + length,) a sequence: V(s), the values after each token of the response, Q(s, a) last."""
+
+
+def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
+    """Raise TrainingError where there is no prompt, ModelError where one leaves its response no room in the context."""
+    if not prompts:
+        raise TrainingError("no prompt to improve on")
+    limit, room = loading.context(policy.model), policy.settings.max_response_tokens
+    longest = max(range(len(prompts)), key=lambda k: len(prompts[k]))
+    if limit and len(prompts[longest]) + room > limit:
+        raise ModelError(
+            f"prompt {longest} has {len(prompts[longest])} tokens, which with a response of {room} "
+            f"(policy.max_response_tokens) is more than the model's context of {limit}; shorten the prompt"
+        )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import (
     Prompts,
     RewardModel,
+    check_prompts,
     kl_both_ways,
     response_rewards,
     token_log_probs,
@@ -60,13 +61,13 @@ def improve(
     with it KL(pi || pi_ref)'s (DeepSeek-V3.2, arXiv 2512.02556). RLOO takes the KL of the response from its reward.
 
     Raises TrainingError where there is no prompt, Q is the same for all responses of every prompt in the first rollout
-    or not a number, or the weights diverge; ConfigError where several processes train.
+    or not a number, or the weights diverge; ModelError where a prompt is longer than the model's context; ConfigError
+    where several processes train.
     """
     c = config.ppo
     if not c.episodes:
         return policy, []
-    if not prompts:
-        raise TrainingError("no prompt to improve on")
+    check_prompts(policy, prompts)
     if distributed.size() > 1:
         raise ConfigError(f"improve.algorithm {config.algorithm} trains in one process; set runtime.processes to 1")
     rollout = config.group_rollout

@@ -25,7 +25,14 @@ from iterative_ppo.learning.checkpoint import (
     with_prefix,
 )
 from iterative_ppo.learning.improve.critic import LearnedCritic
-from iterative_ppo.learning.improve.episodes import Episodes, Prompts, RewardModel, roll_out, token_log_probs
+from iterative_ppo.learning.improve.episodes import (
+    Episodes,
+    Prompts,
+    RewardModel,
+    check_prompts,
+    roll_out,
+    token_log_probs,
+)
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import descend, optimizer_for
 from iterative_ppo.learning.q_model import QModel
@@ -113,12 +120,11 @@ def improve(
         rollout_size: responses a rollout; None means the configured number.
 
     Raises TrainingError where there is no prompt, the reward is constant over the first rollout or not a number, or
-    an update is not finite.
+    an update is not finite; ModelError, before any training, where a prompt is longer than the model's context.
     """
     if not config.episodes:
         return policy, []
-    if not prompts:
-        raise TrainingError("no prompt to improve on")
+    check_prompts(policy, prompts)
     sizes = _rollouts(config.episodes, rollout_size or config.rollout)
     run = begin(policy, q, config, sizes, scale, seed)
     if checkpoint:

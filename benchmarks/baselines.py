@@ -1,0 +1,99 @@
+"""Other ways to learn from as many conversations, beside which Iterative PPO is measured.
+
+None of them has a Q of actions. Those with a value function fit it to the same Monte Carlo returns as Q's own V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from iterative_ppo.config import Config, LoggedConfig
+from iterative_ppo.environments.rollout import collect
+from iterative_ppo.learning.batching import Batch, step_count, training_batches
+from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, turn_advantages
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.policy_evaluation import Round
+from iterative_ppo.learning.rounds import evaluate_policy, round_of
+from iterative_ppo.learning.supervised import fine_tune
+from iterative_ppo.learning.training import train
+from tasks.traffic import environment, to_rows
+
+Learner = Callable[[LanguagePolicy, list[Any], Config], LanguagePolicy]
+"""From a policy and its conversations to the next policy."""
+ONLINE = 250
+"""Conversations between two updates of those that learn online: six deployments where the others make one."""
+GENTLE = {"learning_rate": 0.001, "epochs": 4.0}
+TRAJECTORY = LoggedConfig(epochs=5.0, learning_rate=0.001, batch_size=64, clip=0.2, gae_lambda=0.95)
+EACH_DEPLOYMENT = TRAJECTORY.model_copy(update={"epochs": 1.0})
+"""Of the online learner: with five epochs it unlearnt how to write, with two at a lower rate it was slower."""
+AWR_TEMPERATURE, LARGEST_WEIGHT = 1.0, 20.0
+
+
+def sharpened(policy: LanguagePolicy, talks: list[Any], config: Config) -> LanguagePolicy:
+    """The same weights at half the temperature: what surer speech gains without any learning."""
+    return policy.at(policy.settings.temperature / 2)
+
+
+def cloned(policy: LanguagePolicy, talks: list[Any], config: Config) -> LanguagePolicy:
+    """Filtered behaviour cloning: the conversations that succeeded, again."""
+    won = [talk for talk in talks if talk.turns[-1].outcomes[0] > 0]
+    sequences = [s for talk in won for s in policy.renderer.encode(talk)[0]]
+    return fine_tune(policy, sequences, config.supervised.model_copy(update=GENTLE), config.seed)[0]
+
+
+def actor_critic(policy: LanguagePolicy, talks: list[Any], config: Config) -> LanguagePolicy:
+    """Trajectory actor-critic: PPO's clipped ratios on what was said, GAE over turns from a Monte Carlo V."""
+    frame, current, v = _valued(policy, talks, config)
+    advantage = turn_advantages(current.reward, current.last, v, config.gamma, TRAJECTORY.gae_lambda)
+    return improve_on_log(policy, LoggedData(current.encoded, advantage, _behaviour(frame)), TRAJECTORY, config.seed)[0]
+
+
+def advantage_weighted(policy: LanguagePolicy, talks: list[Any], config: Config) -> LanguagePolicy:
+    """Advantage-weighted regression (Peng et al. 2019, arXiv 1910.00177): what was said, weighted by exp(A / beta)."""
+    _, current, v = _valued(policy, talks, config)
+    advantage = np.nan_to_num(current.returns - v)
+    weight = np.minimum(np.exp(advantage / np.nanstd(advantage) / AWR_TEMPERATURE), LARGEST_WEIGHT)
+    student, sequences = policy.trainable_copy(), current.encoded.sequences
+    usual = sum(span.trains for s in sequences for span in s.spans) / step_count(len(sequences), 64, 1.0)
+
+    def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        spans = np.flatnonzero(batch.trains)
+        log_p = student.response_log_probs(batch, spans)
+        return -(torch.from_numpy(weight[batch.row[spans]]).to(log_p) * log_p).sum() / usual, {}
+
+    rng = np.random.default_rng(config.seed)
+    batches = training_batches(sequences, 64, GENTLE["epochs"], policy.pad, rng)
+    train(student, batches, step_count(len(sequences), 64, GENTLE["epochs"]), objective, GENTLE["learning_rate"])
+    return student
+
+
+def online_rloo(policy: LanguagePolicy, conversations: int, config: Config, seed: int) -> LanguagePolicy:
+    """Trajectory RLOO (Ahmadian et al. 2024, 2402.14740): the outcome, less the others' mean, on every turn; online."""
+    for k in range(conversations // ONLINE):
+        talks = collect(policy, environment(config), ONLINE, seed + 100_000 * (k + 1), f"online-{k}")
+        frame = to_rows(config, talks)
+        current = round_of(policy, frame, config)
+        number = frame["conversation_id"].factorize()[0]
+        outcome = np.bincount(number, weights=current.reward)
+        others = (outcome.sum() - outcome) / (len(outcome) - 1)
+        data = LoggedData(current.encoded, (outcome - others)[number], _behaviour(frame))
+        policy = improve_on_log(policy, data, EACH_DEPLOYMENT, config.seed)[0]
+    return policy
+
+
+def _valued(policy: LanguagePolicy, talks: list[Any], config: Config) -> tuple[pd.DataFrame, Round, np.ndarray]:
+    """The conversations as rows and as tokens, and (N,) a Monte Carlo V of their states."""
+    frame = to_rows(config, talks)
+    current = round_of(policy, frame, config)
+    plain = config.model_copy(update={"q": config.q.model_copy(update={"target": "monte_carlo"})})
+    return frame, current, evaluate_policy(policy, current, [], plain).evaluate(current.encoded).v
+
+
+def _behaviour(frame: pd.DataFrame) -> np.ndarray:
+    found: np.ndarray = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
+    return found

@@ -1,0 +1,104 @@
+"""The table of `make bench-learning`, from finished cells; comparisons pair the seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.learning import EVALUATION, METHODS, OURS, ROUNDS, cell_path, configuration
+from benchmarks.results_file import figure, mean_interval
+from iterative_ppo.environments.renovation import Script
+from iterative_ppo.environments.rollout import collect
+from iterative_ppo.evaluation.ab_test import Arm, ab_test
+from iterative_ppo.files import read_json
+from tasks.traffic import environment, outcome_of
+
+Results = dict[tuple[str, int], list[dict[str, Any]]]
+"""By method and round, a result for each seed."""
+
+
+def table(seeds: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Figures over seeds; a method and round that some seed has not finished is left out."""
+    found = _finished(seeds, rounds)
+    rows = [row for (method, number), results in found.items() for row in _described(method, number, results, seeds)]
+    return [*rows, *_margins(found, seeds), *_targets(found, seeds, rounds), *_steps(found, seeds)]
+
+
+def _finished(seeds: list[int], rounds: int) -> Results:
+    found: Results = {}
+    for method in METHODS:
+        for number in range(ROUNDS.get(method, rounds) + 1):
+            places = [cell_path(method, seed) / f"{number}" for seed in seeds]
+            if all((place / "result.json").exists() for place in places):
+                found[method, number] = [_result(place) for place in places]
+    return found
+
+
+def _result(place: Any) -> dict[str, Any]:
+    greedy = place / "greedy.json"
+    return read_json(place / "result.json") | {"greedy": read_json(greedy)["success"] if greedy.exists() else None}
+
+
+def _rates(results: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([result["success"] for result in results])
+
+
+def _described(method: str, number: int, results: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
+    cpu = float(np.mean([result["cpu_seconds"] for result in results]))
+    mean, low, high = mean_interval(list(_rates(results)))
+    rows = [figure(f"success, {method}, round {number}", mean, (low, high), seeds=seeds, cpu_seconds=cpu)]
+    for name, key in (("well-formed messages", "well_formed"), ("success, greedy", "greedy")):
+        values = [result[key] for result in results]
+        if results[0]["conversations"] == EVALUATION and None not in values:
+            mean, low, high = mean_interval(values)
+            rows.append(figure(f"{name}, {method}, round {number}", mean, (low, high), seeds=seeds))
+    return rows
+
+
+def _margins(found: Results, seeds: list[int]) -> list[dict[str, Any]]:
+    rows = []
+    for (method, number), results in found.items():
+        if method != OURS and number and (OURS, number) in found:
+            mean, low, high = mean_interval(list(_rates(found[OURS, number]) - _rates(results)))
+            rows.append(figure(f"margin over {method}, round {number}", mean, (low, high), "> 0", low > 0, seeds))
+    return rows
+
+
+def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, Any]]:
+    start, oracle = _rates(found[OURS, 0]), _oracle()
+    mean, low, high = mean_interval(list(start))
+    rows = [figure("pi_0's success", mean, (low, high), ".15 to .25", bool(0.15 <= mean <= 0.25), seeds)]
+    for number, least, said in ((1, 0.58, "0.58"), (3, 0.82, "0.82"), (5, 0.97 * oracle, "97 % of the oracle's")):
+        if (OURS, number) in found:
+            mean, low, high = mean_interval(list(_rates(found[OURS, number])))
+            rows.append(figure(f"success after {number} rounds", mean, (low, high), f">= {said}", mean >= least, seeds))
+    if (OURS, rounds) in found:
+        after = _rates(found[OURS, rounds])
+        ratio, low, high = mean_interval(list(after / start))
+        rows.append(figure(f"success after {rounds} rounds over pi_0's", ratio, (low, high), ">= 3", ratio >= 3, seeds))
+        well = [[result["well_formed"] for result in found[OURS, number]] for number in (0, rounds)]
+        mean, low, high = mean_interval(list(np.array(well[1]) - np.array(well[0])))
+        rows.append(figure("well-formed messages less pi_0's", mean, (low, high), ">= -0.02", mean >= -0.02, seeds))
+    return [*rows, figure("the scripted oracle's success", oracle, None, ">= .80", oracle >= 0.8)]
+
+
+def _steps(found: Results, seeds: list[int]) -> list[dict[str, Any]]:
+    """How many rounds of ours are worse than the one before, at .05 over all of them (Bonferroni)."""
+    numbers = [number for method, number in found if method == OURS and number]
+    pairs = [
+        (before, after)
+        for number in numbers
+        for before, after in zip(found[OURS, number - 1], found[OURS, number], strict=True)
+    ]
+    worse = [ab_test(_arm(after), _arm(before), 0.05).p_value < 0.05 / len(pairs) for before, after in pairs]
+    name = f"rounds significantly worse than the one before, of {len(pairs)}"
+    return [figure(name, sum(worse), None, "0", not any(worse), seeds)]
+
+
+def _arm(result: dict[str, Any]) -> Arm:
+    return Arm(round(result["success"] * result["conversations"]), result["conversations"])
+
+
+def _oracle() -> float:
+    return outcome_of(collect(Script(1.0), environment(configuration(OURS, 0)), EVALUATION, 99, "oracle")).rate

@@ -1,0 +1,75 @@
+"""How well a log covers what the policy says: distinct actions among like states, and where Q can only extrapolate.
+
+States are alike by the words of the last two messages (cosine of TF-IDF), actions by the words that they share.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from iterative_ppo.mdp.turn_table import actions
+
+NEIGHBOURS, STATES, LOGGED_AT_MOST, ALIKE = 20, 500, 20_000, 0.5
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Of some states and what the policy said in them, each beside the nearest logged states.
+
+    Attributes:
+        states: how many were looked at. neighbours: logged states beside each.
+        distinct_actions: mean number of different actions among the neighbours' own.
+        extrapolated: share of states in which none of those shares half of its words with what the policy said.
+    """
+
+    states: int
+    neighbours: int
+    distinct_actions: float
+    extrapolated: float
+
+
+def coverage(asked: pd.DataFrame, logged: pd.DataFrame, seed: int = 0) -> Coverage | None:
+    """None where either holds no action.
+
+    Args:
+        asked: whole conversations of the policy itself, as a turn table; its actions are what Q will be asked about.
+        logged: conversations that Q was fitted on, whoever led them. Larger tables are sampled, to bound the memory.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+
+    rng = np.random.default_rng(seed)
+    theirs, mine = (_chosen(frame, count, rng) for frame, count in ((logged, LOGGED_AT_MOST), (asked, STATES)))
+    if not len(theirs) or not len(mine):
+        return None
+    vectorizer = TfidfVectorizer(token_pattern=_WORD.pattern)
+    count = min(NEIGHBOURS, len(theirs))
+    nearest = NearestNeighbors(n_neighbors=count, metric="cosine").fit(vectorizer.fit_transform(theirs["state"]))
+    found = nearest.kneighbors(vectorizer.transform(mine["state"]), return_distance=False)
+    said = theirs["action"].to_numpy()[found]
+    known = [any(_alike(own, other) for other in row) for own, row in zip(mine["action"], said, strict=True)]
+    distinct = np.mean([len(set(row)) for row in said])
+    return Coverage(len(mine), count, float(distinct), 1.0 - float(np.mean(known)))
+
+
+def _chosen(frame: pd.DataFrame, count: int, rng: np.random.Generator) -> pd.DataFrame:
+    """State and action of at most `count` rows, shuffled: among equally near states none comes first by its place."""
+    before = frame.groupby("conversation_id", sort=False)["business_message"].shift().fillna("")
+    state = before.astype(object) + " | " + frame["customer_message"].fillna("").astype(object)
+    table = pd.DataFrame({"state": state.str.lower(), "action": frame["suggestion"].astype(object).map(_words)})
+    table = table[actions(frame)]
+    return table.iloc[rng.permutation(len(table))[:count]]
+
+
+def _words(text: object) -> frozenset[str]:
+    return frozenset(_WORD.findall(text.lower())) if isinstance(text, str) else frozenset()
+
+
+def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether two actions share half of their words; an abstention is like another alone."""
+    return one == other or len(one & other) >= ALIKE * len(one | other)

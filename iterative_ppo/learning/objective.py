@@ -1,0 +1,33 @@
+"""What Q is about under a configuration: its heads, their weights, and the range of what they say."""
+
+from __future__ import annotations
+
+from iterative_ppo.config import Config
+
+
+def head_weights(config: Config) -> dict[str, float]:
+    """Name and weight of what each head of Q learns: the named outcomes, or one reward."""
+    if config.improve.reward == "acceptance":
+        return {"acceptance": 1.0}
+    if config.credit.assigner != "outcome":
+        return {"credit": 1.0}
+    return dict(config.outcomes) if config.q.outcome_heads else {"outcome": 1.0}
+
+
+def head_range(config: Config) -> tuple[float, float]:
+    """Least and greatest value of a head: of each outcome, or of what credited rewards may sum to."""
+    if config.credit.assigner == "itpo":
+        return -1.0, 1.0  # credit/rewards.py:token_rewards
+    if config.credit.assigner == "norm_itpo":
+        low, high = outcome_range(config)
+        return min(0.0, low), max(0.0, high)
+    return config.data.outcome_low, config.data.outcome_high
+
+
+def outcome_range(config: Config) -> tuple[float, float]:
+    """Least and greatest R, the weighted sum of the outcomes."""
+    ends = (config.data.outcome_low, config.data.outcome_high)
+    if not config.q.outcome_heads:
+        return ends
+    worth = [[weight * end for end in ends] for weight in config.outcomes.values()]
+    return sum(map(min, worth)), sum(map(max, worth))

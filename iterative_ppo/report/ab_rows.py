@@ -1,0 +1,90 @@
+"""The A/B test's section of the report, as the template shows it: everything is text by now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from iterative_ppo.evaluation.bounds import Bound
+from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.report import ab_plot, words
+from iterative_ppo.report.ab_record import ABRecord, Checked
+from iterative_ppo.report.record import RunRecord
+
+VERDICTS = {
+    "promote": ("good", "promoted"),
+    "reject": ("bad", "rejected"),
+    "stop_futile": ("bad", "no gain to be found"),
+    "halt": ("bad", "halted"),
+    "void": ("plain", "void"),
+    "awaits approval": ("open", "awaits approval"),
+    "continue": ("open", "goes on"),
+}
+DESIGNS = {
+    "fixed": "looked at once, at its planned size",
+    "group_sequential": "looked at a few times on the way, each look paid for",
+    "anytime": "may be looked at at any time",
+}
+CAPTION = (
+    "Where what was found reaches the bound, the challenger is better; the bounds are those of all looks together, so "
+    "that looking often promotes nobody by chance."
+)
+
+
+def ab_section(run: RunRecord) -> dict[str, Any] | None:
+    """The test that runs, or the last that ended."""
+    test = run.ab
+    if test is None:
+        return None
+    tone, text = VERDICTS.get(test.verdict, ("open", test.verdict))
+    return {
+        "heading": f"The {'running' if test.running else 'last'} A/B test",
+        "lead": _lead(test),
+        "pill": {"tone": tone, "text": text},
+        "reasons": [words.reason(reason) for reason in test.reasons],
+        "statistic": "e-value" if test.design == "anytime" else "z",
+        "looks": [_look(bound, look) for bound, look in zip(test.bounds, _padded(test), strict=True)],
+        "guardrails": [_guardrail(one) for one in test.guardrails],
+    }
+
+
+def path(run: RunRecord) -> str | None:
+    """Bounds and path of that test."""
+    return ab_plot.inline(run.ab.bounds, run.ab.design, run.ab.planned) if run.ab else None
+
+
+def _lead(test: ABRecord) -> str:
+    pair = f"{words.policy(test.challenger)} against {words.policy(test.champion)}, round {test.number}"
+    size = words.count(test.planned, "matured conversations")
+    return f"{pair[0].upper()}{pair[1:]}: {size} are planned; the test is {DESIGNS[test.design]}."
+
+
+def _padded(test: ABRecord) -> list[Look | None]:
+    return [*test.looks, *([None] * (len(test.bounds) - len(test.looks)))]
+
+
+def _look(bound: Bound, look: Look | None) -> dict[str, str]:
+    """A look, taken or planned."""
+    row = {"fraction": f"{bound.fraction:.0%}", "bound": words.brief(bound.bound)}
+    if look is None or look.estimate is None or look.low is None or look.high is None:
+        return {**row, **dict.fromkeys(("champion", "challenger", "gain", "interval", "found"), "")}
+    arms = zip(("champion", "challenger"), look.rates, look.conversations, strict=True)
+    return {
+        **row,
+        **{name: f"{words.percent(rate)} of {words.count(count)}" for name, rate, count in arms},
+        "gain": words.points(look.estimate),
+        "interval": words.points_span(look.low, look.high),
+        "found": words.brief(look.statistic),
+    }
+
+
+def _guardrail(found: Checked) -> dict[str, Any]:
+    values = {
+        name: words.brief(found.values.get(key))
+        for name, key in (
+            ("champion", "champion"),
+            ("challenger", "challenger"),
+            ("most", "loss_bound"),
+            ("margin", "margin"),
+        )
+    }
+    return {"name": words.GUARDRAILS.get(found.measure, found.measure), "holds": found.holds, **values}

@@ -1,0 +1,187 @@
+"""An unfinished improvement: gone on from, begun anew on new data, and never dropped for a changed setting."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bandit import WORDS, build_bandit
+
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.errors import StoreError, TrainingError
+from iterative_ppo.learning import rounds
+from iterative_ppo.learning.checkpoint import Checkpoint, take_up
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.q_model import QModel, QSettings
+from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
+from iterative_ppo.mdp.turn_table import to_frame
+from tasks import learning
+from tasks.datasets import Dataset
+from tasks.learning import PolicyVersion, Prompts, improve_stage, prompts_stage
+
+torch.set_num_threads(1)
+
+SETTINGS = {"seed": 0, "improve": {"ppo": {"episodes": 64, "kl_budget": None}}}
+GIVEN = {"policy": "p", "md5": "m"}
+
+# --- what is taken up ------------------------------------------------------------------------------------------------
+
+
+def begun(place: Path) -> Checkpoint:
+    checkpoint = take_up(place, "key", SETTINGS, GIVEN)
+    checkpoint.part("ppo").save({"a": torch.ones(2)}, {})
+    return checkpoint
+
+
+def test_the_same_improvement_goes_on(tmp_path: Path) -> None:
+    begun(tmp_path / "improving")
+    assert take_up(tmp_path / "improving", "key", SETTINGS, GIVEN).part("ppo").load() is not None
+
+
+def test_another_configuration_is_an_error_that_names_folder_and_settings(tmp_path: Path) -> None:
+    checkpoint = begun(tmp_path / "improving")
+    other = {"seed": 1, "improve": {"ppo": {"episodes": 128, "kl_budget": None}, "new": 3}}
+    said_so = (
+        rf"{tmp_path / 'improving'}: .*\(improve\.new was None, is 3, improve\.ppo\.episodes was 64, is 128, "
+        r"seed was 0, is 1\); restore that to go on, or remove the folder to begin anew"
+    )
+    with pytest.raises(StoreError, match=said_so):
+        take_up(tmp_path / "improving", "other", other, GIVEN)
+    assert checkpoint.part("ppo").load() is not None, "what was done is still there"
+    assert take_up(tmp_path / "improving", "key", SETTINGS, GIVEN).part("ppo").load() is not None
+
+
+@pytest.mark.parametrize("given", [{**GIVEN, "md5": "new"}, {**GIVEN, "policy": "new"}, GIVEN])
+def test_other_data_champion_or_q_begin_anew_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, given: dict[str, str]
+) -> None:
+    """The last: same champion, data and settings, but another key, as where Q was fitted anew."""
+    begun(tmp_path / "improving")
+    settings = SETTINGS if given == GIVEN else {**SETTINGS, "seed": 1}
+    with caplog.at_level(logging.WARNING):
+        checkpoint = take_up(tmp_path / "improving", "other", settings, given)
+    assert "it begins anew" in caplog.text
+    assert checkpoint.key == "other" and checkpoint.part("ppo").load() is None
+
+
+def test_where_nothing_was_kept_another_configuration_is_none_of_its_business(tmp_path: Path) -> None:
+    take_up(tmp_path / "improving", "key", SETTINGS, GIVEN)
+    assert take_up(tmp_path / "improving", "other", {**SETTINGS, "seed": 1}, GIVEN).part("ppo").load() is None
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+QUICK = {"improve.best_of_n.epochs": 1.0, "improve.best_of_n.samples": 2, "improve.ppo.episodes": 64}
+QUICK |= {"improve.ppo.rollout": 16, "improve.ppo.minibatch_size": 16, "improve.ppo.epochs": 1}
+
+
+class Night:
+    """Everything that improve_stage is given, in a folder of its own."""
+
+    def __init__(self, root: Path, bandit: LanguagePolicy) -> None:
+        self.root, self.champion = root, PolicyVersion(1, root / "champion")
+        bandit.save(self.champion.path)
+        QModel.from_policy(bandit, QSettings("bce", 0.0, 1.0, 0.95), seed=0).save(root / "q")
+        self.dataset = self.data("first", 30)
+
+    @property
+    def unfinished(self) -> Path:
+        return self.root / "improving"
+
+    def data(self, md5: str, talks: int) -> Dataset:
+        rows = [
+            Conversation(
+                f"c{k}",
+                (
+                    Turn("Hi", (0.0,), Suggestion(WORDS[k % 4], "suggested", -3.0), WORDS[k % 4], "verbatim"),
+                    Turn(None, (float(k % 4 == 2),)),
+                ),
+                f"u{k}",
+                policy_version="1",
+            )
+            for k in range(talks)
+        ]
+        frame = to_frame(rows, {"purchase": 1.0}, 0.2)
+        turn_table.write(frame, self.root / md5 / "turns.parquet", {"purchase": 1.0})
+        return Dataset(0, self.root / md5, md5)
+
+    def improve(self, **changes: Any) -> Any:
+        config: Config = load_config(overrides={**QUICK, "data.root": str(self.root), **changes})
+        made = prompts_stage(config, self.champion, self.dataset, self.root)
+        return improve_stage(config, self.champion, Prompts(made.path, self.dataset), self.root / "q", self.root)
+
+
+@pytest.fixture
+def night(tmp_path: Path, tiny_config: Config) -> Night:
+    return Night(tmp_path, build_bandit(tiny_config))
+
+
+@pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
+    """Have progress end the stage after so many steps in all, None for never; what it told by then."""
+
+    def armed(after: int | None) -> list[int]:
+        told: list[int] = []
+
+        class Bar:
+            def __init__(self, _: str) -> None: ...
+
+            def __enter__(self) -> Callable[[int, int], None]:
+                return self.report
+
+            def __exit__(self, *_: object) -> None: ...
+
+            def report(self, done: int, total: int) -> None:
+                told.append(done)
+                if total == 4 and done == after:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(learning, "progress", Bar)
+        return told
+
+    return armed
+
+
+def test_a_killed_stage_refuses_another_configuration_and_goes_on_with_its_own(
+    night: Night, kill: Callable[[int | None], list[int]]
+) -> None:
+    kill(2)
+    with pytest.raises(KeyboardInterrupt):
+        night.improve()
+    told = kill(None)
+    for changes in ({"improve.algorithm": "rloo"}, {"improve.best_of_n.epochs": 2.0}, {"seed": 1}):
+        with pytest.raises(StoreError, match=rf"{night.unfinished}: .*another configuration \({next(iter(changes))}"):
+            night.improve(**changes)
+    assert told == [], "refused before any training"
+    night.improve()
+    assert told[-2:] == [3, 4] and 1 not in told
+    assert not night.unfinished.exists()
+
+
+def test_new_data_begin_anew(night: Night, kill: Callable[[int | None], list[int]]) -> None:
+    kill(2)
+    with pytest.raises(KeyboardInterrupt):
+        night.improve()
+    told = kill(None)
+    night.dataset = night.data("second", 40)
+    night.improve(**{"improve.ppo.episodes": 32})
+    assert told[0] == 1 and not night.unfinished.exists()
+
+
+def test_a_failed_training_leaves_nothing_that_forbids_to_mend_its_settings(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*_: object, **__: object) -> None:
+        assert (night.unfinished / "best_of_n").exists(), "the pass before it was kept"
+        raise TrainingError("PPO diverged; lower improve.ppo.learning_rate")
+
+    with monkeypatch.context() as patched, pytest.raises(TrainingError, match="diverged"):
+        patched.setattr(rounds, "improve_on_samples", diverges)
+        night.improve()
+    night.improve(**{"improve.ppo.learning_rate": 1e-4})
+    assert not night.unfinished.exists()
