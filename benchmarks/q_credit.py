@@ -43,7 +43,7 @@ def _conversation(name: str, rng: np.random.Generator) -> Conversation:
     return Conversation(name, tuple(turns), f"customer-{name}", policy_version="any")
 
 
-def decisive_turn(assigner: str, seed: int, count: int = CREDIT_LOG) -> dict[str, float]:
+def decisive_turn(assigner: str, seed: int) -> dict[str, float]:
     """Shares of conversations whose decisive turn ranks first, and the figures of the assigner's own report.
 
     First means the greatest turn reward of a conversation that sold, the least of one that did not. Norm-ITPO pays
@@ -55,7 +55,7 @@ def decisive_turn(assigner: str, seed: int, count: int = CREDIT_LOG) -> dict[str
     from iterative_ppo.learning.tiny import build_policy
 
     config = load_config(None, {**SMALL, **MORE, "seed": seed, "credit.assigner": assigner})
-    talks = conversations(count, seed)
+    talks = conversations(CREDIT_LOG, seed)
     frame = to_frame(talks, config.outcomes, EVIDENCE_SHARE)
     untrained = build_policy(talks, config.policy, seed)
     sequences = [s for talk in talks for s in untrained.renderer.encode(talk)[0]]

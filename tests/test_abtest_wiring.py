@@ -435,13 +435,13 @@ def scripted(
 
 def test_a_conversation_keeps_its_arm_while_the_ramp_rises(tmp_path: Path) -> None:
     test = Test(tmp_path, abtest__ramp=[0.01, 0.1])
-    began = START + timedelta(hours=23.9)
+    config, state, began = test.config, test.state, START + timedelta(hours=23.9)
     units = [str(u) for u in range(2000)]
-    met = {u for u in units if assigned(test.config, test.state, 1, u, began).version == 2}
-    later = {u for u in units if assigned(test.config, test.state, 1, u, began + timedelta(hours=30)).version == 2}
+    met = {u for u in units if assigned(config, state, 1, u, began).version == 2}
+    later = {u for u in units if assigned(config, state, 1, u, began + timedelta(hours=30)).version == 2}
     assert met < later and 5 <= len(met) <= 45, "what begins later is ramped up; what began keeps its stage"
     before = START - timedelta(minutes=1)
-    assert {assigned(test.config, test.state, 1, u, before).version for u in units} == {1}
+    assert {assigned(config, state, 1, u, before).version for u in units} == {1}
 
 
 def test_a_conversation_under_way_must_say_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_rank_stability_is_of_ranks_within_a_conversation() -> None:
 @pytest.fixture(scope="module")
 def played(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> Round:
     """The first suggestion of the first conversation, and all of the second, were not logged."""
-    talks = [without_suggestions(scripted[0], slice(1)), without_suggestions(scripted[1], slice(None)), *scripted[2:]]
+    talks = [without_suggestions(scripted[0], slice(1)), without_suggestions(scripted[1], slice(None)), *scripted[2:32]]
     return a_round(tiny_policy, talks, config_of())
 
 
@@ -206,7 +206,7 @@ def test_a_round_gets_turn_rewards_and_the_reference_stays(
     if assigner == "norm_itpo":
         assert np.abs(sums - outcome).max() < 1e-6
         assert (now.reward > 0).sum() > (outcome > 0).sum(), "shared among turns"
-        assert credit.replay == () and credit.report["credit_conversations_of_others_left_out"] == 60
+        assert credit.replay == () and credit.report["credit_conversations_of_others_left_out"] == 32
     else:
         assert now.reward.min() < 0 and np.array_equal(credit.replay[0].reward, now.reward)
     assert credit.report["objective_is_credited"] == 1.0 and abs(credit.report["credit_kendall_tau"]) <= 1.0
@@ -234,9 +234,9 @@ def test_stability_is_measured_while_it_learns(tiny_policy: LanguagePolicy, play
 # --- the decisive turn -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seeds", "count"), [(2, 400), pytest.param(5, q_credit.CREDIT_LOG, marks=pytest.mark.slow)])
-def test_the_decisive_turn_ranks_first_on_held_out_conversations(seeds: int, count: int) -> None:
-    found = [q_credit.decisive_turn("norm_itpo", seed, count) for seed in range(seeds)]
+@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(5), marks=pytest.mark.slow)])
+def test_the_decisive_turn_ranks_first_on_held_out_conversations(seeds: range) -> None:
+    found = [q_credit.decisive_turn("norm_itpo", seed) for seed in seeds]
     assert np.mean([f["sold"] for f in found]) >= 0.9
     assert max(f["sum_error"] for f in found) < 1e-6
 
@@ -255,7 +255,7 @@ def test_a_round_lives_on_turn_rewards(
     tiny_policy: LanguagePolicy, scripted: list[Conversation], assigner: str
 ) -> None:
     config = config_of(assigner, **{"improve.logged.epochs": 0.5, "q.corpus_epochs": 0.5})
-    outcome = a_round(tiny_policy, scripted, config)
+    outcome = a_round(tiny_policy, scripted[:30], config)
     start = corpus_q(tiny_policy, outcome, config)
     current = credited(tiny_policy, outcome, [], config).current
     q = evaluate_policy(tiny_policy, current, [], config, start)
@@ -288,6 +288,7 @@ def test_the_stages_say_what_the_objective_is_and_keep_the_turn_rewards(
 ) -> None:
     config = config_of(**{"data.root": tmp_path / "data", "improve.logged.epochs": 0.5, "q.replay_rounds": 0})
     tiny_policy.save(tmp_path / "policy")
+    scripted = scripted[:30]
     frame = to_frame(scripted, OUTCOMES, 0.3)
     turn_table.write(frame, tmp_path / "turns" / "turns.parquet", OUTCOMES)
     policy, dataset = PolicyVersion(1, tmp_path / "policy", "script"), Dataset(0, tmp_path / "turns", "")
