@@ -16,7 +16,7 @@ from benchmarks.q_chain import chain
 from benchmarks.q_credit import credit
 from benchmarks.q_exploration import exploration
 from benchmarks.q_outcomes import outcomes
-from benchmarks.q_simulator import ranking
+from benchmarks.q_simulator import RANKED, ranking
 from benchmarks.q_speed import speed
 from benchmarks.results_file import write
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--states", type=int, default=200)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--estimators", nargs="+", choices=RANKED, default=list(RANKED), help="of the part ranking")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def main() -> None:
         "exploration": exploration,
         "outcomes": lambda: outcomes(seeds),
         "credit": lambda: credit(seeds),
-        "ranking": lambda: ranking(seeds, arguments.states),
+        "ranking": lambda: ranking(seeds, arguments.states, arguments.estimators),
         "star": lambda: star(arguments.data),
     }
     write("bench-q", [one for part in PARTS if part in arguments.parts for one in made[part]()])

@@ -77,7 +77,7 @@ def _figure(bounds: Sequence[Bound], design: str, planned: int, shade: Callable[
     taken = [(100 * one.fraction, one.statistic) for one in bounds if one.statistic is not None]
     if taken:
         start = (0.0, 1.0 if design == "anytime" else 0.0)
-        axes.plot(*zip(start, *taken, strict=True), "D-", color=path, label="what was found")
+        axes.plot(*zip(start, *taken, strict=True), "D-", color=path, markevery=slice(1, None), label="what was found")
     axes.set_xlim(0, 1.03 * max(100.0, *fractions))
     axes.set_xlabel(f"matured conversations (% of {planned:,})")
     axes.set_ylabel("e-value" if design == "anytime" else "z")
