@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-slow check format bench bench-run bench-learning bench-ranking bench-star bench-q bench-gate install clean
+.PHONY: run test test-slow check format bench bench-run bench-learning bench-ranking bench-star bench-q bench-gate bench-ppo install clean
 
 run: $(STAMP)
 	$(BIN)/ippo run
@@ -26,13 +26,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-run bench-learning bench-ranking bench-star bench-q bench-gate
+bench: bench-run bench-learning bench-ppo bench-ranking bench-star bench-q bench-gate
 
 bench-run: $(STAMP)
 	$(BIN)/python -m benchmarks.run
 
 bench-learning: $(STAMP)
 	$(BIN)/python -m benchmarks.learning
+
+bench-ppo: $(STAMP)
+	$(BIN)/python -m benchmarks.ppo
 
 bench-ranking: $(STAMP)
 	$(BIN)/python -m benchmarks.ranking

@@ -14,13 +14,14 @@ import torch
 from benchmarks.q_cells import Row
 from benchmarks.q_chain import chain
 from benchmarks.q_credit import credit
+from benchmarks.q_credit_learning import credit_learning
 from benchmarks.q_exploration import exploration
 from benchmarks.q_outcomes import outcomes
 from benchmarks.q_simulator import RANKED, ranking
 from benchmarks.q_speed import speed
 from benchmarks.results_file import write
 
-PARTS = ("speed", "chain", "exploration", "outcomes", "credit", "ranking", "star")
+PARTS = ("speed", "chain", "exploration", "outcomes", "credit", "credit_learning", "ranking", "star")
 
 
 def star(data: Path) -> list[Row]:
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--states", type=int, default=200)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--ranking-seeds", type=int, help="of the part ranking, which takes longest; else --seeds")
     parser.add_argument("--estimators", nargs="+", choices=RANKED, default=list(RANKED), help="of the part ranking")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     arguments = parser.parse_args()
@@ -52,7 +54,8 @@ def main() -> None:
         "exploration": exploration,
         "outcomes": lambda: outcomes(seeds),
         "credit": lambda: credit(seeds),
-        "ranking": lambda: ranking(seeds, arguments.states, arguments.estimators),
+        "credit_learning": lambda: credit_learning(seeds),
+        "ranking": lambda: ranking(seeds[: arguments.ranking_seeds], arguments.states, arguments.estimators),
         "star": lambda: star(arguments.data),
     }
     write("bench-q", [one for part in PARTS if part in arguments.parts for one in made[part]()])

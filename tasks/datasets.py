@@ -11,6 +11,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.labels import weighted
 
 LOGGED = "logged"
 
@@ -24,7 +25,8 @@ class Dataset:
     md5: str
 
     def read(self, config: Config) -> pd.DataFrame:
-        return turn_table.read(self.path, config.outcomes)
+        """Its rows, R under today's weights, which may be others than when it was frozen."""
+        return weighted(turn_table.read(self.path, config.outcomes), config.outcomes)
 
 
 def round_folder(config: Config, round_number: int) -> Path:

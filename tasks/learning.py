@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import SourceError, TrainingError
-from iterative_ppo.files import content_hash, fingerprint, read_json, write_json
+from iterative_ppo.files import content_hash, fingerprint, read_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import monte_carlo, rewards
@@ -21,14 +22,16 @@ from tasks.datasets import Dataset, datasets_before, of_policy, round_folder
 from tasks.exploration import coverage_metrics
 from tasks.labels import origin_metrics
 from tasks.progress import progress
-from tasks.stage import Stage, run_stage
+from tasks.q_report import write_q_report
+from tasks.stage import Stage, made_with, run_stage
 
 if TYPE_CHECKING:
+    from iterative_ppo.learning.jobs import Evaluation
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.policy_evaluation import Round
     from iterative_ppo.learning.q_model import QModel
 
-
+_LOG = logging.getLogger(__name__)
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
     "policy": {"lora", "save"},
@@ -132,7 +135,8 @@ def fit_q_stage(
     """Line 5: Q of the policy from its own conversations, and what it is worth on held-out ones.
 
     With a credit assigner all of these figures are about its turn rewards, which it leaves in credit.parquet; the
-    metric `objective_is_credited` is 1 then, and credit.json says what that means.
+    metric `objective_is_credited` is 1 then, and credit.json says what that means. A Q that is here already and differs
+    by the weights of its outcomes alone is not fitted again: it is read under the new ones.
     """
     replay = datasets_before(config, dataset.round_number, config.q.replay_rounds)
     inputs = {
@@ -160,13 +164,31 @@ def fit_q_stage(
                 with progress("assigning credit to turns") as report:
                     credit = do(Crediting(config, policy.path, current, others), draft, report)
                 current, others, metrics = credit.current, credit.replay, credit.report
-            with progress("fitting Q") as report:
-                q = do(Evaluation(config, policy.path, start, current, others), draft, report)
-            report_on, calibration = q_report(q, current, frame)
-        write_json(draft / "calibration.json", calibration)
-        return metrics | report_on | origin_metrics(frame) | coverage_metrics(config, policy, dataset)
+            job = Evaluation(config, policy.path, start, current, others)
+            q = reweighted_q(job, folder / "q", inputs, draft)
+            if q is None:
+                with progress("fitting Q") as report:
+                    q = do(job, draft, report)
+            metrics |= q.report | write_q_report(q, current, frame, draft)
+        return metrics | origin_metrics(frame) | coverage_metrics(config, policy, dataset)
 
     return run_stage(folder / "q", inputs, work)
+
+
+def reweighted_q(job: Evaluation, fitted: Path, inputs: Mapping[str, Any], draft: Path) -> QModel | None:
+    """A Q that was fitted under other weights of the same outcomes alone, under today's, saved in `draft`.
+
+    None where there is none, or no head for each outcome.
+    """
+    from iterative_ppo.learning.objective import head_weights
+
+    weights, before = head_weights(job.config), made_with(fitted, inputs, "outcomes")
+    if before is None or weights != job.config.outcomes or before.keys() != weights.keys():
+        return None
+    q = job.load(fitted).reweighted(weights)
+    job.save(q, draft)
+    _LOG.info("Q has a head for each outcome, so new weights need no new fit")
+    return q
 
 
 def _credit(config: Config) -> dict[str, Any]:
@@ -203,38 +225,6 @@ def other_rounds(policy: LanguagePolicy, label: str, dataset: Dataset, config: C
     frame = dataset.read(config)
     frame = frame[~of_policy(frame, label)].reset_index(drop=True)
     return None if frame.empty else round_of(policy, frame, config)
-
-
-def q_report(q: QModel, current: Round, frame: pd.DataFrame) -> tuple[dict[str, float], dict[str, Any]]:
-    """R2, AUC and calibration of Q on the evidence part, beside a baseline that sees the state alone.
-
-    R2 and calibration are about the returns that Q was fitted to, the AUC about the outcome in any case.
-    """
-    from dataclasses import asdict
-
-    from iterative_ppo.evaluation.metrics import auc, calibration, r_squared
-
-    values = q.evaluate(current.encoded)
-    held = ~current.fit & np.isfinite(values.q)
-    metrics = {"held_out_turns": float(held.sum())}
-    if not held.any():
-        return metrics, {}
-    returns = current.returns[held]
-    won = frame.groupby("conversation_id")["outcome"].transform("max").to_numpy()[held] > 0
-    low, high = q.settings.low, q.settings.high
-    unit = [np.clip((x - low) / (high - low), 0, 1) for x in (values.q[held], returns)]
-    bins = calibration(unit[0], unit[1], frame["conversation_id"].to_numpy(dtype=str)[held])
-    metrics |= {
-        "r2": r_squared(returns, values.q[held]),
-        "state_only_r2": r_squared(returns, values.v[held]),
-        "auc": auc(won, values.q[held]),
-        "state_only_auc": auc(won, values.v[held]),
-        "calibration_error": bins.error,
-        "calibration_error_by_chance_95": bins.chance_95,
-        "action_spread": float((values.q[held] - values.v[held]).std()),
-        "truncated_turns": float(current.encoded.truncated_turns),
-    }
-    return metrics, asdict(bins)
 
 
 def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:

@@ -51,6 +51,18 @@ def run_stage(path: Path, inputs: Mapping[str, Any], work: Callable[[Path], Mapp
     return Stage(path, key, _finite(metrics), False)
 
 
+def made_with(path: Path, inputs: Mapping[str, Any], name: str) -> Any:
+    """What a stage finished at `path` was made with in place of one input; None where others differ too, or none is."""
+    try:
+        record = _record(path)
+    except StoreError:
+        return None
+    wanted, known = json.loads(json.dumps(dict(inputs), default=str)), dict(record.get("inputs", {}))
+    wanted.pop(name)
+    value = known.pop(name, None)
+    return value if known == wanted and record["content"] == content_hash(path, RECORD) else None
+
+
 def load_stage(path: Path) -> Stage:
     """A stage that must have been finished. Raises StoreError."""
     record = _record(path)

@@ -377,6 +377,7 @@ def test_token_log_probs_are_those_that_the_response_was_sampled_with(
     )
     tokens = token_log_probs(tiny_policy, table)
     assert [len(log_p) for log_p in tokens] == [len(r) for r in responses.tokens]
+    assert np.allclose(np.concatenate(tokens), np.concatenate(responses.token_logprobs), atol=1e-4)
     assert np.allclose([log_p.sum() for log_p in tokens], responses.logprobs, atol=2e-4)
 
 

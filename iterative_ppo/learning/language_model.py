@@ -21,7 +21,15 @@ from iterative_ppo.learning import adapters, distributed, loading, runtime, shar
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches, response_positions
 from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
 from iterative_ppo.learning.runtime import threads
-from iterative_ppo.learning.sampling import CachedReader, Prompts, Reader, RereadingReader, chunks, write_responses
+from iterative_ppo.learning.sampling import (
+    CachedReader,
+    Prompts,
+    Reader,
+    RereadingReader,
+    Written,
+    chunks,
+    write_responses,
+)
 from iterative_ppo.mdp.conversation import State, Suggestion
 from iterative_ppo.mdp.rendering import Renderer
 
@@ -51,11 +59,16 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class Responses:
-    """Sampled actions: token ids with the end of the turn where it came, summed log-probs, and whether it came."""
+    """Sampled actions: token ids with the end of the turn where it came, each token's log-prob, and whether it came."""
 
     tokens: list[tuple[int, ...]]
-    logprobs: np.ndarray
+    token_logprobs: list[np.ndarray]
     finished: np.ndarray
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """(N,) log pi(a | s) of the whole responses."""
+        return np.array([p.sum() for p in self.token_logprobs])
 
 
 class LanguagePolicy:
@@ -247,7 +260,7 @@ class LanguagePolicy:
         """
         length = self.settings.max_response_tokens
         uniform = np.random.default_rng(seed).random((len(prompts), samples, length))
-        found: dict[int, list[tuple[tuple[int, ...], float]]] = {}
+        found: dict[int, list[Written]] = {}
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         with self.active(), sharding.gathered(self.model):
             for chosen in chunks(distributed.share(order), prompts, INFERENCE_TOKENS // samples):
@@ -259,9 +272,9 @@ class LanguagePolicy:
                     progress(len(chosen))
         found = distributed.gathered(found)
         every = [response for i in range(len(prompts)) for response in found[i]]
-        tokens, logprobs = [t for t, _ in every], np.array([p for _, p in every])
+        tokens = [t for t, _ in every]
         finished = np.array([bool(t) and t[-1] == self.renderer.eos for t in tokens], dtype=bool)
-        return Responses(tokens, logprobs, finished)
+        return Responses(tokens, [p for _, p in every], finished)
 
     def _reader(self, prompts: Prompts) -> Reader:
         if self.abilities.cache:

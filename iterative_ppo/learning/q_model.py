@@ -231,6 +231,11 @@ class QModel:
         values = self.head_values(encoded)
         return Values(*(self._combined(self._by_member(x)) for x in (values.v, values.q)))
 
+    def outcome_values(self, encoded: EncodedTable) -> Values:
+        """(N, K) V and Q of all rows of a table by outcome, not weighted: means over the members improvement sees."""
+        values, shape = self.head_values(encoded), (encoded.rows, -1, len(self.settings.outcomes))
+        return Values(*(x.reshape(shape)[:, : self.settings.members].mean(axis=1) for x in (values.v, values.q)))
+
     def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
         """For each single-turn sequence: values at the last prompt token and at every response token, (1 + length,)."""
         return [self._combined(values) for values in self._running(sequences)]

@@ -13,6 +13,8 @@ from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_l
 
 Prompts = Sequence[tuple[int, ...]]
 LogDistribution = Callable[[torch.Tensor], torch.Tensor]
+Written = tuple[tuple[int, ...], np.ndarray]
+"""A response's tokens, and (length,) the log-prob of each as it was sampled."""
 
 
 class Reader(Protocol):
@@ -95,8 +97,8 @@ class RereadingReader:
 
 def write_responses(
     reader: Reader, log_distribution: LogDistribution, uniform: torch.Tensor, eos: int, samples: int = 1
-) -> list[tuple[tuple[int, ...], float]]:
-    """Tokens and summed log-prob of `samples` responses a row, those of a row side by side.
+) -> list[Written]:
+    """`samples` responses a row, those of a row side by side.
 
     A prompt is read once for all of its responses. Rows that have ended leave once they are half of the batch.
 
@@ -104,18 +106,17 @@ def write_responses(
         uniform: (B samples, L) in [0, 1): which quantile of its distribution each token is; L is the longest response.
     """
     count, limit = uniform.shape
-    done: list[tuple[tuple[int, ...], float]] = [((), 0.0)] * count
+    done: list[Written] = [((), np.zeros(0, np.float32))] * count
     alive = torch.arange(count, device=uniform.device)
     written = torch.zeros((count, 0), dtype=torch.long, device=uniform.device)
-    total = torch.zeros(count, device=uniform.device)
+    logprobs = torch.zeros((count, 0), device=uniform.device)
     ended = torch.zeros(count, dtype=torch.bool, device=uniform.device)
 
     def store(rows: torch.Tensor) -> None:
-        for row, tokens, logprob in zip(
-            alive[rows].tolist(), written[rows].tolist(), total[rows].tolist(), strict=True
-        ):
+        found = zip(alive[rows].tolist(), written[rows].tolist(), logprobs[rows].cpu().numpy(), strict=True)
+        for row, tokens, log_p in found:
             end = tokens.index(eos) + 1 if eos in tokens else len(tokens)
-            done[row] = tuple(tokens[:end]), logprob
+            done[row] = tuple(tokens[:end]), log_p[:end].copy()
 
     for step in range(limit):
         log_p = log_distribution(reader.logits())
@@ -123,7 +124,7 @@ def write_responses(
             log_p = log_p.repeat_interleave(samples, dim=0)
             reader.repeat(samples)
         token = quantile(log_p, uniform[alive, step])
-        total += torch.where(ended, 0.0, log_p.gather(1, token[:, None])[:, 0])
+        logprobs = torch.cat([logprobs, log_p.gather(1, token[:, None])], dim=1)
         token = torch.where(ended, eos, token)
         written = torch.cat([written, token[:, None]], dim=1)
         ended |= token == eos
@@ -134,7 +135,7 @@ def write_responses(
             store(ended)
             rows = torch.nonzero(~ended)[:, 0]
             reader.keep(rows)
-            alive, written, total, ended = alive[rows], written[rows], total[rows], ended[rows]
+            alive, written, logprobs, ended = alive[rows], written[rows], logprobs[rows], ended[rows]
     store(torch.ones_like(ended))
     return done
 

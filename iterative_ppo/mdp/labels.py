@@ -31,7 +31,7 @@ def as_reported(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFr
     paid = named.fillna(0.0).ne(0.0).any(axis=1) & ~labelled
     reported = paid.groupby(frame["conversation_id"], dropna=False).transform("any").astype(bool)
     origin = frame[ORIGIN].mask(reported & ~labelled, REPORTED)
-    return _weighted(frame.assign(**named.where(origin.notna(), named.fillna(0.0)), **{ORIGIN: origin}), outcomes)
+    return weighted(frame.assign(**named.where(origin.notna(), named.fillna(0.0)), **{ORIGIN: origin}), outcomes)
 
 
 def by_rule(frame: pd.DataFrame, rules: Mapping[str, RuleConfig]) -> pd.DataFrame:
@@ -72,10 +72,11 @@ def with_labels(frame: pd.DataFrame, labels: pd.DataFrame, origin: str, outcomes
         values = frame[column].to_numpy(dtype=float, na_value=np.nan, copy=True)
         values[ends] = said
         changed[str(column)] = pd.Series(values, index=frame.index)
-    return _weighted(frame.assign(**changed), outcomes)
+    return weighted(frame.assign(**changed), outcomes)
 
 
-def _weighted(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
+def weighted(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
+    """The table with R, its `outcome`, under these weights."""
     named = frame[outcome_columns(outcomes)].to_numpy(dtype=float)
     return frame.assign(outcome=named @ np.array(list(outcomes.values())))
 

@@ -45,6 +45,8 @@ class Group:
     """Business turns a conversation."""
     returned: Mean | None = None
     """Discounted return at the start of a conversation."""
+    outcomes: Mapping[str, Mean] = field(default_factory=dict)
+    """Each named outcome of a conversation."""
 
     @property
     def role(self) -> str:
@@ -117,8 +119,22 @@ def _group(policy: str | None, arm: str | None, rows: pd.DataFrame, returns: pd.
         adoption=_adoption(suggested),
         abstained=abstained / chances if chances else None,
         turns=int(status.notna().sum()) / conversations,
-        returned=_mean(returns, ends["conversation_id"]),
+        returned=_mean(_first_returns(returns, ends)),
+        outcomes={name: mean for name, column in _named(ends) if (mean := _mean(ends[column].dropna()))},
     )
+
+
+def _named(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    """Each named outcome and its column."""
+    prefix = turn_table.OUTCOME_PREFIX
+    columns = [str(c) for c in frame if str(c).startswith(prefix) and c != turn_table.ORIGIN]
+    return [(column.removeprefix(prefix), column) for column in columns]
+
+
+def _first_returns(returns: pd.Series | None, ends: pd.DataFrame) -> pd.Series:
+    if returns is None:
+        return pd.Series(dtype=float)
+    return returns.reindex(ends["conversation_id"].astype(object)).dropna()
 
 
 def _adoption(suggested: pd.DataFrame) -> dict[str, float]:
@@ -128,10 +144,8 @@ def _adoption(suggested: pd.DataFrame) -> dict[str, float]:
     return {name: float((fate == name).mean()) for name in ADOPTIONS}
 
 
-def _mean(returns: pd.Series | None, ids: pd.Series) -> Mean | None:
-    if returns is None:
-        return None
-    values = returns.reindex(ids.astype(object)).dropna().to_numpy()
+def _mean(found: pd.Series) -> Mean | None:
+    values = found.to_numpy(dtype=float)
     if not len(values):
         return None
     half = 1.96 * float(np.std(values)) / len(values) ** 0.5

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.files import write_bytes
-from iterative_ppo.report import ab_rows, plots, rows, technical_plots, words
+from iterative_ppo.report import ab_rows, plots, q_plots, q_rows, rows, technical_plots, words
 from iterative_ppo.report.cards import cards
 from iterative_ppo.report.record import RunRecord
 from iterative_ppo.report.verdict import verdict
@@ -56,6 +56,8 @@ def render(run: RunRecord, title: str = TITLE, now: datetime | None = None) -> s
         groups=[rows.group_row(*group) for group in plots.labelled_groups(run)],
         guardrails=rows.guardrails(run),
         abtest=ab_rows.ab_section(run),
+        credit=q_rows.credit_section(run),
+        outcomes=q_rows.outcomes_section(run),
         glossary=words.GLOSSARY,
         footer=footer(run, now or datetime.now(UTC)),
     )
@@ -68,6 +70,8 @@ def figures(run: RunRecord) -> dict[str, Drawn | None]:
         "abtest": (ab_rows.path, "Bounds and path", ab_rows.CAPTION),
         "acceptance": (plots.acceptance, "What became of the suggestions", ACCEPTANCE),
         "calibration": (technical_plots.calibration, "Does Q keep its promises?", _calibration(run)),
+        "forecast": (q_plots.forecast, "Does Q know how a conversation ends?", _forecast(run)),
+        "credit": (q_plots.credit, "Turn scores beside token scores", CREDIT),
         "losses": (technical_plots.losses, "Passes over given answers, update by update", LOSSES),
         "curves": (technical_plots.curves, f"{_algorithms(run)}, rollout by rollout", CURVES),
         "judges": (technical_plots.judges, "Is Q's praise deserved?", JUDGES),
@@ -96,6 +100,10 @@ CURVES = (
     "that the policy always says the same. At most the last "
     f"{technical_plots.MOST_ROUNDS} rounds are drawn, the newest strongest."
 )
+CREDIT = (
+    "Rank stability: how well the ranks within a held-out conversation agree, while the reward model learns, with "
+    "those that it ends with; 1 is steady. Kendall's tau: how well a conversation's whole score goes with its outcome."
+)
 RETURNS = "Discounted outcome from the first turn on, with 95% intervals, of data that a round has trained on."
 
 
@@ -120,6 +128,17 @@ def _calibration(run: RunRecord) -> str:
     return (
         "Held-out turns in bins of equal mass, with larger dots for fuller ones; on the dashed line Q would be right. "
         f"Mean error, and in brackets the 95th percentile of what chance gives a perfect Q: {errors}."
+    )
+
+
+def _forecast(run: RunRecord) -> str:
+    one = q_plots.forecast_round(run)
+    if one is None:
+        return ""
+    named = "; ".join(f"{q_plots.FORECASTS.get(name, name)}: {_error(bins)}" for name, bins in one.forecast.items())
+    return (
+        "Q is about discounted returns; here it is held against the whole outcome of its conversation, as it is and "
+        f"mapped by what other held-out conversations teach. Mean error and what chance gives, as above: {named}."
     )
 
 

@@ -13,9 +13,17 @@ from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.mdp.labels import counts
 from iterative_ppo.report.customers import Group, groups, read_returns, read_turns
+from iterative_ppo.report.q_record import (
+    CreditRecord,
+    Numbers,
+    OutcomeRecord,
+    calibration_of,
+    credit_of,
+    forecast_of,
+    outcomes_of,
+)
 from iterative_ppo.report.stored import decision_of, finite, label, numbers, optional, part, shaped, test_of
 
-Numbers = Mapping[str, float]
 STAGES = ("validated", "q", "improved", "gate")
 SAMPLED = ("ppo", "grpo", "rloo")
 
@@ -65,6 +73,11 @@ class RoundRecord:
     mean_return: float | None = None
     q: Numbers = field(default_factory=dict)
     calibration: Calibration | None = None
+    forecast: Mapping[str, Calibration] = field(default_factory=dict)
+    """Q against the undiscounted outcome: as it is, and mapped by each way of calibration."""
+    outcomes: Mapping[str, OutcomeRecord] = field(default_factory=dict)
+    """Q's heads, by the outcome's name, where there are several."""
+    credit: CreditRecord | None = None
     distance: Numbers = field(default_factory=dict)
     """How near a policy cloned from a log is to that log."""
     curves: Mapping[str, tuple[Numbers, ...]] = field(default_factory=dict)
@@ -137,7 +150,10 @@ def _learning(folder: Path) -> dict[str, Any]:
     settings = {name: part(folder / name / "stage.json", "inputs") for name in STAGES}
     return {
         "q": numbers(folder / "q" / "stage.json", "metrics"),
-        "calibration": _calibration(folder / "q" / "calibration.json"),
+        "calibration": calibration_of(folder / "q" / "calibration.json"),
+        "forecast": forecast_of(folder / "q" / "forecast.json"),
+        "outcomes": outcomes_of(folder / "q" / "outcomes.json"),
+        "credit": credit_of(folder / "q"),
         "distance": numbers(folder / "distance" / "stage.json", "metrics"),
         "curves": _curves(folder / "improved" / "curves.json"),
         "temperature": numbers(folder / "improved" / "model" / "policy.json").get("temperature"),
@@ -197,18 +213,6 @@ def _validation(path: Path) -> dict[str, Any]:
             "quarantine_reasons": {str(reason): int(count) for reason, count in values.get("reasons", {}).items()},
             "warnings": tuple(map(str, values.get("warnings", []))),
         }
-
-
-def _calibration(path: Path) -> Calibration | None:
-    values = optional(path)
-    with shaped(path):
-        if not values:
-            return None
-        predicted, observed = ([float(x) for x in values[name]] for name in ("predicted", "observed"))
-        count = [int(x) for x in values["count"]]
-        if not len(predicted) == len(observed) == len(count):
-            raise ValueError("as many predicted as observed values and counts are expected")
-        return Calibration(predicted, observed, count, float(values["error"]), float(values["chance_95"]))
 
 
 def _curves(path: Path) -> dict[str, tuple[Numbers, ...]]:

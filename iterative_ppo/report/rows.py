@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from iterative_ppo.evaluation.doubts import doubts
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.report import words
 from iterative_ppo.report.customers import ADOPTIONS, Group
@@ -102,6 +103,10 @@ def _facts(one: RoundRecord) -> Iterator[str]:
         yield f"Sampling temperature {one.temperature:g}; it is part of the policy"
     if "held_out_turns" in one.q:
         yield f"Q was judged on {words.count(one.q['held_out_turns'], 'turns')} that it had not seen"
+    yield from (f"{doubt[0].upper()}{doubt[1:]}" for doubt in doubts(one.q))
+    if "fit_effective_size" in one.q:
+        worth = words.count(one.q["fit_effective_size"])
+        yield f"The logged suggestions were worth {worth} of the policy's own (effective sample size)"
     if "held_out_nats_a_token" in one.distance:
         nats = words.number(one.distance["held_out_nats_a_token"], 2)
         yield f"The first policy was cloned from a log: {nats} nats a token on held-out actions"

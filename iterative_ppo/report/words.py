@@ -60,6 +60,7 @@ GLOSSARY = (
     ),
     ("AUC", "How often Q ranks a turn of a successful conversation above one of a failed one; 0.5 is guessing."),
     ("Calibration error", "How far Q's promises lie from what came true; beside it, what a perfect Q shows by chance."),
+    ("Credit", "What a turn is paid for its share in the outcome; Q may be fitted to that instead of the outcome."),
     ("KL", "How far two policies' answers differ, in nats a response; 0 means the same."),
     ("Entropy", "How varied the answers are; near 0 the policy always says the same."),
     (

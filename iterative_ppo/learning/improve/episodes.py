@@ -14,7 +14,7 @@ import torch
 
 from iterative_ppo.config import PPOConfig
 from iterative_ppo.errors import ModelError, TrainingError
-from iterative_ppo.learning import loading
+from iterative_ppo.learning import loading, runtime
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.mdp.rendering import Encoded, Span, single
@@ -122,7 +122,7 @@ def token_log_probs(policy: LanguagePolicy, table: EncodedTable) -> list[np.ndar
 
 def roll_out(
     policy: LanguagePolicy,
-    reference: LanguagePolicy,
+    reference: LanguagePolicy | None,
     q: RewardModel,
     prompts: Prompts,
     config: PPOConfig,
@@ -133,7 +133,11 @@ def roll_out(
 ) -> Episodes:
     """Sample one response a prompt and compute its token rewards and advantages.
 
+    Log-probs are those of sampling; in bfloat16, where a key-value cache rounds otherwise than the training's own
+    pass, they are computed again.
+
     Args:
+        reference: None means the policy itself, as it is before its first update.
         beta: the KL penalty's coefficient; None means the configured one.
         critic: whose running values are V, already over `scale`; None means those of Q.
 
@@ -150,8 +154,8 @@ def roll_out(
     if not np.isfinite(reward).all():
         raise TrainingError("Q gave a reward that is not a number; the round is rejected")
     values = critic.running_values(sequences) if critic else [value / scale for value in q_values]
-    old = token_log_probs(policy, table)
-    anchor = token_log_probs(reference, table)
+    old = token_log_probs(policy, table) if runtime.current().bfloat16 else responses.token_logprobs
+    anchor = old if reference is None else token_log_probs(reference, table)
     beta = config.kl_coefficient if beta is None else beta
     advantages, kls = [], []
     for k, (log_p, ref) in enumerate(zip(old, anchor, strict=True)):

@@ -126,21 +126,15 @@ def improve(
         return policy, []
     check_prompts(policy, prompts)
     sizes = _rollouts(config.episodes, rollout_size or config.rollout)
+    reference = reference or policy
     run = begin(policy, q, config, sizes, scale, seed)
     if checkpoint:
         run.load(checkpoint)
-    anchor = reference or policy
     for k in range(len(run.curve), len(sizes)):
         if spent(run.curve, config):
             break
-        chosen = [prompts[i] for i in run.rng.integers(len(prompts), size=sizes[k])]
-        episodes = roll_out(run.student, anchor, q, chosen, config, scale, seed + 7919 * (k + 1), run.beta, run.critic)
-        if k == 0 and np.ptp(episodes.q) <= 1e-6 * np.abs(episodes.q).max():
-            raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
-        entry = _described(episodes, run, q, champion)
-        entry |= _update(run, episodes, config)
-        run.curve.append(entry)
-        run.beta = adapted(run.beta, entry["kl_to_reference"], config)
+        anchor = None if k == 0 and reference is policy else reference
+        advance(run, q, prompts, config, sizes[k], scale, seed, anchor, champion)
         if checkpoint and ((k + 1) % checkpoint.every == 0 or k + 1 == len(sizes)):
             run.save(checkpoint)
         if progress:
@@ -166,6 +160,33 @@ def begin(policy: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: list
         assert isinstance(q, QModel), "a learned critic starts from a fitted Q"
         critic = LearnedCritic(q, config.critic_learning_rate, steps, scale)
     return Run(student, optimizer, schedule, critic, np.random.default_rng(seed), config.kl_coefficient)
+
+
+def advance(
+    run: Run,
+    q: RewardModel,
+    prompts: Prompts,
+    config: PPOConfig,
+    size: int,
+    scale: float,
+    seed: int,
+    reference: LanguagePolicy | None,
+    champion: LanguagePolicy | None = None,
+) -> None:
+    """The run's next rollout, of `size` responses, and all epochs on it; its curve grows by an entry.
+
+    Args:
+        reference: None means the student as it is, which holds before its first update alone.
+    """
+    number = len(run.curve) + 1
+    chosen = [prompts[i] for i in run.rng.integers(len(prompts), size=size)]
+    episodes = roll_out(run.student, reference, q, chosen, config, scale, seed + 7919 * number, run.beta, run.critic)
+    if number == 1 and np.ptp(episodes.q) <= 1e-6 * np.abs(episodes.q).max():
+        raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
+    entry = _described(episodes, run, q, champion)
+    entry |= _update(run, episodes, config)
+    run.curve.append(entry)
+    run.beta = adapted(run.beta, entry["kl_to_reference"], config)
 
 
 def spent(curve: Curve, config: PPOConfig) -> bool:

@@ -1,0 +1,132 @@
+"""What Q is worth on the evidence part: as a whole, for each named outcome, and as a forecast of how it ends."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from iterative_ppo.errors import TrainingError
+from iterative_ppo.evaluation.doubts import doubts
+from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared, recalibrated
+from iterative_ppo.files import write_json
+from iterative_ppo.mdp.turn_table import outcome_columns
+
+if TYPE_CHECKING:
+    from iterative_ppo.learning.policy_evaluation import Round
+    from iterative_ppo.learning.q_model import QModel
+
+CALIBRATION, OUTCOMES, FORECAST = "calibration.json", "outcomes.json", "forecast.json"
+_LOG = logging.getLogger(__name__)
+
+
+def write_q_report(q: QModel, current: Round, frame: pd.DataFrame, folder: Path) -> dict[str, float]:
+    """Write the reliability of Q into `folder`, and return its figures; it warns where they tell nothing."""
+    metrics, bins = q_report(q, current, frame)
+    write_json(folder / CALIBRATION, bins)
+    if each := outcome_report(q, current, frame):
+        write_json(folder / OUTCOMES, each)
+    if current.assigner == "outcome" and (said := forecast(q, current, frame)):
+        write_json(folder / FORECAST, {name: asdict(one) for name, one in said.items()})
+        metrics |= {f"forecast_error_{name}": one.error for name, one in said.items()}
+        metrics["forecast_error_by_chance_95"] = said["as_it_is"].chance_95
+    for doubt in doubts(q.report | metrics):
+        _LOG.warning("%s", doubt)
+    return metrics
+
+
+def q_report(q: QModel, current: Round, frame: pd.DataFrame) -> tuple[dict[str, float], dict[str, Any]]:
+    """R2, AUC and calibration of Q on the evidence part, beside a baseline that sees the state alone.
+
+    R2 and calibration are about the returns that Q was fitted to, the AUC about the outcome in any case.
+    """
+    values = q.evaluate(current.encoded)
+    held = ~current.fit & np.isfinite(values.q)
+    ids = frame["conversation_id"].to_numpy(dtype=str)[held]
+    won = _ending(frame, "outcome")[held] > 0
+    metrics = {"held_out_turns": float(held.sum()), "held_out_conversations": float(len(np.unique(ids)))}
+    metrics["held_out_successes"] = float(len(np.unique(ids[won])))
+    if not held.any():
+        return metrics, {}
+    returns = current.returns[held]
+    bins = _reliability(values.q[held], returns, ids, value_range(q))
+    metrics |= {
+        **_fit(values.q[held], values.v[held], returns, won, bins),
+        "action_spread": float((values.q[held] - values.v[held]).std()),
+        "truncated_turns": float(current.encoded.truncated_turns),
+    }
+    return metrics, asdict(bins)
+
+
+def outcome_report(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, Any]:
+    """The same for the head of each named outcome, with its weight in R; empty where Q has one head."""
+    if current.outcome_returns is None:
+        return {}
+    values = q.outcome_values(current.encoded)
+    held = ~current.fit & np.isfinite(values.q[:, 0])
+    ids = frame["conversation_id"].to_numpy(dtype=str)[held]
+    found: dict[str, Any] = {}
+    for k, (name, weight) in enumerate(q.settings.outcomes.items()):
+        if not held.any():
+            break
+        returns, won = current.outcome_returns[held, k], _ending(frame, outcome_columns([name])[0])[held] > 0
+        bins = _reliability(values.q[held, k], returns, ids, (q.settings.low, q.settings.high))
+        figures = _fit(values.q[held, k], values.v[held, k], returns, won, bins)
+        known = {key: value for key, value in figures.items() if np.isfinite(value)}
+        found[name] = {"weight": weight, "metrics": known, "calibration": asdict(bins)}
+    return found
+
+
+def forecast(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, Calibration]:
+    """Q against the undiscounted outcome of its conversation: as it is, and mapped by each way of calibration.
+
+    A map never sees the conversation that it is applied to. Empty where all end alike or there are too few.
+    """
+    values = q.evaluate(current.encoded)
+    held = ~current.fit & np.isfinite(values.q)
+    ids, number = frame["conversation_id"].to_numpy(dtype=str)[held], np.cumsum(current.last) - current.last
+    ended = np.bincount(number, current.reward)[number][held]
+    unit, ended = (_unit(x, value_range(q)) for x in (values.q[held], ended))
+    try:
+        isotonic, scaled = (recalibrated(unit, ended, ids, method) for method in ("isotonic", "temperature"))
+    except TrainingError:
+        return {}
+    said = {"as_it_is": unit, "isotonic": isotonic, "temperature": scaled}
+    return {name: calibration(predicted, ended, ids) for name, predicted in said.items()}
+
+
+def value_range(q: QModel) -> tuple[float, float]:
+    """Least and greatest weighted sum of what the heads can say."""
+    ends = [sorted((weight * q.settings.low, weight * q.settings.high)) for weight in q.settings.outcomes.values()]
+    return sum(low for low, _ in ends), sum(high for _, high in ends)
+
+
+def _fit(q: np.ndarray, v: np.ndarray, returns: np.ndarray, won: np.ndarray, bins: Calibration) -> dict[str, float]:
+    return {
+        "r2": r_squared(returns, q),
+        "state_only_r2": r_squared(returns, v),
+        "auc": auc(won, q),
+        "state_only_auc": auc(won, v),
+        "calibration_error": bins.error,
+        "calibration_error_by_chance_95": bins.chance_95,
+    }
+
+
+def _reliability(
+    predicted: np.ndarray, returns: np.ndarray, ids: np.ndarray, low_high: tuple[float, float]
+) -> Calibration:
+    return calibration(_unit(predicted, low_high), _unit(returns, low_high), ids)
+
+
+def _unit(values: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
+    low, high = low_high
+    return np.clip((values - low) / (high - low), 0.0, 1.0)
+
+
+def _ending(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """(N,) the greatest value of a column in each row's conversation."""
+    return frame.groupby("conversation_id")[column].transform("max").to_numpy(dtype=float)
