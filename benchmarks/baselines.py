@@ -5,7 +5,7 @@ None of them has a Q of actions. Those with a value function fit it to the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,17 @@ import pandas as pd
 import torch
 
 from iterative_ppo.config import Config, LoggedConfig
-from iterative_ppo.environments.rollout import collect
-from iterative_ppo.learning.batching import Batch, step_count, training_batches
+from iterative_ppo.environments.rollout import collect, play
+from iterative_ppo.learning.batching import Batch, EncodedTable, collate, step_count, training_batches
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, turn_advantages
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.optimization import optimizer_for, take_step
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.rounds import evaluate_policy, round_of
 from iterative_ppo.learning.supervised import fine_tune
 from iterative_ppo.learning.training import train
+from iterative_ppo.mdp.conversation import Turn
+from iterative_ppo.mdp.rendering import Encoded, single
 from tasks.traffic import environment, to_rows
 
 Learner = Callable[[LanguagePolicy, list[Any], Config], LanguagePolicy]
@@ -32,6 +35,7 @@ TRAJECTORY = LoggedConfig(epochs=5.0, learning_rate=0.001, batch_size=64, clip=0
 EACH_DEPLOYMENT = TRAJECTORY.model_copy(update={"epochs": 1.0})
 """Of the online learner: with five epochs it unlearnt how to write, with two at a lower rate it was slower."""
 AWR_TEMPERATURE, LARGEST_WEIGHT = 1.0, 20.0
+REFUEL_ETA, REFUEL_EPOCHS = 3.0, 4.0
 
 
 def sharpened(policy: LanguagePolicy, talks: list[Any], config: Config) -> LanguagePolicy:
@@ -84,6 +88,53 @@ def online_rloo(policy: LanguagePolicy, conversations: int, config: Config, seed
         data = LoggedData(current.encoded, (outcome - others)[number], _behaviour(frame))
         policy = improve_on_log(policy, data, EACH_DEPLOYMENT, config.seed)[0]
     return policy
+
+
+def refuel(policy: LanguagePolicy, conversations: int, config: Config, seed: int) -> LanguagePolicy:
+    """REFUEL (Gao et al. 2024, arXiv 2410.04612): log-ratios regressed on the difference that two responses made.
+
+    Half of the conversations are had as they come; one turn of each, drawn at random, is then taken again with another
+    response and played to its end, which only a simulator allows.
+    """
+    world, rng = environment(config), np.random.default_rng(seed)
+    talks = collect(policy, world, conversations // 2, seed, "refuel")
+    turns = [int(rng.integers(len(talk.turns) - 1)) for talk in talks]
+    states = [talk.state(turn) for talk, turn in zip(talks, turns, strict=True)]
+    again = policy.sample(states, seed)
+    branches = [world.resume(state, 1, seed + k)[0] for k, state in enumerate(states)]  # type: ignore[attr-defined]
+    for branch, action in zip(branches, again, strict=True):
+        branch.step(action)
+    play(policy, branches, seed + 1)
+    told = [
+        _discounted(talk.turns, k, config.gamma) - _discounted(branch.turns, k, config.gamma)
+        for talk, branch, k in zip(talks, branches, turns, strict=True)
+    ]
+    pairs = [(talk.turns[k].suggestion, other) for talk, k, other in zip(talks, turns, again, strict=True)]
+    sequences = [
+        single(2 * k + i, policy.renderer.prompt(state).tokens, policy.renderer.response(action), True)
+        for k, (state, pair) in enumerate(zip(states, pairs, strict=True))
+        for i, action in enumerate(pair)
+    ]
+    return _regressed(policy, sequences, np.array(told), seed)
+
+
+def _regressed(policy: LanguagePolicy, sequences: list[Encoded], difference: np.ndarray, seed: int) -> LanguagePolicy:
+    """Least squares of the two log-ratios' difference on REFUEL_ETA times that of the returns; pairs are neighbours."""
+    before = policy.score(EncodedTable(sequences, len(sequences)))
+    student, rng = policy.trainable_copy(), np.random.default_rng(seed)
+    steps = step_count(len(difference), 32, REFUEL_EPOCHS)
+    optimizer, schedule = optimizer_for(student.model, GENTLE["learning_rate"], steps)
+    order = np.concatenate([rng.permutation(len(difference)) for _ in range(int(REFUEL_EPOCHS))])
+    for chosen in np.array_split(order, steps):
+        batch = collate([sequences[2 * k + i] for k in chosen for i in (0, 1)], policy.pad)
+        ratio = student.response_log_probs(batch, np.arange(len(batch.row))) - torch.from_numpy(before[batch.row])
+        told = torch.from_numpy(REFUEL_ETA * difference[chosen])
+        take_step(student.model, (ratio[0::2] - ratio[1::2] - told).square().mean(), optimizer, schedule)
+    return student
+
+
+def _discounted(turns: Sequence[Turn], begin: int, gamma: float) -> float:
+    return float(gamma ** (len(turns) - 2 - begin) * turns[-1].outcomes[0])
 
 
 def _valued(policy: LanguagePolicy, talks: list[Any], config: Config) -> tuple[pd.DataFrame, Round, np.ndarray]:

@@ -35,7 +35,8 @@ Curve = list[dict[str, float]]
 
 def run(overrides: dict[str, Any], seed: int) -> dict[str, Any]:
     """A seed's curve, pi_0 first: one entry a rollout."""
-    from benchmarks.learning import OURS, ROUND, cell_path, run_cell
+    from benchmarks.learning import run_cell
+    from benchmarks.methods import OURS, ROUND, cell_path
     from iterative_ppo.environments.renovation import Renovation
     from iterative_ppo.learning.improve import ppo
     from iterative_ppo.learning.improve.episodes import prompts_of

@@ -16,52 +16,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.baselines import Learner, actor_critic, advantage_weighted, cloned, online_rloo, sharpened
+from benchmarks.learning_table import table
+from benchmarks.methods import (
+    COLLECTORS,
+    EVALUATION,
+    EXACT,
+    LEARNERS,
+    METHODS,
+    OURS,
+    ROUND,
+    ROUNDS,
+    WORK,
+    cell_path,
+    configuration,
+)
 from benchmarks.results_file import write
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.rollout import collect
-from iterative_ppo.files import fingerprint, read_json, whole_directory, write_json
+from iterative_ppo.files import read_json, whole_directory, write_json
 from tasks.traffic import copying_lessons, environment, outcome_of, scripted_corpus, to_rows
 
-WORK = Path(__file__).parent / "work" / "learning"
-ROUND, EVALUATION = 1500, 5000
-EXACT = (0, 3, 5)
-"""Rounds after which success is measured on more conversations, and greedily."""
 GREEDY = 1e-3
 """A temperature at which sampling takes the likeliest token."""
-OURS, CLONING, MYOPIC = "iterative PPO", "filtered behaviour cloning", "myopic: trained on acceptance"
-ONLINE = "trajectory RLOO, updated every 250 conversations"
-LEARNERS: dict[str, Learner] = {
-    "pi_0 sharpened": sharpened,
-    CLONING: cloned,
-    "advantage-weighted regression": advantage_weighted,
-    "trajectory actor-critic": actor_critic,
-}
-METHODS: dict[str, dict[str, Any]] = {
-    OURS: {},
-    "best of n by Q, cloned": {"improve.ppo.episodes": 0},
-    **{name: {} for name in LEARNERS},
-    ONLINE: {},
-    MYOPIC: {"improve.reward": "acceptance", "q.corpus_epochs": 0.0},
-    "paper's shape: PPO alone, KL to pi_i, Monte Carlo Q": {
-        "improve.best_of_n.epochs": 0.0,
-        "improve.ppo.kl_coefficient": 0.3,
-        "improve.ppo.episodes": 3072,
-        "improve.ppo.reference": "champion",
-        "q.target": "monte_carlo",
-    },
-}
-ROUNDS = {OURS: 5, MYOPIC: 1}
-"""Rounds of those that do not make as many as asked for."""
-
-
-def configuration(method: str, seed: int) -> Config:
-    return load_config(None, {"seed": seed, "simulator.conversations": ROUND, **METHODS[method]})
-
-
-def cell_path(method: str, seed: int) -> Path:
-    key = fingerprint(configuration(method, seed).model_dump(mode="json"))
-    return WORK / f"{fingerprint(method)[:6]}-{seed}-{key}"
 
 
 def run_cell(method: str, seed: int, rounds: int) -> None:
@@ -115,8 +91,8 @@ def _improve(config: Config, method: str, before: Path, number: int, draft: Path
 
     policy = LanguagePolicy.load(before / "model")
     seed = 10_000 * (config.seed + 1) + number
-    if method == ONLINE:
-        online_rloo(policy, ROUND, config, seed).save(draft / "model")
+    if method in COLLECTORS:
+        COLLECTORS[method](policy, ROUND, config, seed).save(draft / "model")
         return
     talks = collect(policy, environment(config), ROUND, seed, str(number))
     if method in LEARNERS:
@@ -177,8 +153,6 @@ def _greedily(config: Config, number: int, place: Path) -> None:
 
 def main() -> None:
     """Run all cells in `--jobs` processes, then print and write the table."""
-    from benchmarks.learning_table import table
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning import EVALUATION, METHODS, OURS, ROUNDS, cell_path, configuration
+from benchmarks.methods import EVALUATION, METHODS, OURS, ROUNDS, cell_path, configuration
 from benchmarks.results_file import figure, mean_interval
 from iterative_ppo.environments.renovation import Script
 from iterative_ppo.environments.rollout import collect

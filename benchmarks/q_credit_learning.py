@@ -1,7 +1,8 @@
 """Learning curves of credit assigners with PPO, GRPO and RLOO, beside Monte Carlo returns of the outcome.
 
 On the conversations of q_credit, in which one turn decides: whoever says there what sells always sells. Every
-assigner's Q is fitted by Monte Carlo, so that what pays the turns is the one difference. Resumable by assigner,
+assigner's Q is fitted by Monte Carlo, so that what pays the turns is the one difference. A round in which all of the
+fit part succeed leaves the policy as it is, because nothing is left to learn. Resumable by assigner,
 algorithm, seed and round.
 """
 
@@ -22,7 +23,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.files import fingerprint, read_json, whole_directory, write_json
 from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn
-from iterative_ppo.mdp.turn_table import to_frame
+from iterative_ppo.mdp.turn_table import last_rows, to_frame
 
 ASSIGNERS = {"outcome": "Monte Carlo", "norm_itpo": "norm_itpo", "itpo": "itpo"}
 ALGORITHMS = ("ppo", "grpo", "rloo")
@@ -133,16 +134,16 @@ def curve(assigner: str, algorithm: str, seed: int) -> list[dict[str, float]]:
 
 
 def improved(config: Config, model: Path, seed: int) -> tuple[Any, dict[str, float]]:
-    """One round: collect, credit, fit Q, improve. Where all succeed there is nothing left to learn."""
+    """One round: collect, credit, fit Q, improve."""
     from iterative_ppo.learning.improve.episodes import prompts_of
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.rounds import evaluate_policy, improve_policy, round_of
 
     policy = LanguagePolicy.load(model)
     talks = collect(policy, Talks(), ROUND, seed, "pi")
-    if all(map(_sold, talks)):
-        return policy, {}
     frame = to_frame(talks, config.outcomes, config.data.evidence_share)
+    if frame["outcome"][last_rows(frame) & (frame["part"] == "fit")].min() > 0:
+        return policy, {}
     current = round_of(policy, frame, config)
     q = evaluate_policy(policy, current, [], config)
     behaviour = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
@@ -168,7 +169,7 @@ def credit_learning(seeds: Sequence[int]) -> list[Row]:
     for pair, number in product(pairs, range(1, ROUNDS + 1)):
         cpu = float(np.mean([one[number]["cpu_seconds"] for one in found[pair]]))
         rows.append(told(f"{ASSIGNERS[pair[0]]}, {pair[1]}, success after round {number}", of(pair, number), cpu))
-    for assigner, algorithm in pairs[len(ALGORITHMS) :]:
-        less = of((assigner, algorithm), ROUNDS) - of(("outcome", algorithm), ROUNDS)
-        rows.append(told(f"{assigner} less Monte Carlo, {algorithm}, round {ROUNDS}", less))
+    for (assigner, algorithm), number in product(pairs[len(ALGORITHMS) :], (1, ROUNDS)):
+        less = of((assigner, algorithm), number) - of(("outcome", algorithm), number)
+        rows.append(told(f"{assigner} less Monte Carlo, {algorithm}, round {number}", less))
     return rows

@@ -32,7 +32,8 @@ RANKED: dict[str, dict[str, Any]] = {
 @lru_cache(maxsize=1)
 def simulated(seed: int, states: int) -> dict[str, Any]:
     """A seed's pi_0 with 1,500 conversations of it, and the truth that its Qs are ranked by."""
-    from benchmarks.learning import OURS, ROUND, cell_path, run_cell
+    from benchmarks.learning import run_cell
+    from benchmarks.methods import OURS, ROUND, cell_path
     from iterative_ppo.environments.renovation import Renovation
     from iterative_ppo.environments.rollout import collect
     from iterative_ppo.learning.language_model import LanguagePolicy

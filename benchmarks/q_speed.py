@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 
@@ -12,11 +19,13 @@ from benchmarks.results_file import figure
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
+from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.returns import discounted_returns
 from iterative_ppo.mdp.turn_table import to_frame
 
-GAMMA = 0.95
+GAMMA, SMALL = 0.95, 2000
+"""SMALL conversations, and four times as many, show how memory grows."""
 
 
 def returns_speed(turns: int = 10_000_000) -> dict[str, float]:
@@ -78,11 +87,45 @@ def encoding_memory(conversations: int = 2000) -> dict[str, float]:
     return {"held": held / len(data.last), "peak": most / len(data.last)}
 
 
+def fit_memory(conversations: int) -> dict[str, float]:
+    """MiB that a fit of Q from a Parquet file takes at most, of a process of its own that has read none yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "turns.parquet"
+        talks = collect(Script(0.6), Renovation(), conversations, 1, "script")
+        turn_table.write(to_frame(talks, load_config().outcomes, 0.15), path, load_config().outcomes)
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.q_speed", str(path)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    found: dict[str, float] = json.loads(said.stdout.splitlines()[-1])
+    return found
+
+
+def fitted(path: Path) -> dict[str, float]:
+    """Read, encode, fit a few steps (as long for any size), evaluate; peaks of resident memory in MiB (Linux)."""
+    from iterative_ppo.learning.policy_evaluation import fit_q
+    from iterative_ppo.learning.rounds import round_of
+    from iterative_ppo.learning.tiny import build_policy
+
+    config = load_config()
+    few = list(itertools.islice(turn_table.conversations(turn_table.read(path, config.outcomes)[:4000]), 300))
+    policy = build_policy(few, config.policy, 0)
+    small = config.model_copy(update={"q": config.q.model_copy(update={"epochs": 0.01, "value_epochs": 0.01})})
+    warmed = to_frame(few, config.outcomes, 0.15)
+    fit_q(policy, round_of(policy, warmed, small), [], small)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = round_of(policy, turn_table.read(path, config.outcomes), small)
+    fit_q(policy, data, [], small).evaluate(data.encoded)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"before_mib": before / 1024, "peak_mib": after / 1024, "turns": float(len(data.last))}
+
+
 def speed() -> list[Row]:
     """Measured once, whatever the number of seeds."""
     returns = cell("speed", "returns", 0, 1, returns_speed)
     sharing = cell("speed", "sharing", 0, 1, sharing_speed)
-    memory = cell("speed", "memory", 0, 1, encoding_memory)
+    memory = cell("speed", "memory", 0, "by blocks", encoding_memory)
+    small, large = (cell("speed", "fit-memory", n, 1, lambda n=n: fit_memory(n)) for n in (SMALL, 4 * SMALL))
+    grows = large["peak_mib"] / small["peak_mib"]
+    a_turn = 2**20 * (large["peak_mib"] - small["peak_mib"]) / (large["turns"] - small["turns"])
     fast, double = returns["ratio"] <= 10, sharing["ratio"] >= 2
     return [
         figure("returns of 10 million turns, CPU time over one copy's", returns["ratio"], None, "<= 10", fast),
@@ -92,4 +135,11 @@ def speed() -> list[Row]:
         figure("prefix sharing, times as fast", sharing["ratio"], None, ">= 2", double),
         figure("an encoded turn in memory, bytes", memory["held"]),
         figure("encoding a turn, bytes at most", memory["peak"]),
+        figure(f"fit of {SMALL:,} conversations, MiB at most", small["peak_mib"]),
+        figure("fit of four times as many, peak memory over that", grows, None, "<= 1.1", grows <= 1.1),
+        figure("fit, bytes that the peak grows by a turn", a_turn),
     ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(fitted(Path(sys.argv[1]))))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning import OURS, ROUND, cell_path
+from benchmarks.methods import OURS, ROUND, cell_path
 from benchmarks.results_file import figure, mean_interval, write
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.renovation import Renovation

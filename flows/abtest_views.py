@@ -45,7 +45,7 @@ def _running(config: Config, state: NightState, tested: Experiment, now: datetim
     told = _told(config, state.round, tested)
     verdict = _verdict(config, state, tested, seen)
     arms = seen.arms if seen else (0, 0)
-    waiting = {"ramp": seen.ramp, "maturing": seen.maturing} if seen else {"ramp": 0, "maturing": 0}
+    waiting = {name: getattr(seen, name, 0) for name in ("ramp", "maturing", "faulty")}
     return {
         **told,
         "running": True,
@@ -118,6 +118,8 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
             f"{matured['challenger']:,} challenger); still maturing: {waiting['maturing']:,}; of the ramp's safety "
             f"stages, no evidence: {waiting['ramp']:,}"
         )
+        if waiting["faulty"]:
+            yield f"left out, for they break the turn table's rules: {waiting['faulty']:,}"
         if told["verdict"] not in ("promote", "reject"):
             yield f"the challenger now meets {told['share']:.0%} of customers"
         yield _next(told)

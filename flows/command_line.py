@@ -13,7 +13,7 @@ import typer
 from flows import abtest_commands, registry_commands
 from flows.options import Params, Sets, configured
 from iterative_ppo.config import DEFAULTS, Config
-from iterative_ppo.errors import ConfigError, IterativePPOError, SourceError
+from iterative_ppo.errors import ConfigError, IterativePPOError, SourceError, StoreError
 
 app = typer.Typer(
     name="ippo",
@@ -238,6 +238,11 @@ def main() -> None:
     except IterativePPOError as error:
         typer.echo(f"ippo: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        if error.filename is None:
+            raise
+        typer.echo(f"ippo: {error.filename}: {error.strerror}; make room or mend its permissions", err=True)
+        sys.exit(StoreError.exit_code)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def status_lines(config: Config) -> Iterator[str]:
         yield f"the A/B test is void: {reason}; the next night goes on from there"
     elif state.experiment:
         e = state.experiment
-        yield f"challenger: policy version {e.challenger} awaits its A/B test against version {e.champion}"
+        yield f"A/B test of policy version {e.challenger} against version {e.champion}: see `ippo abtest`"
     if state.approval and not reason:
         answered = approvals.answer(registry.history(config.data.root), state.approval)
         yield answered or f"waits for you: {approvals.command(state.approval)}"

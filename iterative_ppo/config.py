@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -400,6 +400,9 @@ class GateConfig(Frozen):
     """Share of one weight above which the logs cannot tell."""
     min_support: float = Share
     """Mean importance weight, 1 where the logs hold all that the challenger does, below which they cannot tell."""
+    fqe: bool
+    """Whether off-policy estimates rest on the challenger's own Q by fitted Q evaluation, which costs a second fit, and
+    not on the champion's."""
     guardrails: dict[str, GuardrailConfig]
     """By name; what is named here is laid over the defaults of that name, a new name is a guardrail more."""
 
@@ -540,6 +543,20 @@ class Config(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _trainable(self) -> Config:
+        ppo, algorithm = self.improve.ppo, self.improve.algorithm
+        if algorithm != "ppo" and ppo.episodes and self.runtime.processes > 1:
+            raise ValueError(
+                f"improve.algorithm {algorithm} trains in one process; set runtime.processes to 1, or "
+                "improve.algorithm to ppo"
+            )
+        if ppo.judge_patience is not None and not self.q.judges:
+            raise ValueError(
+                f"improve.ppo.judge_patience {ppo.judge_patience} asks judges, but q.judges is 0; set it to 1 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _explored(self) -> Config:
         if self.exploration.share and self.q.target in ON_POLICY:
             raise ValueError(
@@ -571,9 +588,22 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "params"
+        key, blamed = ".".join(map(str, first["loc"])), path or DEFAULTS.name
+        source = next((where for layer, where in reversed(layers) if _holds(layer, first["loc"])), blamed)
         given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
-        raise ConfigError(f"{path or DEFAULTS.name}: {where}: {first['msg']}{given}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(": ".join(filter(None, (str(source), key, f"{said}{given}")))) from None
+
+
+def _holds(layer: Any, keys: Sequence[int | str]) -> bool:
+    """Whether a layer sets this very key, or something below or above it."""
+    for key in keys:
+        if not isinstance(layer, Mapping):
+            return True
+        if key not in layer:
+            return False
+        layer = layer[key]
+    return bool(keys)
 
 
 def _laid_over(defaults: dict[str, Any], layers: Iterable[tuple[dict[str, Any], str]]) -> dict[str, Any]:

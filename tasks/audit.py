@@ -97,6 +97,10 @@ def append(data_root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
             while added:
                 added = added[os.write(handle, added) :]
             os.fsync(handle)
+        except OSError:  # half a record on a full disk is none
+            os.ftruncate(handle, len(whole))
+            os.pwrite(handle, torn, len(whole))
+            raise
         finally:
             os.close(handle)
     except (OSError, TypeError, ValueError) as error:
@@ -136,13 +140,22 @@ def open_intent(data_root: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def locked(data_root: Path) -> Iterator[None]:
-    """Hold the trail and the aliases. Raises StoreError where another process holds them for 30 seconds."""
-    data_root.mkdir(parents=True, exist_ok=True)
+    """Hold the trail and the aliases.
+
+    Raises StoreError where another process holds them for 30 seconds, or the folder cannot be written to.
+    """
+    lock = FileLock(data_root / "registry.lock", timeout=LOCK_SECONDS)
     try:
-        with FileLock(data_root / "registry.lock", timeout=LOCK_SECONDS):
-            yield
+        data_root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout:
         raise StoreError(f"{data_root}: another promotion or rollback has run for {LOCK_SECONDS:g} seconds") from None
+    except OSError as error:
+        raise StoreError(f"{data_root}: cannot be written to ({error}); nothing was changed") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _split(path: Path) -> tuple[bytes, bytes]:

@@ -92,14 +92,14 @@ def void(data_root: Path, experiment: Experiment, there: set[int]) -> str | None
     for known in _of(data_root, experiment.salt, ENDED):
         if known["verdict"] == "void":
             return str(known["reasons"][0])
-    champion = standing(records).champion
-    if champion != experiment.champion:
-        return (
-            f"policy version {experiment.challenger} was tested against {experiment.champion}, but {champion} became "
-            "the champion meanwhile"
-        )
+    stands = standing(records)
+    if stands.champion != experiment.champion:
+        now = f"{stands.champion} became the champion meanwhile" if stands.champion else "there is no champion any more"
+        return f"policy version {experiment.challenger} was tested against {experiment.champion}, but {now}"
     if experiment.challenger not in there:
         return f"policy version {experiment.challenger}, the challenger, was deleted"
+    if experiment.challenger in stands.rolled_back:
+        return f"policy version {experiment.challenger}, the challenger, was rolled back"
     return None
 
 

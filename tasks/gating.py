@@ -107,6 +107,11 @@ def gather(
         before = speak(old, new, q, prompts, config.gate.samples, config.seed)
         after = speak(new, old, q, prompts, config.gate.samples, config.seed)
         turns = logged_turns(new, q, current, rows, after.q.mean(axis=1), config)
+        modelled = turns
+        if config.gate.fqe:
+            own = fqe(new, q, current, config)
+            sampled = speak(new, old, own, prompts, config.gate.samples, config.seed).q.mean(axis=1)
+            modelled = logged_turns(new, own, current, rows, sampled, config)
     speakers = Speakers(old, new, before, after)
     stage = load_stage(q_stage)
     calibration = stage.read("calibration.json")
@@ -131,10 +136,18 @@ def gather(
         q_r2=stage.metrics.get("r2", float("nan")),
         state_baseline_r2=stage.metrics.get("state_only_r2", float("nan")),
         certificate=certify(turns, config.gate, config.seed),
-        estimates=estimates(turns, config.gate, config.seed),
+        estimates=estimates(modelled, config.gate, config.seed, "fqe" if config.gate.fqe else "q_model"),
         guardrails=guarded(config.gate.guardrails, said, said_now, config.gate.alpha),
     )
     return evidence, examples(frame, rows, speakers, config.gate.samples)
+
+
+def fqe(challenger: LanguagePolicy, start: QModel, current: Round, config: Config) -> QModel:
+    """The challenger's own Q by fitted Q evaluation on the fit part, from the champion's Q on."""
+    from iterative_ppo.learning.policy_evaluation import fit_q
+
+    evaluation = config.q.model_copy(update={"target": "fqe"})
+    return fit_q(challenger, current, [], config.model_copy(update={"q": evaluation}), start)
 
 
 def held_out_rows(fit: np.ndarray, actions: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:

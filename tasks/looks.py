@@ -28,6 +28,7 @@ from iterative_ppo.evaluation.ramp import Ramp
 from tasks.datasets import arrived, frozen_conversations
 from tasks.labels import definition, judged
 from tasks.state import Experiment, NightState
+from tasks.turn_checks import faults, sound
 
 HOUR = pd.Timedelta(hours=1)
 DESIGN = ("design", "conversations", "challenger_share", "looks", "mde", "ramp", "ramp_hours", "unit")
@@ -62,13 +63,15 @@ class Evidence:
     Attributes:
         history: the matured conversations of the ramp's last stage.
         turns: their rows of the turn table. ramp, maturing: conversations of the ramp's safety stages, and later ones
-            that have not matured. pace: of them, once a day of timestamps tells it.
+            that have not matured. faulty: conversations left out because they break the turn table's rules, as
+            validation will. pace: of all that began, once a day of timestamps tells it.
     """
 
     history: History
     turns: pd.DataFrame
     ramp: int
     maturing: int
+    faulty: int = 0
     pace: Pace | None = None
 
     @property
@@ -149,7 +152,10 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     unchanged(config, tested)
     if frame is None:
         return None
-    table = _conversations(judged(frame, config), tested, config.data.outcome_window_hours)
+    frame = judged(frame, config)
+    faulty = _faulty(frame, config, state)
+    frame = sound(frame, config.outcomes)
+    table = _conversations(frame, tested, config.data.outcome_window_hours)
     _check(table, config, state)
     times = _times(table, config, tested, now)
     due = times.hours <= times.now - times.maturity
@@ -166,7 +172,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     )
     turns = frame[frame["conversation_id"].isin(chosen.index)]
     ramp, maturing = int((~times.last_stage).sum()), int((times.last_stage & ~due).sum())
-    return Evidence(history, turns, ramp, maturing, _pace(times, config, tested))
+    return Evidence(history, turns, ramp, maturing, faulty, _pace(times, config, tested))
 
 
 def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
@@ -187,6 +193,18 @@ def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
     decides = look.verdict != "continue"
     test = inference(config.abtest, config.gate.alpha, seen.history, look) if decides else None
     return Finding(look, guardrails, test)
+
+
+def _faulty(frame: pd.DataFrame, config: Config, state: NightState) -> int:
+    """How many conversations break the turn table's rules. Raises TurnTableError for more than validation allows."""
+    found, conversations = faults(frame, config.outcomes), frame["conversation_id"].nunique()
+    if len(found) > config.data.quarantine_share * conversations:
+        raise TurnTableError(
+            f"A/B test: {len(found)} of {conversations} conversations break the turn table's rules, "
+            f"data.quarantine_share allows {config.data.quarantine_share:.1%}; the first is {found.index[0]!r}, "
+            f"{found.iloc[0]}; mend who logs, and the files in rounds/{state.gathering:04d}/arrived"
+        )
+    return len(found)
 
 
 def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd.DataFrame:

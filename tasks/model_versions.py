@@ -132,7 +132,11 @@ def check_promotable(tracking: Tracking, number: int, rolled_back: Collection[in
     """
     if "rolled_back" in version(tracking, POLICY, number).tags or number in rolled_back:
         raise StoreError(f"{POLICY} version {number} was rolled back; such a version is never proposed again")
-    check_loads(POLICY, fetch(tracking, POLICY, number), f"{POLICY} version {number}")
+    try:
+        check_loads(POLICY, fetch(tracking, POLICY, number), f"{POLICY} version {number}")
+    except StoreError as error:
+        way_out = "restore its files or use another version; `ippo abtest --stop` ends a test of it"
+        raise StoreError(f"{error}; {way_out}") from error
 
 
 def versions(tracking: Tracking, name: str) -> list[Version]:

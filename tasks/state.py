@@ -112,14 +112,16 @@ def save_state(root: Path, state: NightState) -> None:
 @contextmanager
 def only_one(root: Path) -> Iterator[None]:
     """Hold the lock of a night, drafts of a killed one swept. Raises StoreError at once where another holds it."""
-    root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / "night.lock", timeout=0)
     try:
+        root.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise StoreError(
             f"{root}: another run is at work here; wait for it, or give this one its own data.root"
         ) from None
+    except OSError as error:
+        raise StoreError(f"{root}: cannot be written to ({error}); free it, or set another data.root") from None
     try:
         sweep(root)
         yield

@@ -152,5 +152,8 @@ def import_logs(config: Config) -> tuple[Path, list[Conversation], Counter[str]]
 
 
 def _kind_of_reason(aside: SetAside) -> str:
-    """A reason without its place, for counting."""
-    return "open: not closed yet" if aside.still_open else aside.reason.partition(": ")[2] or aside.reason
+    """A reason without its row and what was found there, for counting."""
+    if aside.still_open:
+        return "open: not closed yet"
+    problem = (aside.reason.partition(": ")[2] or aside.reason).partition(", found")[0]
+    return f"{aside.field}: {problem}" if aside.field else problem

@@ -110,10 +110,28 @@ def grouped(frame: pd.DataFrame) -> Rows:
 
 def sound(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
     """The rows of conversations that hold no null where none may be and pass all checks; in order, for a first use."""
+    rows, wrong = _wrong(frame, outcomes)
+    return rows.frame[~np.isin(rows.talk, rows.talk[wrong.any(axis=1)])].reset_index(drop=True)
+
+
+def faults(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.Series:
+    """What is first wrong with each conversation that is not `sound`, in words, by its id; in order."""
+    rows, wrong = _wrong(frame, outcomes)
+    failed = wrong.any(axis=1).to_numpy()
+    names, numbers = rows.frame["conversation_id"][failed].fillna(""), rows.frame["turn"][failed]
+    told = [f"turn {number}, {field}" for number, field in zip(numbers, wrong[failed].idxmax(axis=1), strict=True)]
+    return pd.Series(told, index=names.to_numpy(dtype=object), dtype=object).groupby(level=0, sort=False).first()
+
+
+def _wrong(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> tuple[Rows, pd.DataFrame]:
+    """The rows by conversation, and (N, checks) bool where each fails."""
     rows = grouped(conform(frame, outcomes))
-    whole = rows.frame[[field.name for field in turn_schema(outcomes) if not field.nullable]].notna().all(axis=1)
-    good = np.logical_and.reduce([whole.to_numpy(), *checks(rows, outcomes).values()])
-    return rows.frame[~np.isin(rows.talk, rows.talk[~good])].reset_index(drop=True)
+    filled = {
+        f"{field.name}: must not be null": rows.frame[field.name].notna().to_numpy()
+        for field in turn_schema(outcomes)
+        if not field.nullable
+    }
+    return rows, ~pd.DataFrame({**filled, **checks(rows, outcomes)}, index=rows.frame.index)
 
 
 def checks(rows: Rows, outcomes: Mapping[str, float]) -> Checks:

@@ -17,6 +17,7 @@ from tasks.audit import DONE, INTENT, history, record, standing
 from tasks.datasets import arrived, closed, of_policy, round_folder
 from tasks.labels import judged
 from tasks.state import NightState
+from tasks.turn_checks import sound
 
 EVENT = "alarm"
 
@@ -85,7 +86,7 @@ def _promoting_round(records: list[dict[str, Any]], version: int | None) -> int 
 def _served(config: Config, version: int, rounds: Iterable[int]) -> pd.DataFrame:
     """A version's conversations of some rounds, measured: one row each by its id, in the order of service."""
     tables = [_in_order(frame, str(version)) for n in rounds if (frame := arrived(config, n)) is not None]
-    found = [table for frame in tables if len(table := _measured(judged(frame, config)))]
+    found = [table for frame in tables if len(table := _measured(sound(judged(frame, config), config.outcomes)))]
     return pd.concat(found) if found else _measured(None)
 
 

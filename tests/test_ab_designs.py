@@ -268,6 +268,13 @@ def test_reasons_tell_the_figures() -> None:
     assert f"of {look.conversations[1]}" in look.reasons[1]
 
 
+@pytest.mark.parametrize("design", ["fixed", "group_sequential"])
+def test_no_interval_is_wider_than_a_gain_can_be(design: str) -> None:
+    test = config(conversations=20, design=design)
+    low, high = (design_of(test, ALPHA).look(seen) for seen in (history((1.0, 0.0), 20), history((0.0, 1.0), 20)))
+    assert low.low == -1.0 and high.high == 1.0
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

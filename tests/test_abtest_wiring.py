@@ -172,6 +172,15 @@ def test_businesses_are_given_to_the_design(tmp_path: Path) -> None:
     assert look.design_effect is not None and look.design_effect != 1.0
 
 
+def test_a_few_conversations_that_break_the_tables_rules_are_left_out_and_counted(tmp_path: Path) -> None:
+    test = Test(tmp_path)
+    back = talk("back", 2, True, 5.0, lasts=-2.0)
+    test.arrive("all", arm(1, 5, 20, 0.0), arm(2, 5, 20, 0.0), [back], [talk("new", 1, False, 1000.0)])
+    seen = test.evidence()
+    assert (seen.arms, seen.faulty) == ((20, 20), 1) and "back" not in set(seen.turns["conversation_id"])
+    assert "left out, for they break the turn table's rules: 1" in lines(standing(test.config, test.state, LATER))
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 BOTH = (arm(1, 5, 20), arm(2, 5, 20))
@@ -200,6 +209,12 @@ REFUSED: dict[str, tuple[dict[str, Any], list[Conversation], type[IterativePPOEr
         [talk("x", 1, business_id="b"), talk("y", 2, business_id="b")],
         TurnTableError,
         r"business 'b' is in both arms",
+    ),
+    "rules broken too often": (
+        {},
+        [talk("x", 2, hour=5.0, lasts=-2.0), talk("y", 1, hour=1.0), talk("z", 2, hour=1.0)],
+        TurnTableError,
+        r"1 of 3 conversations break .* allows 10.0%; the first is 'x', turn 2, timestamp: must not go back; mend",
     ),
     "a ramp without a clock": (
         {"source.kind": "table", "abtest.ramp": [0.1]},

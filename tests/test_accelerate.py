@@ -16,7 +16,7 @@ from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning import distributed
 from iterative_ppo.learning.batching import EncodedTable, collate
 from iterative_ppo.learning.improve.episodes import prompts_of
-from iterative_ppo.learning.jobs import Evaluation, Improving, Job
+from iterative_ppo.learning.jobs import Crediting, Evaluation, Improving, Job
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import pieces
 from iterative_ppo.learning.policy_evaluation import Round
@@ -126,6 +126,28 @@ def test_two_processes_fit_the_q_of_one(saved: Path, played: Round, tmp_path: Pa
     assert together.report == pytest.approx(alone.report, rel=1e-5)
     assert torch.allclose(weights(alone.model), weights(together.model), atol=1e-4)
     assert np.allclose(alone.evaluate(played.encoded).q, together.evaluate(played.encoded).q, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("accelerate", "rank"), [(None, 0), ("fsdp.yaml", 0), (None, 4)], ids=["ddp", "fsdp", "lora"])
+def test_two_processes_credit_as_one_does(
+    saved: Path, played: Round, tmp_path: Path, accelerate: str | None, rank: int
+) -> None:
+    """Turn rewards and every figure of them, also of a sharded reward model and of one that is adapters."""
+    quick = {
+        "credit__assigner": "norm_itpo",
+        "credit__batch_size": 7,
+        "credit__epochs": 2.0,
+        "policy__lora__rank": rank,
+    }
+    parallel = {"runtime__processes": 2, "runtime__accelerate": str(ACCELERATE / accelerate) if accelerate else None}
+    alone, together = (
+        finished(Crediting(config_of(**quick, **changes), saved, played, ()), tmp_path / str(len(changes)))
+        for changes in ({}, parallel)
+    )
+    assert together.report == pytest.approx(alone.report, rel=1e-3, nan_ok=True)
+    assert np.allclose(alone.current.reward, together.current.reward, atol=1e-5)
+    assert not np.allclose(alone.current.reward, played.reward, atol=0.01)
 
 
 @pytest.mark.slow

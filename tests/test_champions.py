@@ -31,6 +31,8 @@ from tasks.tracking import Tracking, open_tracking
 from tasks.traffic import to_rows
 
 SIZE = 60
+LATE = datetime.now(UTC) + timedelta(days=30)
+"""After the ramp."""
 TESTED = Experiment(salt="round-0000-policy-2", champion=1, challenger=2)
 OFFLINE = {"verdict": "test", "reasons": []}
 ROUND = {"round": 0, "champion": 1, "challenger": 2, "q": 1, "data_md5": "1d.dir", "offline": OFFLINE}
@@ -380,11 +382,10 @@ def test_a_deleted_challenger_ends_its_test(it: Night, told: Told) -> None:
 
 def test_a_deleted_challenger_meets_no_customer_and_cannot_win(it: Night, told: Told) -> None:
     """Whoever asks first notices: here a customer, and then a night to which conversations say that it is better."""
-    now = datetime.now(UTC) + timedelta(days=30)
-    assert {answerer(it.config, it.store, str(unit), now).version for unit in range(30)} == {1, 2}
+    assert {answerer(it.config, it.store, str(unit), LATE).version for unit in range(30)} == {1, 2}
     it.arrive("test", champion_1=0.2, challenger_2=1.0)
     it.store.client.delete_model_version(POLICY, "2")
-    assert {answerer(it.config, it.store, str(unit), now).version for unit in range(30)} == {1}
+    assert {answerer(it.config, it.store, str(unit), LATE).version for unit in range(30)} == {1}
     assert [r["verdict"] for r in it.events("experiment ended")] == ["void"] and told.events == ["verdict"]
     assert "policy version 2, the challenger, was deleted" in it.status
     state = it.step()
@@ -400,6 +401,34 @@ def test_what_waits_for_approval_and_was_deleted_cannot_be_approved(asking: Nigh
         answer(asking)
     assert history(asking.root) == before and asking.champion == 1
     assert "was deleted" in asking.step().rounds[0]["void"] and asking.champion == 1
+
+
+def test_a_challenger_that_was_rolled_back_is_tested_no_more(it: Night, told: Told) -> None:
+    """Promoted and taken back before anybody noticed: the champion is who it was when the test began."""
+    registry.promote(it.store, 2, {"reason": "now"}, "me", it.root)
+    registry.rollback(it.store, {"reason": "oops"}, "me", it.root)
+    assert "the A/B test is void: policy version 2, the challenger, was rolled back" in it.status
+    assert {answerer(it.config, it.store, str(unit), LATE).version for unit in range(30)} == {1}
+
+
+def test_a_test_without_a_champion_says_so(it: Night, told: Told) -> None:
+    for version in (1, 2, 3):
+        it.store.client.delete_model_version(POLICY, str(version))
+    assert "was tested against 1, but there is no champion any more" in it.status
+
+
+def test_a_challenger_that_won_and_does_not_load_is_not_promoted(it: Night, told: Told) -> None:
+    it.arrive("test", champion_1=0.2, challenger_2=1.0)
+    weights = registry.fetch(it.store, POLICY, 2) / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(b"torn")
+    try:
+        with pytest.raises(StoreError, match=r"version 2 does not load: .*; restore its files .* `ippo abtest --stop`"):
+            it.step()
+        assert it.champion == 1 and it.moves == [("promote", None, 1)]
+    finally:
+        weights.write_bytes(kept)
+    assert it.step().champion == 2, "with its files back, the same verdict is carried out"
 
 
 def test_a_promotion_by_hand_ends_the_test_too(it: Night, told: Told) -> None:

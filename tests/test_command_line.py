@@ -57,6 +57,11 @@ def test_init_writes_params_once(tmp_path: Path) -> None:
     refused(ippo(tmp_path, "init"), 2, "params.yaml", "exists")
 
 
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    refused(ippo(tmp_path, "init", "file/params.yaml"), 8, "file/params.yaml", "Not a directory")
+
+
 def test_a_missing_log_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     refused(ippo(tmp_path, "import", "star", "nowhere"), 3, "nowhere")
     assert not list((tmp_path / "data").rglob("*.parquet"))
@@ -70,15 +75,19 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     ]
     good[1]["outcome"] = 1.0
     bad = [{**row, "conversation_id": "bad", "turn": 1, "outcome": 7.0}]
+    wild = [{**row, "conversation_id": f"wild{p}", "turn": 1, "outcome": 0.0, "behaviour_logprob": p} for p in (0.7, 2)]
     log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(r) + "\n" for r in [*good, *bad]), encoding="utf-8")
+    log.write_text("".join(json.dumps(r) + "\n" for r in [*good, *bad, *wild]), encoding="utf-8")
     done = ippo(tmp_path, "import", "table", str(log))
     assert done.returncode == 0, done.stderr
     assert "1 conversations, 1 transitions, 1 with a positive outcome" in done.stdout
-    assert "set aside: 1" in done.stdout
+    assert "set aside: 1 outcome" in done.stdout
+    assert "set aside: 2 behaviour_logprob: expected at most 0 (a natural logarithm)" in done.stdout
     aside = json.loads(next((tmp_path / "data" / "quarantine").glob("*.json")).read_text(encoding="utf-8"))
     assert aside[0]["conversation_id"] == "bad"
     assert "outcome" in aside[0]["reason"]
+    assert "row 4, field 'behaviour_logprob': expected at most 0" in aside[1]["reason"]
+    assert aside[1]["reason"].endswith("found 0.7")
 
 
 def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:

@@ -171,6 +171,27 @@ def test_a_wrong_value_is_refused_by_key_in_file_and_override(tmp_path: Path, ke
         assert len(str(error.value)) < 300 + len(str(tmp_path)), "a line, not the whole configuration"
 
 
+def test_an_error_names_whoever_set_the_key(tmp_path: Path) -> None:
+    """The override where it did, the file where that did; `params.yaml` is not to blame for `--set`."""
+    with pytest.raises(ConfigError, match=r"^override 'gamma': gamma: .*got 2"):
+        load_config(params(tmp_path, "seed: 1\n"), ["gamma=2"])
+    mine = params(tmp_path, "gamma: 0.5\nimprove: {ppo: {clip: -1}}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: improve\.ppo\.clip: .*got -1"):
+        load_config(mine, ["seed=3"])
+
+
+AT_ODDS = [
+    ({"runtime.processes": 2, "improve.algorithm": "grpo"}, "grpo trains in one process; set runtime.processes to 1"),
+    ({"improve.ppo.judge_patience": 2}, "asks judges, but q.judges is 0; set it to 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), AT_ODDS, ids=[message for _, message in AT_ODDS])
+def test_settings_at_odds_are_refused_before_any_work(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, values)
+
+
 def test_the_range_of_outcomes_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="outcome_low must be below outcome_high") as error:
         load_config(params(tmp_path, "data:\n  outcome_low: 2\n"))

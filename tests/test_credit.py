@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import q_credit
-from iterative_ppo.config import Config, load_config
+from benchmarks import q_credit, q_credit_learning
+from iterative_ppo.config import Config, LoRAConfig, load_config
+from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import ConfigError, StoreError, TrainingError
-from iterative_ppo.files import read_json
+from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning.batching import EncodedTable, collate
 from iterative_ppo.learning.credit import credited
 from iterative_ppo.learning.credit.process_reward import Scored, fit
@@ -29,7 +30,7 @@ from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.q_model import QSettings
 from iterative_ppo.learning.rounds import corpus_q, evaluate_policy, improve_policy, round_of
 from iterative_ppo.mdp import turn_table
-from iterative_ppo.mdp.conversation import MISSING, Conversation
+from iterative_ppo.mdp.conversation import MISSING, Conversation, State, Suggestion
 from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.returns import discounted_returns
 from iterative_ppo.mdp.turn_table import to_frame
@@ -213,6 +214,20 @@ def test_a_round_gets_turn_rewards_and_the_reference_stays(
     assert credit.report["credit_conversations_without_suggestion"] == 1.0
 
 
+def test_adapters_make_a_reward_model_of_the_policy_that_stays_as_it_was(
+    tiny_policy: LanguagePolicy, played: Round, tmp_path: Path
+) -> None:
+    """Policy and reward model share one copy of the weights: what is learnt must not leak into the reference."""
+    tiny_policy.save(tmp_path)
+    lora = LoRAConfig(rank=4, alpha=8, dropout=0.0, target_modules=None)
+    adapted = LanguagePolicy.load(tmp_path, lora=lora)
+    credit = credited(adapted, played, [], config_of(**{"credit.learning_rate": 0.01}))
+    assert np.array_equal(adapted.score(played.encoded), tiny_policy.score(played.encoded), equal_nan=True)
+    assert np.abs(totals(credit.current, credit.current.reward) - totals(played, played.reward)).max() < 1e-6
+    spoken = credit.current.reward[credit.current.reward > 0]
+    assert len(np.unique(spoken.round(4))) > len(spoken) / 2, "turns of a conversation are paid differently"
+
+
 def test_held_out_outcomes_never_enter(tiny_policy: LanguagePolicy, played: Round) -> None:
     config = config_of("itpo")
     held = ~played.fit & np.append(played.last[1:], False)
@@ -245,6 +260,59 @@ def test_the_first_turn_is_the_greatest_or_where_lost_the_least() -> None:
     reward, conversation = np.array([0.1, 0.9, 9.0, -0.5, 0.2, -9.0]), np.array([0, 0, 0, 1, 1, 1])
     turns = np.array([True, True, False, True, True, False])
     assert q_credit.first(reward, conversation, turns, np.array([True, False])).tolist() == [1, 3]
+
+
+class Speaker:
+    """Says one thing when asked, another elsewhere."""
+
+    def __init__(self, asked: str, elsewhere: str) -> None:
+        self.asked, self.elsewhere = asked, elsewhere
+
+    def sample(self, states: list[State], seed: int) -> list[Suggestion]:
+        said = [self.asked if s.customer_message == q_credit.QUESTION else self.elsewhere for s in states]
+        return [Suggestion(text, "suggested", -1.0) for text in said]
+
+
+def test_live_conversations_are_those_that_are_learnt_from() -> None:
+    """One question each, among three to six turns; what is said there alone decides."""
+    seller, other = q_credit.ANSWERS[:2]
+    sold, lost = (
+        collect(Speaker(*said), q_credit_learning.Talks(), 60, 1, "x") for said in ((seller, other), (other, seller))
+    )
+    assert all(q_credit_learning._sold(talk) for talk in sold) and not any(map(q_credit_learning._sold, lost))
+    assert {len(talk.turns) - 1 for talk in sold} == {3, 4, 5, 6}
+    assert all([t.customer_message for t in talk.turns].count(q_credit.QUESTION) == 1 for talk in sold)
+    assert turn_table.to_frame(sold, OUTCOMES, 0.3)["outcome"].sum() == 60
+
+
+def test_learning_curves_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[tuple[str, Path]] = []
+    (tmp_path / "pi_0").mkdir()
+    write_json(tmp_path / "pi_0" / "result.json", {"success": 0.25})
+
+    class Saved:
+        def save(self, path: Path) -> None:
+            path.mkdir()
+
+    def improved(config: Config, model: Path, seed: int) -> tuple[Saved, dict[str, float]]:
+        rounds.append((config.credit.assigner, model.parent))
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return Saved(), {}
+
+    monkeypatch.setattr(q_credit_learning, "WORK", tmp_path)
+    monkeypatch.setattr(q_credit_learning, "first_policy", lambda seed: tmp_path / "pi_0")
+    monkeypatch.setattr(q_credit_learning, "success", lambda policy, seed: {"success": 0.1 * seed})
+    monkeypatch.setattr(q_credit_learning, "improved", improved)
+    with pytest.raises(KeyboardInterrupt):
+        q_credit_learning.curve("itpo", "rloo", 0)
+    found = q_credit_learning.curve("itpo", "rloo", 0)
+    assert [one["success"] for one in found] == pytest.approx([0.25, 0.1, 0.2, 0.3])
+    assert len(rounds) == 4 and rounds[2] == rounds[3] == ("itpo", rounds[3][1]) and rounds[3][1].name == "2"
+    rows = {row["figure"]: row for row in q_credit_learning.credit_learning([0])}
+    assert rows["one decisive turn, itpo, rloo, success after round 2"]["value"] == 0.2
+    assert rows["one decisive turn, norm_itpo less Monte Carlo, ppo, round 3"]["value"] == 0.0
+    assert len(rounds) == 4 + 3 * 8, "each round of each of the others once"
 
 
 # --- a round on turn rewards -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bandit import WORDS, Taste, build_bandit, leans_to, likes, probability, prompt, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -37,15 +38,13 @@ from iterative_ppo.learning.optimization import Objective
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.regression import Regression, regress
 from iterative_ppo.learning.rounds import improve_policy, round_of
-from iterative_ppo.learning.tiny import build_policy
-from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
-from iterative_ppo.mdp.rendering import Encoded, single
+from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.turn_table import to_frame
 
 torch.set_num_threads(1)
 
 OUTCOMES = {"purchase": 1.0}
-WORDS = ("yes", "no", "maybe", "later")
 SHARE = st.floats(0, 1)
 light = settings(deadline=None, max_examples=60)
 
@@ -147,54 +146,8 @@ def test_a_response_without_an_end_pays_the_penalty_and_gets_q_of_what_it_wrote(
 
 @pytest.fixture(scope="module")
 def bandit(tiny_config: Config) -> LanguagePolicy:
-    """Says one of four words, something else, or nothing; which, it has not learnt yet. Leave its weights alone."""
-    turns = tuple(Turn("Hi", (0.0,), Suggestion(word, "suggested"), word, "verbatim") for word in WORDS)
-    talk = Conversation("c", (*turns, Turn(None, (0.0,))), "u")
-    config = tiny_config.policy.model_copy(
-        update={"hidden_size": 16, "layers": 1, "max_prompt_tokens": 60, "max_response_tokens": 3}
-    )
-    return build_policy([talk], config, seed=0)
-
-
-class Taste:
-    """A Q that pays by the response, and knows nothing before its end."""
-
-    def __init__(self, reward: Callable[[tuple[int, ...]], float]) -> None:
-        self.reward = reward
-
-    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
-        values = []
-        for s in sequences:
-            span = s.spans[0]
-            values.append(np.zeros(1 + span.end - span.start))
-            values[-1][-1] = self.reward(s.tokens[span.start : span.end])
-        return values
-
-
-def said(policy: LanguagePolicy, text: str) -> tuple[int, ...]:
-    return policy.renderer.response(Suggestion(text, "suggested"))
-
-
-def likes(policy: LanguagePolicy, text: str) -> Any:
-    """Q is 1 for one response and 0 for every other."""
-    liked = said(policy, text)
-    return Taste(lambda tokens: float(tokens == liked))
-
-
-def leans_to(policy: LanguagePolicy, text: str) -> Any:
-    """Q rises with each token in its place, so that a first rollout tells responses apart however rare the best is."""
-    liked = said(policy, text)
-    return Taste(lambda tokens: sum(a == b for a, b in zip(tokens, liked, strict=False)) / len(liked))
-
-
-def prompt(policy: LanguagePolicy) -> tuple[int, ...]:
-    ids = policy.renderer.ids
-    return (*ids("<|customer|>"), *ids("Hi"), *ids("<|suggestion|>"))
-
-
-def probability(policy: LanguagePolicy, text: str) -> float:
-    table = EncodedTable([single(0, prompt(policy), said(policy, text), True)], 1)
-    return float(np.exp(policy.score(table)[0]))
+    """Leave its weights alone."""
+    return build_bandit(tiny_config)
 
 
 def ppo(**changes: Any) -> PPOConfig:

@@ -360,7 +360,8 @@ def test_killed_between_any_two_writes_twenty_times(
     assert killed_everywhere(SCENARIOS[name], built, tmp_path, arena, killer) == SCENARIOS[name].points
 
 
-def test_two_promotions_at_once_come_one_after_the_other(place: Place, killer: Killer) -> None:
+@pytest.mark.parametrize("again", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 20))])
+def test_two_promotions_at_once_come_one_after_the_other(again: int, place: Place, killer: Killer) -> None:
     answers = killer([(place, "promote", number, 0) for number in (3, 4, 3, 4)])
     assert [status for status, _ in answers] == [0] * 4, answers
     told = history(place.data)[4:]

@@ -12,8 +12,9 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import StoreError
+from iterative_ppo.files import read_json
 from tasks import registry, tracking
-from tasks.datasets import inbox, turns_folder, write_once
+from tasks.datasets import inbox, round_folder, turns_folder, write_once
 from tasks.state import load_state
 from tasks.traffic import to_rows
 
@@ -48,6 +49,9 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "improve.ppo.episodes": 2048,
         "improve.ppo.learning_rate": 0.003,
         "data.evidence_share": 0.3,
+        "gate.fqe": True,
+        "q.iterations": 2,
+        "q.samples": 1,
         "improve.ppo.kl_coefficient": 0.0,
         **{f"gate.guardrails.{name}.margin": 1000.0 for name in load_config().gate.guardrails},
         **{f"gate.guardrails.{name}.limit": None for name in load_config().gate.guardrails},
@@ -81,6 +85,8 @@ def test_nights_from_nothing_to_a_promotion(server: None, overrides: dict[str, A
     assert state.experiment is not None
     assert registry.challenger(store) == state.experiment.challenger == 2
     assert (turns_folder(config, 0) / "turns.parquet").exists()
+    found = read_json(round_folder(config, 0) / "gate" / "evidence.json")["estimates"]
+    assert found["fqe"]["low"] < found["fqe"]["value"] < found["fqe"]["high"] and "q_model" not in found
 
     assert night(None, overrides) == "test", "nobody has answered a customer yet: the test goes on"
     arrive(config, 0.2, 1, "champion", 10)

@@ -253,6 +253,8 @@ def test_what_q_alone_says_has_no_bounds_to_trust(limits: GateConfig) -> None:
     found = estimates(turns, limits)["q_model"]
     assert found.value == pytest.approx(turns.sampled_q[turns.first].mean())
     assert found.refusal == BLIND
+    own = estimates(turns, limits, model="fqe")["fqe"]
+    assert (own.value, own.refusal) == (found.value, BLIND)
 
 
 # --- on the chain ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,33 @@ def test_a_torn_last_line_is_told_and_kept(three: Tracking, tmp_path: Path) -> N
     with pytest.raises(StoreError, match=r"audit.jsonl: line 2 is damaged; restore the file from a backup"):
         promote(three, 3, {}, "me", tmp_path)
     assert registry.champion(three) == 2
+
+
+def test_a_disk_that_fills_up_leaves_the_trail_as_it_was(
+    three: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(three, 1, {}, "me", tmp_path)
+    with audit_file(tmp_path).open("ab") as file:
+        file.write(b'{"event": "torn by a kill')
+    before, real = audit_file(tmp_path).read_bytes(), os.write
+
+    def half(handle: int, content: bytes) -> int:
+        real(handle, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match=r"No space left.*; nothing was changed"):
+        patched.setattr(os, "write", half)
+        promote(three, 2, {}, "me", tmp_path)
+    assert audit_file(tmp_path).read_bytes() == before and registry.champion(three) == 1
+    promote(three, 2, {}, "me", tmp_path)
+    assert registry.champion(three) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(three: Tracking, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"a file")
+    with pytest.raises(StoreError, match=r"data: cannot be written to .*; nothing was changed"):
+        promote(three, 1, {}, "me", tmp_path / "data")
+    assert registry.champion(three) is None
 
 
 def test_a_move_that_waits_too_long_is_told(three: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from tasks.datasets import (
     turns_folder,
     write_once,
 )
-from tasks.stage import RECORD, load_stage, run_stage
+from tasks.stage import RECORD, load_stage, made_with, run_stage
 from tasks.state import Approval, Experiment, NightState, load_state, only_one, save_state, state_file
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -168,6 +168,17 @@ def test_the_record_tells_what_the_stage_was_made_from(tmp_path: Path) -> None:
     assert set(record) == {"key", "inputs", "metrics", "content"}
 
 
+def test_what_a_stage_was_made_with_is_told_where_all_else_is_the_same(tmp_path: Path) -> None:
+    inputs = {"weights": {"sale": 1.0}, "md5": "a"}
+    assert made_with(tmp_path / "q", inputs, "weights") is None
+    run_stage(tmp_path / "q", inputs, lambda draft: ((draft / "model").write_text("w"), {})[1])
+    assert made_with(tmp_path / "q", {**inputs, "weights": 2}, "weights") == {"sale": 1.0}
+    assert made_with(tmp_path / "q", {**inputs, "md5": "b"}, "weights") is None
+    assert made_with(tmp_path / "q", {**inputs, "seed": 0}, "weights") is None
+    (tmp_path / "q" / "model").write_text("damaged")
+    assert made_with(tmp_path / "q", inputs, "weights") is None
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}", "null", '{"key": "a"}'])
 def test_a_stage_that_is_not_there_cannot_be_loaded(tmp_path: Path, text: str | None) -> None:
     if text is not None:
@@ -279,6 +290,12 @@ def test_two_processes_never_hold_a_night_together(tmp_path: Path, killed: bool)
         other.wait(30)
         with only_one(tmp_path):
             pass
+
+
+def test_a_root_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"a file")
+    with pytest.raises(StoreError, match=r"data: cannot be written to"), only_one(tmp_path / "data"):
+        pass
 
 
 def test_a_night_that_fails_gives_the_lock_back(tmp_path: Path) -> None:

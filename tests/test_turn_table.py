@@ -165,6 +165,20 @@ def test_files_below_a_folder_are_read_in_name_order(tmp_path: Path) -> None:
     assert frame.index.tolist() == list(range(6))
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 100])
+def test_conversations_are_whole_whatever_the_block_of_rows(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    acted = [[Turn(f"{k} {i}", (), ABSTAIN) for i in range(k % 4)] for k in range(9)]
+    talks = [Conversation(f"c{k}", (*said, Turn("bye")), f"u{k}") for k, said in enumerate(acted)]
+    frame = to_frame(talks, {}, 0.2)
+    monkeypatch.setattr(turn_table, "BLOCK_ROWS", block)
+    sizes = list[int]()
+    values = turn_table._python_values
+    monkeypatch.setattr(turn_table, "_python_values", lambda column: (sizes.append(len(column)), values(column))[1])
+    assert list(conversations(frame)) == talks
+    assert max(sizes[1:]) <= block + 3, "at most a conversation more than a block at a time"
+    assert list(conversations(frame.iloc[:0])) == []
+
+
 def test_rows_are_sorted_when_written(tmp_path: Path) -> None:
     turn_table.write(FRAME.iloc[::-1], tmp_path / "t.parquet", OUTCOMES)
     pd.testing.assert_frame_equal(turn_table.read(tmp_path / "t.parquet", OUTCOMES), FRAME)

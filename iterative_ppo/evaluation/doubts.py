@@ -11,8 +11,8 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
     turns, without = (int(figures.get(f"fit_turns{name}", 0)) for name in ("", "_without_logprob"))
     if without:
         yield (
-            f"{without:,} of {turns:,} logged suggestions have no behaviour_logprob: Retrace looks no further than "
-            "such a turn, and the effective sample size leaves it out; log it when sampling"
+            f"{without:,} of {turns:,} logged suggestions have no behaviour_logprob: whether the policy would say "
+            "them is not known, and Retrace looks no further than such a turn; log it when sampling"
         )
     if constant := int(figures.get("fit_constant_outcomes", 0)):
         what = "1 named outcome is" if constant == 1 else f"{constant} named outcomes are"

@@ -152,6 +152,11 @@ def opening(design: DesignName, history: History, config: ABTestConfig) -> tuple
     return replace(look, design_effect=float(comparison.design_effect)), comparison
 
 
+def interval(gain: float, half: float) -> tuple[float, float]:
+    """Gain and half a width, no wider than a difference of outcomes in [0, 1] can be."""
+    return max(-1.0, gain - half), min(1.0, gain + half)
+
+
 def measured(look: Look) -> str:
     """The arms in words."""
     return (

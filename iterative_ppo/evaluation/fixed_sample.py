@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from iterative_ppo.config import ABTestConfig
-from iterative_ppo.evaluation.experiment import History, Look, concluded, opening
+from iterative_ppo.evaluation.experiment import History, Look, concluded, interval, opening
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class FixedSample:
             matured, planned = sum(look.conversations), self.config.conversations
             return replace(look, reasons=(f"{matured} of {planned} planned conversations have matured",))
         gain, error, z, bound = float(arms.gain), float(arms.error), float(arms.z), float(norm.isf(self.alpha))
-        found = replace(
-            look, statistic=z, bound=bound, estimate=gain, low=gain - bound * error, high=gain + bound * error
-        )
+        low, high = interval(gain, bound * error)
+        found = replace(look, statistic=z, bound=bound, estimate=gain, low=low, high=high)
         return concluded(found, promote=z >= bound, mde=None)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from iterative_ppo.config import ABTestConfig
-from iterative_ppo.evaluation.experiment import History, Look, concluded, opening
+from iterative_ppo.evaluation.experiment import History, Look, concluded, interval, opening
 from iterative_ppo.evaluation.spending import upper_bounds
 
 
@@ -32,9 +32,8 @@ class GroupSequential:
             return replace(look, reasons=(f"next look at {due} matured conversations, now {sum(look.conversations)}",))
         z, bound = float(arms.z), upper_bounds([*taken, look.fraction], self.alpha)[-1]
         gain, error = float(arms.gain), float(arms.error)
-        found = replace(
-            look, statistic=z, bound=bound, estimate=gain, low=gain - bound * error, high=gain + bound * error
-        )
+        low, high = interval(gain, bound * error)
+        found = replace(look, statistic=z, bound=bound, estimate=gain, low=low, high=high)
         return concluded(found, promote=z >= bound, mde=self.config.mde)
 
     def _due(self, fraction: float) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -127,13 +128,15 @@ class Estimate:
         return self.refusal or f"{self.value:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
 
 
-def estimates(turns: LoggedTurns, limits: GateConfig, seed: int = 0) -> dict[str, Estimate]:
+def estimates(
+    turns: LoggedTurns, limits: GateConfig, seed: int = 0, model: Literal["q_model", "fqe"] = "q_model"
+) -> dict[str, Estimate]:
     """What the champion's conversations tell of the challenger's value, the mean return at the start.
 
     logged: the champion's own. wis, per_decision, doubly_robust: the challenger's. doubly_robust_gain: its difference
-    to the champion's on the same conversations. q_model: the challenger's first responses in Q's eyes, which is FQE's
-    estimate where Q is the challenger's, and the value of one turn of it where Q is the champion's. Its bounds are
-    refused: they know of the states that were drawn, and nothing of Q's own errors, which doubly_robust corrects.
+    to the champion's on the same conversations. And `model`, the challenger's first responses in Q's eyes: fqe, its
+    value, where Q is its own (`gate.fqe`); q_model, the value of one turn of it, where Q is the champion's. Their
+    bounds are refused: they know of the states that were drawn, not of Q's own errors, which doubly_robust corrects.
 
     Conversations with a turn whose log-prob is unknown are left out of the weighted estimates, those whose states were
     not sampled of the estimates that need Q.
@@ -149,7 +152,7 @@ def estimates(turns: LoggedTurns, limits: GateConfig, seed: int = 0) -> dict[str
         judge.weighted("per_decision", per_decision(weighted), weighted),
         judge.weighted("doubly_robust", robust, modelled),
         judge.weighted("doubly_robust_gain", robust - modelled.returns[modelled.first], modelled),
-        replace(judge.plain("q_model", starts[np.isfinite(starts)]), refusal=BLIND),
+        replace(judge.plain(model, starts[np.isfinite(starts)]), refusal=BLIND),
     )
     return {estimate.name: estimate for estimate in found}
 

@@ -18,6 +18,8 @@ from iterative_ppo.files import write_bytes
 from iterative_ppo.mdp.conversation import REPORTED, Conversation, Part, Suggestion, Turn, part_of
 
 SCHEMA_VERSION = 1
+BLOCK_ROWS = 4096
+"""Rows that become Python objects at a time, at least."""
 OUTCOME_PREFIX = "outcome_"
 ORIGIN = "outcome_origin"
 
@@ -201,7 +203,20 @@ def _read_one(file: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
 
 
 def conversations(frame: pd.DataFrame) -> Iterator[Conversation]:
-    """The rows as Conversation objects, in table order. Rows of a conversation must be adjacent and in order."""
+    """The rows as Conversation objects, in table order. Rows of a conversation must be adjacent and in order.
+
+    Only a block of rows at a time becomes Python objects, which take several times the memory of the table.
+    """
+    ids = np.array([*_python_values(frame["conversation_id"]), None], dtype=object)
+    ends = np.append(np.flatnonzero(ids[1:-1] != ids[:-2]) + 1, len(frame))
+    start = 0
+    while start < len(frame):
+        stop = int(ends[min(int(np.searchsorted(ends, start + BLOCK_ROWS)), len(ends) - 1)])
+        yield from _block(frame.iloc[start:stop])
+        start = stop
+
+
+def _block(frame: pd.DataFrame) -> Iterator[Conversation]:
     names = [c for c in frame.columns if c.startswith(OUTCOME_PREFIX) and c != ORIGIN]
     columns = {c: _python_values(frame[c]) for c in frame.columns}
     ids = columns["conversation_id"]

@@ -119,7 +119,8 @@ def _suggestion(row: Row) -> Suggestion:
         raise refused(row, "suggestion_status", f"{status!r} does not go with suggestion {short(words)}")
     logprob = number(row, "behaviour_logprob")
     if logprob is not None and (logprob > 0 or words is None):
-        raise refused(row, "behaviour_logprob", "expected at most 0, and null where no suggestion was logged")
+        expected = "expected at most 0 (a natural logarithm), and null where no suggestion was logged"
+        raise refused(row, "behaviour_logprob", f"{expected}, found {logprob:g}")
     return MISSING if words is None else Suggestion(words, "suggested" if words else "abstained", logprob)
 
 

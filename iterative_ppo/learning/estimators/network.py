@@ -187,6 +187,8 @@ def regression(config: QConfig, schedule: Schedule) -> Regression:
 
 def joined(tables: Sequence[EncodedTable]) -> EncodedTable:
     """Several encoded tables as one, rows renumbered."""
+    if len(tables) == 1:
+        return tables[0]
     sequences, offset = [], 0
     for table in tables:
         for sequence in table.sequences:

@@ -1,0 +1,51 @@
+"""The methods of `make bench-learning`, their settings, and where a method's cell of a seed is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.baselines import Learner, actor_critic, advantage_weighted, cloned, online_rloo, refuel, sharpened
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.files import fingerprint
+
+WORK = Path(__file__).parent / "work" / "learning"
+ROUND, EVALUATION = 1500, 5000
+EXACT = (0, 3, 5)
+"""Rounds after which success is measured on more conversations, and greedily."""
+OURS, CLONING, MYOPIC = "iterative PPO", "filtered behaviour cloning", "myopic: trained on acceptance"
+ONLINE, REFUEL = "trajectory RLOO, updated every 250 conversations", "REFUEL"
+LEARNERS: dict[str, Learner] = {
+    "pi_0 sharpened": sharpened,
+    CLONING: cloned,
+    "advantage-weighted regression": advantage_weighted,
+    "trajectory actor-critic": actor_critic,
+}
+COLLECTORS: dict[str, Callable[[Any, int, Config, int], Any]] = {ONLINE: online_rloo, REFUEL: refuel}
+"""Those that have their conversations in a way of their own."""
+METHODS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    "best of n by Q, cloned": {"improve.ppo.episodes": 0},
+    **{name: {} for name in LEARNERS},
+    **{name: {} for name in COLLECTORS},
+    MYOPIC: {"improve.reward": "acceptance", "q.corpus_epochs": 0.0},
+    "paper's shape: PPO alone, KL to pi_i, Monte Carlo Q": {
+        "improve.best_of_n.epochs": 0.0,
+        "improve.ppo.kl_coefficient": 0.3,
+        "improve.ppo.episodes": 3072,
+        "improve.ppo.reference": "champion",
+        "q.target": "monte_carlo",
+    },
+}
+ROUNDS = {OURS: 5, MYOPIC: 1}
+"""Rounds of those that do not make as many as asked for."""
+
+
+def configuration(method: str, seed: int) -> Config:
+    return load_config(None, {"seed": seed, "simulator.conversations": ROUND, **METHODS[method]})
+
+
+def cell_path(method: str, seed: int) -> Path:
+    key = fingerprint(configuration(method, seed).model_dump(mode="json"))
+    return WORK / f"{fingerprint(method)[:6]}-{seed}-{key}"
