@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-slow check format bench bench-run bench-learning bench-ranking bench-star bench-q bench-gate bench-ppo install clean
+.PHONY: run test test-slow check format bench bench-run bench-learning bench-ranking bench-star bench-q bench-gate bench-ppo bench-guard install clean
 
 run: $(STAMP)
 	$(BIN)/ippo run
@@ -26,7 +26,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-run bench-learning bench-ppo bench-ranking bench-star bench-q bench-gate
+bench: bench-run bench-learning bench-ppo bench-guard bench-ranking bench-star bench-q bench-gate
 
 bench-run: $(STAMP)
 	$(BIN)/python -m benchmarks.run
@@ -36,6 +36,9 @@ bench-learning: $(STAMP)
 
 bench-ppo: $(STAMP)
 	$(BIN)/python -m benchmarks.ppo
+
+bench-guard: $(STAMP)
+	$(BIN)/python -m benchmarks.guard
 
 bench-ranking: $(STAMP)
 	$(BIN)/python -m benchmarks.ranking

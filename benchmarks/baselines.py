@@ -121,10 +121,11 @@ def refuel(policy: LanguagePolicy, conversations: int, config: Config, seed: int
 def _regressed(policy: LanguagePolicy, sequences: list[Encoded], difference: np.ndarray, seed: int) -> LanguagePolicy:
     """Least squares of the two log-ratios' difference on REFUEL_ETA times that of the returns; pairs are neighbours."""
     before = policy.score(EncodedTable(sequences, len(sequences)))
+    known = np.flatnonzero(np.isfinite(before).reshape(-1, 2).all(axis=1))  # whose text spells what was sampled
     student, rng = policy.trainable_copy(), np.random.default_rng(seed)
-    steps = step_count(len(difference), 32, REFUEL_EPOCHS)
+    steps = step_count(len(known), 32, REFUEL_EPOCHS)
     optimizer, schedule = optimizer_for(student.model, GENTLE["learning_rate"], steps)
-    order = np.concatenate([rng.permutation(len(difference)) for _ in range(int(REFUEL_EPOCHS))])
+    order = np.concatenate([rng.permutation(known) for _ in range(int(REFUEL_EPOCHS))])
     for chosen in np.array_split(order, steps):
         batch = collate([sequences[2 * k + i] for k in chosen for i in (0, 1)], policy.pad)
         ratio = student.response_log_probs(batch, np.arange(len(batch.row))) - torch.from_numpy(before[batch.row])

@@ -170,7 +170,7 @@ def fit_q_stage(
                 with progress("fitting Q") as report:
                     q = do(job, draft, report)
             metrics |= q.report | write_q_report(q, current, frame, draft)
-        return metrics | origin_metrics(frame) | coverage_metrics(config, policy, dataset)
+        return metrics | origin_metrics(frame) | coverage_metrics(config, policy.path, policy.label, dataset)
 
     return run_stage(folder / "q", inputs, work)
 

@@ -163,8 +163,7 @@ def test_traffic_logs_the_persona_and_its_exact_behaviour(tiny_policy: LanguageP
     assert of_policy(frame.assign(policy_version="logged"), "logged").all(), "a log is one policy's, whoever led it"
 
     write_once(tmp_path / "turns.parquet", frame, config)
-    policy = PolicyVersion(1, tmp_path / "policy")
-    found = coverage_metrics(config, policy, Dataset(0, tmp_path / "turns.parquet", ""))
+    found = coverage_metrics(config, tmp_path / "policy", "1", Dataset(0, tmp_path / "turns.parquet", ""))
     assert 0 < found["coverage_effective_size"] < found["coverage_persona_turns"]
     assert found["coverage_distinct_actions"] > found["coverage_distinct_actions_own"]
 

@@ -98,7 +98,7 @@ def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilitie
     drawn = torch.randint(len(ordinary), (18,), generator=torch.Generator().manual_seed(0)).tolist()
     ids = [ordinary[k] for k in drawn]
     texts, prompts = [tuple(ids[:10]), tuple(ids[10:])], [tuple(ids[:7]), tuple(ids[10:15])]
-    device, name = model.device, model.config.model_type
+    device, name = model.device, model.name_or_path or model.config.model_type
     begin = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
     rows, at = torch.arange(2, device=device)[:, None], begin[:, None] + torch.arange(3, device=device)
     padded = right_padded(texts, pad, device)
@@ -106,6 +106,8 @@ def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilitie
         expected = own_logits(model, padded)[rows, at]
     except Exception as error:  # see _holds
         raise ModelError(f"{name}: fails on a short text ({' '.join(str(error).split())[:200]})") from error
+    if not torch.isfinite(expected).any():
+        raise ModelError(f"{name}: its logits are not numbers, so its weights are damaged or its training diverged")
     alone = torch.stack([own_logits(model, right_padded([prompt], pad, device))[0, -1] for prompt in prompts])
     if not _alike(alone, expected[:, 0], model):
         raise ModelError(f"{name}: what it says after a text depends on what follows; expected a causal language model")
