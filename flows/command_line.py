@@ -223,11 +223,13 @@ def _show_status(config: Config) -> None:
 
 
 def _show_closing(test: dict[str, Any]) -> None:
+    from iterative_ppo.evaluation.ab_test import p_in_words
+
     first, last = test["champion"], test["challenger"]
     before, after = first["successes"] / first["conversations"], last["successes"] / last["conversations"]
     typer.echo(
         f"fresh customers, {last['conversations']} each: pi_0 {before:.1%}, champion {after:.1%}, "
-        f"gain {test['gain']:+.1%} ({test['gain_low']:+.1%} to {test['gain_high']:+.1%}), p = {test['p_value']:.2g}"
+        f"gain {test['gain']:+.1%} ({test['gain_low']:+.1%} to {test['gain_high']:+.1%}), {p_in_words(test['p_value'])}"
     )
 
 

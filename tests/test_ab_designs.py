@@ -117,6 +117,35 @@ def test_businesses_of_one_conversation_change_nothing() -> None:
     assert (float(arms.gain), float(arms.z)) == pytest.approx((float(plain.gain), float(plain.z)), rel=0.01)
 
 
+def test_a_large_gain_does_not_widen_its_own_interval() -> None:
+    """Businesses that are alike leave the plain standard error, whatever the gain; the score test may lose by it."""
+    seen = history((0.2, 0.7), 3000)
+    codes = np.arange(3000) % 30
+    arms = cluster_comparison(
+        by_business(codes, seen.outcome, ~seen.challenger), by_business(codes, seen.outcome, seen.challenger)
+    )
+    plain = Comparison(Tally.of(seen.outcome[~seen.challenger]), Tally.of(seen.outcome[seen.challenger]))
+    assert float(arms.error) == pytest.approx(float(plain.error), rel=0.4)
+    assert float(arms.z) > 4.0
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["businesses assigned", "conversations assigned"])
+def test_intervals_of_correlated_businesses_cover_a_large_gain(whole: bool) -> None:
+    """40 businesses of 20 with an ICC of about .05, a gain of .3: two-sided 95 % of the gain and its error."""
+    rng = np.random.default_rng(0)
+    own = np.clip(0.3 + 0.1 * rng.standard_normal((1500, 40)), 0.01, 0.69)
+    mine = np.zeros((1500, 40), dtype=int)
+    mine[:] = np.where(np.arange(40) % 2, 20, 0) if whole else 10
+    counts = 20 - mine, mine
+    totals = rng.binomial(counts[0], own), rng.binomial(counts[1], own + 0.3)
+    champion, challenger = (
+        Tally(n.astype(float), t.astype(float), t.astype(float)) for n, t in zip(counts, totals, strict=True)
+    )
+    arms = cluster_comparison(champion, challenger)
+    covered = np.mean(np.abs(arms.gain - 0.3) <= 1.96 * arms.error)
+    assert 0.92 < covered < 0.98
+
+
 def test_a_business_counts_once_it_is_complete() -> None:
     rows, means = business_means(np.array([0, 1, 0, 1, 2, 1, 0]), np.array([1.0, 0, 0, 1, 1, 0, 0]), 2)
     assert rows.tolist() == [2, 3] and means.tolist() == [0.5, 0.5]

@@ -22,7 +22,7 @@ from gate_evidence import GOOD
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.phrases import Act, business_phrases, customer_phrases, openings
 from iterative_ppo.errors import StoreError
-from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test
+from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test, p_in_words
 from iterative_ppo.evaluation.gate import offline_gate
 from iterative_ppo.evaluation.metrics import proportion_interval
 from iterative_ppo.evaluation.non_inferiority import Guardrail, mean
@@ -602,5 +602,5 @@ def test_numbers_are_written_as_readers_expect() -> None:
     assert words.percent(0.7134) == "71.3%"
     assert words.span(0.6931, 0.7329) == "69.3–73.3%"
     assert words.points(-0.0123) == "−1.2 points"
-    assert [words.p_value(p) for p in (1e-9, 0.0123, 0.35)] == ["p < 0.001", "p = 0.012", "p = 0.35"]
+    assert [p_in_words(p) for p in (1e-9, 0.0123, 0.35)] == ["p < 0.001", "p = 0.012", "p = 0.35"]
     assert [words.count(n, "rounds") for n in (1, 2000)] == ["1 round", "2,000 rounds"]

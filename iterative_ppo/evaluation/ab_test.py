@@ -37,6 +37,11 @@ class ABTest:
         return asdict(self)
 
 
+def p_in_words(p: float) -> str:
+    """p < 0.001, or p = 0.012."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
 def ab_test(champion: Arm, challenger: Arm, alpha: float) -> ABTest:
     """Score test of two proportions (statsmodels) with Newcombe's interval. Raises ConfigError for an empty arm."""
     from statsmodels.stats.proportion import confint_proportions_2indep, test_proportions_2indep

@@ -14,21 +14,36 @@ def cluster_comparison(champion: Tally, challenger: Tally) -> Comparison:
 
     The design effect is the variance of the score by business over that of independent conversations (the robust
     score test of Guo et al. 2005, Statistics in Medicine 24, 3479), with G / (G - 1). About 1 + (m - 1) ICC where
-    businesses of m conversations are assigned whole; where conversations are assigned it can be below 1.
+    businesses of m conversations are assigned whole; where conversations are assigned it can be below 1. The test takes
+    it about the common mean, the interval about each arm's own: about the common one a large gain is itself spread.
     Businesses without an outcome yet are left out; where outcomes do not vary it is 1.
     """
     arms = Comparison(_summed(champion), _summed(challenger))
+    mean = (arms.champion.total + arms.challenger.total) / (arms.champion.count + arms.challenger.count)
+    return replace(
+        arms,
+        design_effect=_effect(champion, challenger, arms, (mean, mean), arms.null_variance),
+        own_design_effect=_effect(
+            champion, challenger, arms, (arms.champion.mean, arms.challenger.mean), arms.own_variance
+        ),
+    )
+
+
+def _effect(
+    champion: Tally, challenger: Tally, arms: Comparison, about: tuple[np.ndarray, np.ndarray], variance: np.ndarray
+) -> np.ndarray:
+    """Variance of the score by business, about these means, over that of the gain of independent conversations."""
     count = arms.champion.count + arms.challenger.count
     share = (arms.challenger.count / count)[..., None]
-    mean = ((arms.champion.total + arms.challenger.total) / count)[..., None]
-    score = (1 - share) * (challenger.total - mean * challenger.count) - share * (
-        champion.total - mean * champion.count
+    theirs, mine = (
+        tally.total - mean[..., None] * tally.count for tally, mean in zip((champion, challenger), about, strict=True)
     )
+    score = (1 - share) * mine - share * theirs
     seen = (champion.count + challenger.count > 0).sum(-1)
     robust = (score**2).sum(-1) * seen / np.maximum(seen - 1, 1)
-    independent = arms.null_variance * (arms.champion.count * arms.challenger.count / count) ** 2
+    independent = variance * (arms.champion.count * arms.challenger.count / count) ** 2
     varies = (independent > 1e-12) & (robust > 0)
-    return replace(arms, design_effect=np.where(varies, robust / np.where(varies, independent, 1.0), 1.0))
+    return np.where(varies, robust / np.where(varies, independent, 1.0), 1.0)
 
 
 def _summed(arm: Tally) -> Tally:

@@ -30,11 +30,15 @@ class Tally:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Champion beside challenger; both hold an outcome. `design_effect` multiplies every variance (`clusters.py`)."""
+    """Champion beside challenger; both hold an outcome.
+
+    The design effects (`clusters.py`) multiply the variance were the arms alike, and that of each as it is.
+    """
 
     champion: Tally
     challenger: Tally
     design_effect: np.ndarray | float = 1.0
+    own_design_effect: np.ndarray | float = 1.0
 
     @property
     def gain(self) -> np.ndarray:
@@ -64,8 +68,12 @@ class Comparison:
     @property
     def error(self) -> np.ndarray:
         """Standard error of the gain whatever the truth, each arm with its own variance."""
-        own = [_variance_of_mean(arm) for arm in (self.champion, self.challenger)]
-        return np.sqrt((own[0] + own[1]) * self.design_effect)
+        return np.sqrt(self.own_variance * self.own_design_effect)
+
+    @property
+    def own_variance(self) -> np.ndarray:
+        """Variance of the gain of independent outcomes, whatever the truth."""
+        return _variance_of_mean(self.champion) + _variance_of_mean(self.challenger)
 
 
 def _variance_of_mean(arm: Tally) -> np.ndarray:

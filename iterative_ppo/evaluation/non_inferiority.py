@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iterative_ppo.errors import ConfigError, TurnTableError
-from iterative_ppo.evaluation.ab_test import Arm
+from iterative_ppo.evaluation.ab_test import Arm, p_in_words
 
 Better = Literal["higher", "lower"]
 DRAWS = 2000
@@ -59,7 +59,7 @@ class NonInferiority:
             return f"{self.measure}: cannot tell, an arm holds too few values"
         return (
             f"{self.measure} {self.challenger:.4g}, champion {self.champion:.4g}: at most {self.loss_bound:.3g} worse "
-            f"(margin {self.margin:g}, p = {self.p_value:.2g})"
+            f"(margin {self.margin:g}, {p_in_words(self.p_value)})"
         )
 
 

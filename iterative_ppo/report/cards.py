@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from iterative_ppo.evaluation.ab_test import ABTest, Arm
+from iterative_ppo.evaluation.ab_test import ABTest, Arm, p_in_words
 from iterative_ppo.report import words
 from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group, wilson
 from iterative_ppo.report.record import Closing, RunRecord
@@ -46,7 +46,7 @@ def _closing(closing: Closing, changed: bool) -> Iterator[Card]:
 
 
 def _interval(test: ABTest) -> str:
-    return f"{words.points_span(test.gain_low, test.gain_high)}\n{words.p_value(test.p_value)}"
+    return f"{words.points_span(test.gain_low, test.gain_high)}\n{p_in_words(test.p_value)}"
 
 
 def _rate_card(name: str, arm: Arm, policy: str | None = None) -> Card:

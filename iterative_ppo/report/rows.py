@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from iterative_ppo.evaluation.ab_test import p_in_words
 from iterative_ppo.evaluation.doubts import doubts
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.report import words
@@ -67,7 +68,7 @@ def round_row(run: RunRecord, one: RoundRecord) -> dict[str, Any]:
 def _interval(one: RoundRecord) -> str:
     if one.test is None:
         return ""
-    return f"{words.points_span(one.test.gain_low, one.test.gain_high)}, {words.p_value(one.test.p_value)}"
+    return f"{words.points_span(one.test.gain_low, one.test.gain_high)}, {p_in_words(one.test.p_value)}"
 
 
 def _open(run: RunRecord, one: RoundRecord) -> Pill:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iterative_ppo.evaluation.ab_test import ABTest, Arm
+from iterative_ppo.evaluation.ab_test import ABTest, Arm, p_in_words
 from iterative_ppo.report import words
 from iterative_ppo.report.customers import CHAMPION, Group
 from iterative_ppo.report.record import Closing, RoundRecord, RunRecord
@@ -36,7 +36,7 @@ def verdict(run: RunRecord) -> Verdict:
 def _closed(run: RunRecord, closing: Closing) -> Verdict:
     test = closing.test
     better = test.p_value < test.alpha and test.gain > 0
-    p = words.p_value(test.p_value)
+    p = p_in_words(test.p_value)
     began = f"it began at {words.percent(test.champion.rate)}"
     tail = f"{began} ({p})" if better else f"{began}, and the difference may be chance ({p})"
     sentence = f"After {_rounds(run)} the assistant {_rate(run, test.challenger)}; {tail}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.ab_test import ABTest, p_in_words
 from iterative_ppo.evaluation.gate import UNTOLD
 
 NOTHING = "–"
@@ -113,11 +113,6 @@ def points_span(low: float, high: float) -> str:
     return f"{_signed(100 * low)} to {_signed(100 * high)}"
 
 
-def p_value(p: float) -> str:
-    """p < 0.001, or p = 0.012."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """A plain number with a true minus sign."""
     return NOTHING if value is None else f"{value:.{digits}f}".replace("-", "−")
@@ -138,7 +133,7 @@ def origin(name: str) -> str:
 
 def gain(test: ABTest) -> str:
     """A test's gain with its interval and p."""
-    return f"{points(test.gain)} ({points_span(test.gain_low, test.gain_high)}, {p_value(test.p_value)})"
+    return f"{points(test.gain)} ({points_span(test.gain_low, test.gain_high)}, {p_in_words(test.p_value)})"
 
 
 def succeeds(outcomes: Mapping[str, float]) -> str:
