@@ -49,13 +49,13 @@ def _round_line(record: Mapping[str, Any]) -> str:
 
 
 def publish(config: Config, out: Path) -> Path:
-    """Write the report, and put it beside the last round's run in MLflow."""
+    """Write the report, and put it on the last round's run in MLflow, which stays as finished as it was."""
     from iterative_ppo.report.page import write_report
 
     path = write_report(config.data.root, out)
     state = load_state(config.data.root)
     if state.rounds:
         store = tracking.open_tracking(config)
-        run = store.round_run(state.rounds[-1]["round"], {"source": config.source.kind})
-        store.log(run, artifacts=[path])
+        if run := store.find_round(state.rounds[-1]["round"]):
+            store.log(run, artifacts=[path])
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +140,20 @@ def test_every_round_has_its_runs_data_and_models(server: None, config: Config) 
     version = registry.version(store, registry.POLICY, 2)
     assert version.tags["parent"] == "1"
     assert version.tags["q_version"] == "1"
+
+
+def test_a_report_leaves_a_finished_round_finished(server: None, config: Config, tmp_path: Path) -> None:
+    from flows.reporting import publish
+
+    store, number = tracking.open_tracking(config), load_state(config.data.root).rounds[-1]["round"]
+    run = store.find_round(number)
+    assert run is not None
+    store.finish(run)
+    before = store.client.get_run(run).info
+    publish(config, tmp_path / "report.html")
+    after = store.client.get_run(run).info
+    assert (after.status, after.end_time) == ("FINISHED", before.end_time)
+    assert "report.html" in {artifact.path for artifact in store.client.list_artifacts(run)}
 
 
 def test_a_lost_dataset_comes_back_from_the_remote(config: Config) -> None:
