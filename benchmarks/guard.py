@@ -121,7 +121,6 @@ RULES: dict[str, Callable[[Curve], int]] = {
     "KL budget of 2 nats": budget(2.0),
     "judges' gain highest": top("gain"),
     "a tenth of states worse": bounded("worse", 0.1),
-    "least loss by states": top("loss"),
     "hindsight": top("success"),
 }
 
@@ -136,10 +135,12 @@ def main() -> None:
     for name, overrides in RUNS.items():
         settings = [WEAK, overrides, ROLLOUTS, CONVERSATIONS, STATES, SAMPLES]
         curves = [cell("guard", name, s, settings, lambda o=overrides, s=s: run(o, s))["curve"] for s in seeds]
+        unguarded = np.array([curve[-1]["success"] for curve in curves])
         for rule, stop in RULES.items():
-            reached = [curve[stop(curve)]["success"] for curve in curves]
-            mean, low, high = mean_interval(reached)
-            rows.append(figure(f"{name}, {rule}: success", mean, (low, high), seeds=seeds))
+            reached = np.array([curve[stop(curve)]["success"] for curve in curves])
+            for what, values in (("success", reached), ("saved", reached - unguarded)):
+                mean, low, high = mean_interval(list(values))
+                rows.append(figure(f"{name}, {rule}: {what}", mean, (low, high), seeds=seeds))
     write("bench-guard", rows)
 
 
