@@ -35,9 +35,7 @@ Curve = list[dict[str, float]]
 
 def run(overrides: dict[str, Any], seed: int) -> dict[str, Any]:
     """A seed's curve, pi_0 first: one entry a rollout."""
-    from benchmarks.learning import run_cell
-    from benchmarks.methods import OURS, ROUND, cell_path
-    from iterative_ppo.environments.renovation import Renovation
+    from benchmarks.learning import first_round
     from iterative_ppo.learning.improve import ppo
     from iterative_ppo.learning.improve.episodes import prompts_of
     from iterative_ppo.learning.language_model import LanguagePolicy
@@ -45,10 +43,7 @@ def run(overrides: dict[str, Any], seed: int) -> dict[str, Any]:
     from tasks.traffic import to_rows
 
     config = load_config(None, {"seed": seed, **WEAK, **overrides})
-    if not (start := cell_path(OURS, seed) / "0").exists():
-        run_cell(OURS, seed, 0)
-    policy, environment = LanguagePolicy.load(start / "model"), Renovation(config.simulator.max_business_turns)
-    talks = collect(policy, environment, ROUND, 10_000 * (seed + 1), "0")
+    policy, environment, talks, _ = first_round(config)
     current = round_of(policy, to_rows(config, talks), config)
     q = evaluate_policy(policy, current, [], config)
     values = q.evaluate(current.encoded)
@@ -100,25 +95,21 @@ def last(curve: Curve) -> int:
     return len(curve) - 1
 
 
-def budget(limit: float) -> Callable[[Curve], int]:
-    """Stops before the first rollout whose KL to pi_0 was above the limit."""
-    return lambda curve: next((k for k, entry in enumerate(curve) if entry["kl"] > limit), len(curve)) - 1
-
-
 def top(key: str) -> Callable[[Curve], int]:
     """Where a figure was highest."""
     return lambda curve: int(np.argmax([entry[key] for entry in curve]))
 
 
 def bounded(key: str, limit: float) -> Callable[[Curve], int]:
+    """Stops before the first rollout at which a figure was above its limit."""
     return lambda curve: next((k for k, entry in enumerate(curve) if entry[key] > limit), len(curve)) - 1
 
 
 RULES: dict[str, Callable[[Curve], int]] = {
     "no guard": last,
-    "KL budget of .5 nats": budget(0.5),
-    "KL budget of 1 nat": budget(1.0),
-    "KL budget of 2 nats": budget(2.0),
+    "KL budget of .5 nats": bounded("kl", 0.5),
+    "KL budget of 1 nat": bounded("kl", 1.0),
+    "KL budget of 2 nats": bounded("kl", 2.0),
     "judges' gain highest": top("gain"),
     "a tenth of states worse": bounded("worse", 0.1),
     "hindsight": top("success"),

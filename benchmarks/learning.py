@@ -68,6 +68,16 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
         print(f"{method}, seed {seed}, round {number}: {result['success']:.3f}", flush=True)
 
 
+def first_round(config: Config) -> tuple[Any, Any, list[Any], Path]:
+    """A seed's pi_0, its world, the first 1,500 conversations that it has there, and where the corpus's Q is."""
+    from iterative_ppo.learning.language_model import LanguagePolicy
+
+    if not (start := cell_path(OURS, config.seed) / "0").exists():
+        run_cell(OURS, config.seed, 0)
+    policy, world = LanguagePolicy.load(start / "model"), environment(config)
+    return policy, world, collect(policy, world, ROUND, 10_000 * (config.seed + 1), "0"), start / "q"
+
+
 def _begin(config: Config, method: str, draft: Path) -> None:
     """pi_0 (the same for every method of a seed) and its first Q."""
     from tasks.learning import initial_policy_stage

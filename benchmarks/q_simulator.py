@@ -32,18 +32,12 @@ RANKED: dict[str, dict[str, Any]] = {
 @lru_cache(maxsize=1)
 def simulated(seed: int, states: int) -> dict[str, Any]:
     """A seed's pi_0 with 1,500 conversations of it, and the truth that its Qs are ranked by."""
-    from benchmarks.learning import run_cell
-    from benchmarks.methods import OURS, ROUND, cell_path
-    from iterative_ppo.environments.renovation import Renovation
+    from benchmarks.learning import first_round
     from iterative_ppo.environments.rollout import collect
-    from iterative_ppo.learning.language_model import LanguagePolicy
     from tasks.ranking import distinct_actions, true_values
 
     config = load_config(None, {"seed": seed})
-    if not (start := cell_path(OURS, seed) / "0").exists():
-        run_cell(OURS, seed, 0)
-    policy, environment = LanguagePolicy.load(start / "model"), Renovation(config.simulator.max_business_turns)
-    talks = collect(policy, environment, ROUND, 10_000 * (seed + 1), "0")
+    policy, environment, talks, start = first_round(config)
     rng = random.Random(seed)
     fresh = collect(policy, environment, states, 9_000_000 + seed, "ranking")
     held = [talk.state(rng.randrange(len(talk.turns) - 1)) for talk in fresh]
@@ -57,7 +51,7 @@ def simulated(seed: int, states: int) -> dict[str, Any]:
     return {
         "policy": policy,
         "talks": talks,
-        "start": start / "q",
+        "start": start,
         "sequences": sequences,
         "truth": truth.mean(axis=2),
         "ceiling": ceiling,

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import OURS, ROUND, cell_path
+from benchmarks.learning import first_round
 from benchmarks.results_file import figure, mean_interval, write
 from iterative_ppo.config import load_config
-from iterative_ppo.environments.renovation import Renovation
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.mdp.conversation import State
@@ -32,17 +31,14 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 def measure(name: str, seed: int, states: int) -> dict[str, Any]:
     """Fit one Q on 1,500 conversations of the seed's pi_0 and rank with it."""
-    from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.q_model import QModel
     from iterative_ppo.learning.rounds import evaluate_policy, round_of
     from tasks.ranking import rank
 
     config = load_config(None, {"seed": seed, **TARGETS[name]})
-    start = cell_path(OURS, seed) / "0"
-    policy, environment = LanguagePolicy.load(start / "model"), Renovation(config.simulator.max_business_turns)
-    talks = collect(policy, environment, ROUND, 10_000 * (seed + 1), "0")
+    policy, environment, talks, start = first_round(config)
     current = round_of(policy, to_rows(config, talks), config)
-    first = QModel.load(start / "q") if config.q.corpus_epochs else None
+    first = QModel.load(start) if config.q.corpus_epochs else None
     q = evaluate_policy(policy, current, [], config, first)
     rng = random.Random(seed)
     fresh = collect(policy, environment, states, 9_000_000 + seed, "ranking")

@@ -28,7 +28,7 @@ from iterative_ppo.evaluation.ramp import Ramp
 from tasks.datasets import arrived, frozen_conversations
 from tasks.labels import definition, judged
 from tasks.state import Experiment, NightState
-from tasks.turn_checks import faults, sound
+from tasks.turn_checks import sifted
 
 HOUR = pd.Timedelta(hours=1)
 DESIGN = ("design", "conversations", "challenger_share", "looks", "mde", "ramp", "ramp_hours", "unit")
@@ -153,8 +153,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     if frame is None:
         return None
     frame = judged(frame, config)
-    faulty = _faulty(frame, config, state)
-    frame = sound(frame, config.outcomes)
+    frame, faulty = _sound(frame, config, state)
     table = _conversations(frame, tested, config.data.outcome_window_hours)
     _check(table, config, state)
     times = _times(table, config, tested, now)
@@ -195,16 +194,19 @@ def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
     return Finding(look, guardrails, test)
 
 
-def _faulty(frame: pd.DataFrame, config: Config, state: NightState) -> int:
-    """How many conversations break the turn table's rules. Raises TurnTableError for more than validation allows."""
-    found, conversations = faults(frame, config.outcomes), frame["conversation_id"].nunique()
+def _sound(frame: pd.DataFrame, config: Config, state: NightState) -> tuple[pd.DataFrame, int]:
+    """The rows that keep the turn table's rules, and how many conversations break them.
+
+    Raises TurnTableError where that is more than validation allows.
+    """
+    (kept, found), conversations = sifted(frame, config.outcomes), frame["conversation_id"].nunique()
     if len(found) > config.data.quarantine_share * conversations:
         raise TurnTableError(
             f"A/B test: {len(found)} of {conversations} conversations break the turn table's rules, "
             f"data.quarantine_share allows {config.data.quarantine_share:.1%}; the first is {found.index[0]!r}, "
             f"{found.iloc[0]}; mend who logs, and the files in rounds/{state.gathering:04d}/arrived"
         )
-    return len(found)
+    return kept, len(found)
 
 
 def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd.DataFrame:

@@ -110,17 +110,17 @@ def grouped(frame: pd.DataFrame) -> Rows:
 
 def sound(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
     """The rows of conversations that hold no null where none may be and pass all checks; in order, for a first use."""
-    rows, wrong = _wrong(frame, outcomes)
-    return rows.frame[~np.isin(rows.talk, rows.talk[wrong.any(axis=1)])].reset_index(drop=True)
+    return sifted(frame, outcomes)[0]
 
 
-def faults(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.Series:
-    """What is first wrong with each conversation that is not `sound`, in words, by its id; in order."""
+def sifted(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> tuple[pd.DataFrame, pd.Series]:
+    """The rows of `sound` conversations, and what is first wrong with each other one, in words, by its id; in order."""
     rows, wrong = _wrong(frame, outcomes)
     failed = wrong.any(axis=1).to_numpy()
     names, numbers = rows.frame["conversation_id"][failed].fillna(""), rows.frame["turn"][failed]
     told = [f"turn {number}, {field}" for number, field in zip(numbers, wrong[failed].idxmax(axis=1), strict=True)]
-    return pd.Series(told, index=names.to_numpy(dtype=object), dtype=object).groupby(level=0, sort=False).first()
+    faults = pd.Series(told, index=names.to_numpy(dtype=object), dtype=object).groupby(level=0, sort=False).first()
+    return rows.frame[~np.isin(rows.talk, rows.talk[failed])].reset_index(drop=True), faults
 
 
 def _wrong(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> tuple[Rows, pd.DataFrame]:
