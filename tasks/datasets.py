@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,11 @@ class Dataset:
     def read(self, config: Config) -> pd.DataFrame:
         """Its rows, R under today's weights, which may be others than when it was frozen."""
         return weighted(turn_table.read(self.path, config.outcomes), config.outcomes)
+
+    def blocks(self, config: Config) -> Iterator[pd.DataFrame]:
+        """The same, some conversations at a time (turn_table.blocks)."""
+        for block in turn_table.blocks(self.path, config.outcomes):
+            yield weighted(block, config.outcomes)
 
 
 def round_folder(config: Config, round_number: int) -> Path:

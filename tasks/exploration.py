@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.evaluation.coverage import coverage
+from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset, of_policy, served_by
+
+SAMPLED_ROWS = 100_000
 
 
 def coverage_metrics(config: Config, model: Path, label: str, dataset: Dataset) -> dict[str, float]:
@@ -20,8 +25,7 @@ def coverage_metrics(config: Config, model: Path, label: str, dataset: Dataset) 
         model: where the policy is.
         label: what its conversations carry in the turn table.
     """
-    frame = dataset.read(config)
-    frame = frame[served_by(frame, label)].reset_index(drop=True)
+    frame = pd.concat([block[served_by(block, label)] for block in _sampled(dataset, config)], ignore_index=True)
     own, fit = of_policy(frame, label), frame["part"] == "fit"
     asked, led = frame[own & ~fit], frame[~own & fit].reset_index(drop=True)
     tables = {"_own": frame[own & fit], "": frame[fit]} if len(led) else {"": frame[fit]}
@@ -32,18 +36,30 @@ def coverage_metrics(config: Config, model: Path, label: str, dataset: Dataset) 
             metrics[f"coverage_distinct_actions{suffix}"] = found.distinct_actions
             metrics[f"coverage_extrapolated{suffix}"] = found.extrapolated
             metrics["coverage_neighbours"] = float(found.neighbours)
-    return metrics | (_worth(config, model, led) if len(led) else {})
+    return metrics | (_worth(config, model, label, dataset) if len(led) else {})
 
 
-def _worth(config: Config, model: Path, led: pd.DataFrame) -> dict[str, float]:
-    import numpy as np
+def _sampled(dataset: Dataset, config: Config) -> Iterator[pd.DataFrame]:
+    """Blocks of a dataset; of a large one about SAMPLED_ROWS rows, by whole conversations that their ids choose."""
+    share = SAMPLED_ROWS / max(turn_table.count_rows(dataset.path), SAMPLED_ROWS)
+    for block in dataset.blocks(config):
+        number = pd.util.hash_array(block["conversation_id"].to_numpy(dtype=object))
+        yield block[number <= share * np.iinfo(np.uint64).max]
 
+
+def _worth(config: Config, model: Path, label: str, dataset: Dataset) -> dict[str, float]:
     from iterative_ppo.learning.batching import encode_table
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.policy_evaluation import effective_size
 
     pi = LanguagePolicy.load(model, device=config.runtime.device)
-    ratio = pi.score(encode_table(led, pi.renderer)) - led["behaviour_logprob"].to_numpy(float, na_value=np.nan)
+    ratios = []
+    for block in dataset.blocks(config):
+        rows = served_by(block, label) & ~of_policy(block, label) & (block["part"] == "fit")
+        led = block[rows].reset_index(drop=True)
+        logged = led["behaviour_logprob"].to_numpy(float, na_value=np.nan)
+        ratios.append(pi.score(encode_table(led, pi.renderer)) - logged)
+    ratio = np.concatenate(ratios)
     known = int(np.isfinite(ratio).sum())
     size = effective_size(ratio) if known else 0.0
     worth = {"coverage_persona_turns": float(known), "coverage_effective_size": size}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from iterative_ppo.evaluation.ope import LoggedTurns, estimates
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset
-from tasks.learning import PolicyVersion, champion_round
+from tasks.learning import PolicyVersion
+from tasks.round_data import TOKENS, champion_round, conversations_of
 from tasks.stage import Stage, load_stage, run_stage
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def gate_stage(
     }
 
     def work(draft: Path) -> Mapping[str, float]:
-        evidence, examples = gather(config, champion, candidate, q_stage, dataset)
+        evidence, examples = gather(config, champion, candidate, q_stage, dataset, draft)
         decision = offline_gate(evidence)
         write_json(draft / "evidence.json", evidence.as_dict())
         write_json(draft / "decision.json", decision.as_dict())
@@ -87,22 +89,25 @@ class Speakers:
 
 
 def gather(
-    config: Config, champion: PolicyVersion, candidate: Path, q_stage: Path, dataset: Dataset
+    config: Config, champion: PolicyVersion, candidate: Path, q_stage: Path, dataset: Dataset, draft: Path
 ) -> tuple[OfflineEvidence, list[dict[str, Any]]]:
-    """Both policies on the evidence part. Raises TrainingError where it holds no action."""
+    """Both policies on the evidence part, whose tokens lie in `draft` meanwhile.
+
+    Raises TrainingError where it holds no action.
+    """
     from iterative_ppo.learning.compare import speak
     from iterative_ppo.learning.improve.episodes import prompts_of
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.q_model import QModel
     from iterative_ppo.learning.runtime import computing
 
-    with computing(config.runtime):
+    with computing(config.runtime), TemporaryDirectory(dir=draft, prefix=TOKENS) as tokens:
         old = LanguagePolicy.load(champion.path, device=config.runtime.device)
         new = LanguagePolicy.load(candidate, device=config.runtime.device)
         q = QModel.load(q_stage / "model", config.runtime.device)
-        current, frame = champion_round(old, champion.label, dataset, config)
-        group = frame["conversation_id"].to_numpy(dtype=str)
-        rows = held_out_rows(current.fit, turn_table.actions(frame), group, config.gate.states)
+        current, facts = champion_round(old, champion.label, dataset, config, Path(tokens))
+        group = facts["conversation_id"].to_numpy(dtype=str)
+        rows = held_out_rows(current.fit, turn_table.actions(facts), group, config.gate.states)
         prompts = prompts_of(current.encoded.sequences, rows)
         before = speak(old, new, q, prompts, config.gate.samples, config.seed)
         after = speak(new, old, q, prompts, config.gate.samples, config.seed)
@@ -139,7 +144,7 @@ def gather(
         estimates=estimates(modelled, config.gate, config.seed, "fqe" if config.gate.fqe else "q_model"),
         guardrails=guarded(config.gate.guardrails, said, said_now, config.gate.alpha),
     )
-    return evidence, examples(frame, rows, speakers, config.gate.samples)
+    return evidence, examples(config, dataset, facts.iloc[rows], speakers)
 
 
 def fqe(challenger: LanguagePolicy, start: QModel, current: Round, config: Config) -> QModel:
@@ -202,12 +207,13 @@ def _said(policy: LanguagePolicy, spoken: Spoken, group: np.ndarray, log_ratio: 
     )
 
 
-def examples(frame: pd.DataFrame, rows: np.ndarray, speakers: Speakers, samples: int) -> list[dict[str, Any]]:
+def examples(config: Config, dataset: Dataset, states: pd.DataFrame, speakers: Speakers) -> list[dict[str, Any]]:
     """What both policies say in a few of the states, for the report."""
-    talks = {talk.conversation_id: talk for talk in turn_table.conversations(frame)}
-    found = []
-    for k in np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int):
-        state = talks[str(frame["conversation_id"].iloc[rows[k]])].state(int(frame["turn"].iloc[rows[k]]) - 1)
+    chosen = np.linspace(0, len(states) - 1, min(EXAMPLES, len(states))).astype(int)
+    talks = conversations_of(dataset, config, states["conversation_id"].iloc[chosen].astype(str).tolist())
+    found, samples = [], config.gate.samples
+    for k in chosen:
+        state = talks[str(states["conversation_id"].iloc[k])].state(int(states["turn"].iloc[k]) - 1)
         before, after = (
             {"text": p.suggestion(s.responses.tokens[k * samples]).text or "(no suggestion)", "q": float(s.q[k, 0])}
             for p, s in ((speakers.champion, speakers.before), (speakers.challenger, speakers.after))

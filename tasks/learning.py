@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from iterative_ppo.files import content_hash, fingerprint, read_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import monte_carlo, rewards
-from tasks.datasets import Dataset, datasets_before, of_policy, round_folder
+from tasks.datasets import Dataset, datasets_before, round_folder
 from tasks.exploration import coverage_metrics
 from tasks.labels import origin_metrics
 from tasks.progress import progress
 from tasks.q_report import write_q_report
+from tasks.round_data import TOKENS, champion_round, other_rounds
 from tasks.stage import Stage, made_with, run_stage
 
 if TYPE_CHECKING:
@@ -156,8 +158,8 @@ def fit_q_stage(
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.worker import do
 
-        with computing(config.runtime):
-            current, frame, others = _rounds(config, policy, dataset, replay)
+        with computing(config.runtime), TemporaryDirectory(dir=draft, prefix=TOKENS) as tokens:
+            current, facts, others = _rounds(config, policy, dataset, replay, Path(tokens))
             start = previous_q if config.q.warm_start else None
             metrics: dict[str, float] = {}
             if config.credit.assigner != "outcome":
@@ -169,8 +171,8 @@ def fit_q_stage(
             if q is None:
                 with progress("fitting Q") as report:
                     q = do(job, draft, report)
-            metrics |= q.report | write_q_report(q, current, frame, draft)
-        return metrics | origin_metrics(frame) | coverage_metrics(config, policy.path, policy.label, dataset)
+            metrics |= q.report | write_q_report(q, current, facts, draft)
+        return metrics | origin_metrics(facts) | coverage_metrics(config, policy.path, policy.label, dataset)
 
     return run_stage(folder / "q", inputs, work)
 
@@ -197,34 +199,14 @@ def _credit(config: Config) -> dict[str, Any]:
 
 
 def _rounds(
-    config: Config, policy: PolicyVersion, dataset: Dataset, replay: Sequence[Dataset]
+    config: Config, policy: PolicyVersion, dataset: Dataset, replay: Sequence[Dataset], folder: Path
 ) -> tuple[Round, pd.DataFrame, tuple[Round, ...]]:
     from iterative_ppo.learning.language_model import LanguagePolicy
 
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
-    current, frame = champion_round(pi, policy.label, dataset, config)
-    others = [other_rounds(pi, policy.label, d, config) for d in (dataset, *replay)]
-    return current, frame, tuple(r for r in others if r)
-
-
-def champion_round(policy: LanguagePolicy, label: str, dataset: Dataset, config: Config) -> tuple[Round, pd.DataFrame]:
-    """The champion's own conversations of a dataset: what Monte Carlo returns may be taken from."""
-    from iterative_ppo.learning.rounds import round_of
-
-    frame = dataset.read(config)
-    frame = frame[of_policy(frame, label)].reset_index(drop=True)
-    if frame.empty:
-        raise SourceError(f"{dataset.path}: holds no conversation of policy version {label}")
-    return round_of(policy, frame, config), frame
-
-
-def other_rounds(policy: LanguagePolicy, label: str, dataset: Dataset, config: Config) -> Round | None:
-    """Conversations of other policies: their turns serve one-step targets, whoever chose the action."""
-    from iterative_ppo.learning.rounds import round_of
-
-    frame = dataset.read(config)
-    frame = frame[~of_policy(frame, label)].reset_index(drop=True)
-    return None if frame.empty else round_of(policy, frame, config)
+    current, facts = champion_round(pi, policy.label, dataset, config, folder)
+    others = [other_rounds(pi, policy.label, d, config, folder) for d in (dataset, *replay)]
+    return current, facts, tuple(r for r in others if r)
 
 
 def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:
@@ -236,8 +218,9 @@ def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folde
         from iterative_ppo.learning.language_model import LanguagePolicy
 
         pi = LanguagePolicy.load(policy.path)
-        current, _ = champion_round(pi, policy.label, dataset, config)
-        prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
+        with TemporaryDirectory(dir=draft, prefix=TOKENS) as tokens:
+            current, _ = champion_round(pi, policy.label, dataset, config, Path(tokens))
+            prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
         pd.DataFrame({"tokens": [list(p) for p in prompts]}).to_parquet(draft / "prompts.parquet", index=False)
         return {"prompts": len(prompts), "mean_tokens": float(np.mean([len(p) for p in prompts])) if prompts else 0.0}
 
@@ -271,8 +254,8 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         given = {name: inputs[name] for name in ("policy", "md5")}
         checkpoint = take_up(folder / "improving", fingerprint(inputs), settings, given)
         tokens = [tuple(map(int, p)) for p in pd.read_parquet(prompts.path / "prompts.parquet")["tokens"]]
-        with computing(config.runtime):
-            current, behaviour = _behaviour(config, policy, prompts.dataset)
+        with computing(config.runtime), TemporaryDirectory(dir=draft, prefix=TOKENS) as held:
+            current, behaviour = _behaviour(config, policy, prompts.dataset, Path(held))
             if config.credit.assigner != "outcome":
                 current = stored_credit(current, q_path.parent, config)
             with progress("improving the policy") as report:
@@ -289,18 +272,18 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
     return stage
 
 
-def _behaviour(config: Config, policy: PolicyVersion, dataset: Dataset) -> tuple[Round, np.ndarray]:
+def _behaviour(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> tuple[Round, np.ndarray]:
     from iterative_ppo.learning.language_model import LanguagePolicy
 
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
-    current, frame = champion_round(pi, policy.label, dataset, config)
-    return current, behaviour_log_probs(pi, current, frame)
+    current, _ = champion_round(pi, policy.label, dataset, config, folder)
+    return current, behaviour_log_probs(pi, current)
 
 
-def behaviour_log_probs(policy: LanguagePolicy, current: Round, frame: pd.DataFrame) -> np.ndarray:
+def behaviour_log_probs(policy: LanguagePolicy, current: Round) -> np.ndarray:
     """(N,) as logged when sampled; where a log knows none at all, those of the policy that was cloned from it."""
-    logged = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
-    return logged if np.isfinite(logged).any() else policy.score(current.encoded)
+    logged = current.behaviour
+    return logged if logged is not None and np.isfinite(logged).any() else policy.score(current.encoded)
 
 
 def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:
@@ -311,13 +294,12 @@ def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, fold
         from iterative_ppo.learning.language_model import LanguagePolicy
         from iterative_ppo.learning.runtime import computing
 
-        with computing(config.runtime):
+        with computing(config.runtime), TemporaryDirectory(dir=draft, prefix=TOKENS) as tokens:
             pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
-            current, _ = champion_round(pi, policy.label, dataset, config)
-            score = pi.score(current.encoded)
-        lengths = np.zeros(current.encoded.rows)
-        for span in (s for sequence in current.encoded.sequences for s in sequence.spans):
-            lengths[span.row] = span.end - span.start
+            current, _ = champion_round(pi, policy.label, dataset, config, Path(tokens))
+            score, lengths = pi.score(current.encoded), np.zeros(current.encoded.rows)
+            for span in (s for sequence in current.encoded.sequences for s in sequence.spans):
+                lengths[span.row] = span.end - span.start
         metrics = {}
         for name, part in (("fit", current.fit), ("held_out", ~current.fit)):
             rows = np.flatnonzero(part & np.isfinite(score))

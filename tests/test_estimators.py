@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from iterative_ppo.learning.estimators.table import enumerated
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, checked, effective_size, fit_q
 from iterative_ppo.learning.q_model import QModel, QSettings
-from iterative_ppo.learning.rounds import round_of
-from iterative_ppo.mdp import returns
+from iterative_ppo.learning.rounds import round_from, round_of
+from iterative_ppo.learning.sequences import SequenceFile
+from iterative_ppo.mdp import returns, turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import (
     backward_recursion,
@@ -385,6 +387,33 @@ def test_a_logprob_above_zero_is_refused_by_row(tiny_policy: LanguagePolicy, scr
         fit_q(tiny_policy, replace(data, behaviour=None), [], config)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_fit_from_a_file_by_blocks_is_the_fit_from_memory(
+    target: str, tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path
+) -> None:
+    """Rows are read some conversations at a time, and tokens lie on disk."""
+    config = small(**{"q.target": target})
+    behaviour = a_round(tiny_policy, scripted[:24], config).behaviour
+    frame = to_frame(scripted[:24], {"purchase": 1.0}, 0.3)
+    frame["behaviour_logprob"] = pd.array(behaviour, dtype="Float64")
+    turn_table.write(frame, tmp_path / "turns.parquet", {"purchase": 1.0})
+    blocks = [turn_table.blocks(tmp_path / "turns.parquet", {"purchase": 1.0}, rows=11) for _ in range(2)]
+    assert len(list(blocks.pop())) > 5
+    place = tmp_path / "tokens"
+    place.mkdir()
+    streamed = round_from(tiny_policy, blocks.pop(), config, place / "own")
+    whole = round_of(tiny_policy, turn_table.read(tmp_path / "turns.parquet", {"purchase": 1.0}), config)
+    assert isinstance(streamed.encoded.sequences, SequenceFile)
+    assert list(streamed.encoded.sequences) == whole.encoded.sequences
+    assert np.array_equal(streamed.returns, whole.returns)
+    assert np.array_equal(streamed.fit, whole.fit)
+    other = round_from(tiny_policy, [to_frame(scripted[24:30], {"purchase": 1.0}, 0.3)], config, place / "other")
+    beside = round_of(tiny_policy, to_frame(scripted[24:30], {"purchase": 1.0}, 0.3), config)
+    one, two = fit_q(tiny_policy, streamed, [other], config), fit_q(tiny_policy, whole, [beside], config)
+    assert same(one, two)
+    assert one.report == two.report
+
+
 def test_lstd_q_needs_a_linear_value() -> None:
     with pytest.raises(ConfigError, match=r"set q\.loss to mse"):
         load_config(overrides={"q.target": "lstd_q"})
@@ -400,9 +429,9 @@ def test_the_expected_q_is_the_mean_over_the_policys_responses(
     log = Log(tiny_policy, [data.encoded], config.q, 3)
     found = Network(q, log).expected()
     assert np.isnan(found[:, 0]).tolist() == data.last.tolist()
-    rows, prompts = log.states
+    rows, prompts = log.states[:, 0], log.prompts(log.states)
     for k in (0, len(rows) - 1):
-        sequences = [prompts[k] + log.responses[2 * k + m] for m in range(2)]
+        sequences = [prompts[k] + log.responses[2 * k + m].tokens for m in range(2)]
         with torch.no_grad():
             ends = [torch.sigmoid(q.logits(torch.tensor([s]))[0, -1]).item() for s in sequences]
         assert found[rows[k], 0] == pytest.approx(np.mean(ends), abs=1e-5)

@@ -139,7 +139,9 @@ def _table(policy: LanguagePolicy, response: tuple[int, ...]) -> Any:
     return EncodedTable([single(0, policy.renderer.prompt(STATE).tokens, response, True)], 1)
 
 
-def test_traffic_logs_the_persona_and_its_exact_behaviour(tiny_policy: LanguagePolicy, tmp_path: Path) -> None:
+def test_traffic_logs_the_persona_and_its_exact_behaviour(
+    tiny_policy: LanguagePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_policy.save(tmp_path / "policy")
     table = {"calm": {"instruction": "", "temperature": 0.5}, "free": {"instruction": "", "temperature": 2.0}}
     config = exploring(**{"data.root": str(tmp_path / "data"), "exploration.personas": table})
@@ -166,6 +168,12 @@ def test_traffic_logs_the_persona_and_its_exact_behaviour(tiny_policy: LanguageP
     found = coverage_metrics(config, tmp_path / "policy", "1", Dataset(0, tmp_path / "turns.parquet", ""))
     assert 0 < found["coverage_effective_size"] < found["coverage_persona_turns"]
     assert found["coverage_distinct_actions"] > found["coverage_distinct_actions_own"]
+
+    monkeypatch.setattr("tasks.exploration.SAMPLED_ROWS", len(frame) // 2)
+    sampled = coverage_metrics(config, tmp_path / "policy", "1", Dataset(0, tmp_path / "turns.parquet", ""))
+    for name in ("coverage_persona_turns", "coverage_effective_size"):
+        assert sampled[name] == found[name], "worth is that of all"
+    assert sampled["coverage_distinct_actions"] != found["coverage_distinct_actions"]
 
 
 def test_what_a_persona_led_is_no_evidence_of_a_test(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def test_new_weights_need_no_new_fit(
         )
 
     first = stage()
+    assert not [path for path in first.path.iterdir() if path.name.startswith(".")], "the tokens' file is gone"
     before = QModel.load(first.path / "model")
     fits = counted(monkeypatch)
     priced = {"contact": 3.0, "purchase": -1.0}

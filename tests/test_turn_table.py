@@ -32,6 +32,7 @@ from iterative_ppo.mdp.conversation import (
 from iterative_ppo.mdp.turn_table import ORIGIN, SCHEMA_VERSION, actions, conform, conversations, last_rows, to_frame
 
 OUTCOMES = {"purchase": 1.0, "contact": 0.5}
+Read = Callable[[Path, dict[str, float]], pd.DataFrame]
 
 # --- any conversation ------------------------------------------------------------------------------------------------
 
@@ -179,6 +180,27 @@ def test_conversations_are_whole_whatever_the_block_of_rows(block: int, monkeypa
     assert list(conversations(frame.iloc[:0])) == []
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 10_000])
+def test_blocks_are_the_table_in_whole_conversations(rows: int, tmp_path: Path) -> None:
+    """Whatever their size, over several files, one of them empty."""
+    said = Turn("Hello", (0.0, 0.0), Suggestion("Hi", "suggested", -1.0), "Hi", "verbatim")
+    talks = [Conversation(f"c{k:02}", (*[said] * (k % 4), Turn(None, (1.0, 0.0))), "u") for k in range(12)]
+    for name, part in (("a", talks[:5]), ("b", []), ("c", talks[5:])):
+        turn_table.write(to_frame(part, OUTCOMES, 0.3), tmp_path / f"{name}.parquet", OUTCOMES)
+    whole, parts = turn_table.read(tmp_path, OUTCOMES), list(turn_table.blocks(tmp_path, OUTCOMES, rows))
+    pd.testing.assert_frame_equal(pd.concat(parts, ignore_index=True), whole)
+    assert sum(part["conversation_id"].nunique() for part in parts) == 12
+    assert all(part.index.equals(pd.RangeIndex(len(part))) for part in parts)
+    assert turn_table.count_rows(tmp_path) == len(whole)
+    assert len(parts) == {1: 12, 10_000: 3}.get(rows, len(parts))
+
+
+def test_blocks_of_a_table_without_rows_are_one_without_rows(tmp_path: Path) -> None:
+    turn_table.write(to_frame([], OUTCOMES, 0.3), tmp_path / "a.parquet", OUTCOMES)
+    (only,) = turn_table.blocks(tmp_path / "a.parquet", OUTCOMES)
+    pd.testing.assert_frame_equal(only, turn_table.read(tmp_path / "a.parquet", OUTCOMES))
+
+
 def test_rows_are_sorted_when_written(tmp_path: Path) -> None:
     turn_table.write(FRAME.iloc[::-1], tmp_path / "t.parquet", OUTCOMES)
     pd.testing.assert_frame_equal(turn_table.read(tmp_path / "t.parquet", OUTCOMES), FRAME)
@@ -265,10 +287,18 @@ def test_a_refused_table_leaves_the_one_before_it(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(turn_table.read(path, OUTCOMES), FRAME)
 
 
-def test_no_table_there(tmp_path: Path) -> None:
+def by_blocks(path: Path, outcomes: dict[str, float]) -> pd.DataFrame:
+    return pd.concat(turn_table.blocks(path, outcomes, 2), ignore_index=True)
+
+
+both_ways = pytest.mark.parametrize("read", [turn_table.read, by_blocks])
+
+
+@both_ways
+def test_no_table_there(read: Read, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(StoreError, match="no turn table there"):
-            turn_table.read(path, OUTCOMES)
+            read(path, OUTCOMES)
 
 
 def written(path: Path, change: Callable[[pa.Table], pa.Table]) -> Path:
@@ -283,32 +313,36 @@ def with_version(version: bytes) -> Callable[[pa.Table], pa.Table]:
     return lambda table: table.replace_schema_metadata({b"iterative_ppo_schema": version})
 
 
-def test_a_newer_schema_is_refused_and_an_unmarked_one_read(tmp_path: Path) -> None:
+@both_ways
+def test_a_newer_schema_is_refused_and_an_unmarked_one_read(read: Read, tmp_path: Path) -> None:
     newer = written(tmp_path / "t.parquet", with_version(str(SCHEMA_VERSION + 1).encode()))
     with pytest.raises(StoreError, match=rf"written with schema {SCHEMA_VERSION + 1}.*up to {SCHEMA_VERSION}"):
-        turn_table.read(newer, OUTCOMES)
+        read(newer, OUTCOMES)
     unmarked = written(tmp_path / "t.parquet", lambda table: table.replace_schema_metadata({}))
-    pd.testing.assert_frame_equal(turn_table.read(unmarked, OUTCOMES), FRAME)
+    pd.testing.assert_frame_equal(read(unmarked, OUTCOMES), FRAME)
 
 
-def test_a_version_that_is_no_number_is_refused(tmp_path: Path) -> None:
+@both_ways
+def test_a_version_that_is_no_number_is_refused(read: Read, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="schema"):
-        turn_table.read(written(tmp_path / "t.parquet", with_version(b"latest")), OUTCOMES)
+        read(written(tmp_path / "t.parquet", with_version(b"latest")), OUTCOMES)
 
 
-def test_a_file_without_a_column_is_named(tmp_path: Path) -> None:
+@both_ways
+def test_a_file_without_a_column_is_named(read: Read, tmp_path: Path) -> None:
     path = written(tmp_path / "t.parquet", lambda table: table.drop_columns(["part"]))
     with pytest.raises(TurnTableError, match=r"t\.parquet: column 'part' is missing"):
-        turn_table.read(path, OUTCOMES)
+        read(path, OUTCOMES)
     with pytest.raises(TurnTableError, match=r"'outcome_contat' is missing \(did you mean 'outcome_contact'\?\)"):
-        turn_table.read(written(path, lambda table: table), {"purchase": 1.0, "contat": 0.5})
+        read(written(path, lambda table: table), {"purchase": 1.0, "contat": 0.5})
 
 
-def test_a_conversation_in_two_files_is_refused(tmp_path: Path) -> None:
+@both_ways
+def test_a_conversation_in_two_files_is_refused(read: Read, tmp_path: Path) -> None:
     turn_table.write(FRAME.iloc[:4], tmp_path / "a.parquet", OUTCOMES)
     turn_table.write(FRAME.iloc[4:], tmp_path / "b.parquet", OUTCOMES)
     with pytest.raises(TurnTableError, match=r"'t2' is in both .*a\.parquet and .*b\.parquet"):
-        turn_table.read(tmp_path, OUTCOMES)
+        read(tmp_path, OUTCOMES)
 
 
 def content() -> bytes:
@@ -327,8 +361,9 @@ def test_a_file_cut_short_is_refused(length: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t.parquet"
         path.write_bytes(CONTENT[:length])
-        with pytest.raises(StoreError, match=r"t\.parquet: not a readable Parquet file"):
-            turn_table.read(path, OUTCOMES)
+        for read in (turn_table.read, by_blocks):
+            with pytest.raises(StoreError, match=r"t\.parquet: not a readable Parquet file"):
+                read(path, OUTCOMES)
 
 
 @settings(deadline=None, max_examples=120)

@@ -59,11 +59,12 @@ def coverage(asked: pd.DataFrame, logged: pd.DataFrame, seed: int = 0) -> Covera
 
 def _chosen(frame: pd.DataFrame, count: int, rng: np.random.Generator) -> pd.DataFrame:
     """State and action of at most `count` rows, shuffled: among equally near states none comes first by its place."""
-    before = frame.groupby("conversation_id", sort=False)["business_message"].shift().fillna("")
-    state = before.astype(object) + " | " + frame["customer_message"].fillna("").astype(object)
-    table = pd.DataFrame({"state": state.str.lower(), "action": frame["suggestion"].astype(object).map(_words)})
-    table = table[actions(frame)]
-    return table.iloc[rng.permutation(len(table))[:count]]
+    rows = np.flatnonzero(actions(frame))
+    rows = rows[rng.permutation(len(rows))[:count]]
+    before = frame.groupby("conversation_id", sort=False)["business_message"].shift().fillna("").iloc[rows]
+    chosen = frame.iloc[rows]
+    state = before.astype(object) + " | " + chosen["customer_message"].fillna("").astype(object)
+    return pd.DataFrame({"state": state.str.lower(), "action": chosen["suggestion"].astype(object).map(_words)})
 
 
 def _words(text: object) -> frozenset[str]:

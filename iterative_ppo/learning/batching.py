@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from iterative_ppo.learning.sequences import SequenceFile, lengths_of
 from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.rendering import Encoded, Renderer, Span
 
 
@@ -18,27 +21,36 @@ from iterative_ppo.mdp.rendering import Encoded, Renderer, Span
 class EncodedTable:
     """A turn table as token sequences. `rows` is the table's length: spans name rows of it."""
 
-    sequences: list[Encoded]
+    sequences: Sequence[Encoded]
     rows: int
     truncated_turns: int = 0
     unshared: int = field(default=0)
 
     @property
     def tokens(self) -> int:
-        return sum(len(sequence.tokens) for sequence in self.sequences)
+        return int(lengths_of(self.sequences).sum())
 
 
 def encode_table(frame: pd.DataFrame, renderer: Renderer) -> EncodedTable:
     """Encode every conversation of a turn table (sorted by conversation and turn)."""
-    sequences: list[Encoded] = []
+    return encode(turn_table.conversations(frame), renderer)
+
+
+def encode(talks: Iterable[Conversation], renderer: Renderer, place: Path | None = None) -> EncodedTable:
+    """Encode the conversations of a turn table as they come; into a file at `place`, where that is given."""
     row = truncated = unshared = 0
-    for conversation in turn_table.conversations(frame):
-        encoded, cut = renderer.encode(conversation, row)
-        sequences += encoded
-        truncated += cut
-        unshared += len(encoded) > 1
-        row += len(conversation.turns)
-    return EncodedTable(sequences, row, truncated, unshared)
+
+    def sequences() -> Iterator[Encoded]:
+        nonlocal row, truncated, unshared
+        for talk in talks:
+            encoded, cut = renderer.encode(talk, row)
+            row += len(talk.turns)
+            truncated += cut
+            unshared += len(encoded) > 1
+            yield from encoded
+
+    kept = list(sequences()) if place is None else SequenceFile.write(place, sequences())
+    return EncodedTable(kept, row, truncated, unshared)
 
 
 @dataclass(frozen=True)
@@ -77,13 +89,18 @@ def response_positions(batch: Batch, spans: np.ndarray) -> tuple[np.ndarray, np.
     return span, batch.sequence[span], batch.start[span] + offset
 
 
+def trained_turns(sequences: Sequence[Encoded], usable: np.ndarray) -> np.ndarray:
+    """(S,) turns of each sequence whose action was logged and whose table row is `usable` (N,)."""
+    return np.array([sum(x.trains and bool(usable[x.row]) for x in s.spans) for s in sequences], dtype=np.int64)
+
+
 def training_batches(
     sequences: Sequence[Encoded], batch_size: int, epochs: float, pad: int, rng: np.random.Generator
 ) -> Iterator[Batch]:
     """`epochs` (also a fraction) of shuffled batches; neighbours in length share one, batches come in any order."""
-    steps = step_count(len(sequences), batch_size, epochs)
+    steps, lengths = step_count(len(sequences), batch_size, epochs), lengths_of(sequences)
     while steps > 0:
-        for chosen in _shuffled(sequences, batch_size, rng):
+        for chosen in _shuffled(lengths, batch_size, rng):
             if steps == 0:
                 return
             yield collate([sequences[i] for i in chosen], pad)
@@ -95,9 +112,8 @@ def step_count(sequences: int, batch_size: int, epochs: float) -> int:
     return math.ceil(epochs * math.ceil(sequences / batch_size)) if sequences else 0
 
 
-def _shuffled(sequences: Sequence[Encoded], batch_size: int, rng: np.random.Generator) -> Iterable[np.ndarray]:
-    order = rng.permutation(len(sequences))
-    lengths = np.array([len(sequence.tokens) for sequence in sequences])
+def _shuffled(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterable[np.ndarray]:
+    order = rng.permutation(len(lengths))
     window = 16 * batch_size
     batches: list[np.ndarray] = []
     for begin in range(0, len(order), window):
@@ -109,9 +125,10 @@ def _shuffled(sequences: Sequence[Encoded], batch_size: int, rng: np.random.Gene
 
 def inference_batches(sequences: Sequence[Encoded], tokens: int, pad: int) -> Iterator[Batch]:
     """All sequences once, longest first, at most about `tokens` padded tokens a batch."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens))
+    lengths = lengths_of(sequences)
+    order = np.argsort(-lengths, kind="stable")
     begin = 0
     while begin < len(order):
-        size = max(1, tokens // len(sequences[order[begin]].tokens))
+        size = max(1, tokens // int(lengths[order[begin]]))
         yield collate([sequences[i] for i in order[begin : begin + size]], pad)
         begin += size

@@ -7,7 +7,7 @@ at the tokens between a running value, E[Q | the response so far], which PPO use
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -236,22 +236,22 @@ class QModel:
         values, shape = self.head_values(encoded), (encoded.rows, -1, len(self.settings.outcomes))
         return Values(*(x.reshape(shape)[:, : self.settings.members].mean(axis=1) for x in (values.v, values.q)))
 
-    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+    def running_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
         """For each single-turn sequence: values at the last prompt token and at every response token, (1 + length,)."""
         return [self._combined(values) for values in self._running(sequences)]
 
-    def member_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+    def member_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
         """Like `running_values` by each member that improvement sees: (members, 1 + length)."""
         return [values[:, : self.settings.members].T for values in self._running(sequences)]
 
-    def judge_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+    def judge_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
         """Like `running_values`, the mean of the judges. Raises ConfigError where it was fitted without any."""
         if not self.settings.judges:
             raise ConfigError("this Q has no judges; set q.judges to 1 or more and fit it again")
         return [values[:, self.settings.members :].mean(axis=-1) for values in self._running(sequences)]
 
     @torch.inference_mode()
-    def _running(self, sequences: list[Encoded]) -> list[np.ndarray]:
+    def _running(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
         """(1 + length, members + judges) for each single-turn sequence."""
         table = EncodedTable(sequences, len(sequences))
         result: list[np.ndarray] = [np.empty(0)] * len(sequences)

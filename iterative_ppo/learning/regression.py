@@ -9,9 +9,17 @@ import numpy as np
 import torch
 
 from iterative_ppo.errors import TrainingError
-from iterative_ppo.learning.batching import Batch, EncodedTable, response_positions, step_count, training_batches
+from iterative_ppo.learning.batching import (
+    Batch,
+    EncodedTable,
+    response_positions,
+    step_count,
+    trained_turns,
+    training_batches,
+)
 from iterative_ppo.learning.optimization import descend, optimizer_for
 from iterative_ppo.learning.q_model import QModel
+from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.sharding import in_shards
 
 Progress = Callable[[int, int], None]
@@ -75,13 +83,13 @@ def regress(
     loss is not finite.
     """
     wanted = targets if isinstance(targets, Targets) else Targets.of(targets, q.settings.heads)
-    trained = [sum(x.trains and bool(wanted.usable[x.row]) for x in s.spans) for s in encoded.sequences]
-    usable = [s for s, turns in zip(encoded.sequences, trained, strict=True) if turns]
+    trained = trained_turns(encoded.sequences, wanted.usable)
+    usable = Chosen(encoded.sequences, np.flatnonzero(trained))
     steps = step_count(len(usable), how.batch_size, how.epochs)
     if not steps:
         raise TrainingError("no turn has both a logged suggestion and a target: nothing to fit Q to")
     optimizer, schedule = optimizer_for(q.model, how.learning_rate, steps)
-    usual = sum(trained) / step_count(len(usable), how.batch_size, 1.0)
+    usual = trained.sum() / step_count(len(usable), how.batch_size, 1.0)
 
     def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return _regression_loss(q, batch, wanted, how.running_weight, usual), {}

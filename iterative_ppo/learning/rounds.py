@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 
 from iterative_ppo.config import Config, ImproveConfig
 from iterative_ppo.errors import TrainingError
-from iterative_ppo.learning.batching import encode_table
+from iterative_ppo.learning.batching import encode
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit import credited
 from iterative_ppo.learning.improve import group_trainers, ppo
@@ -24,8 +25,9 @@ from iterative_ppo.learning.policy_evaluation import Round, fit_q
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.regression import Regression, regress
 from iterative_ppo.learning.training import Curve, Progress
+from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import acceptance_rewards, discounted_returns, rewards
-from iterative_ppo.mdp.turn_table import last_rows, outcome_columns
+from iterative_ppo.mdp.turn_table import conversations, last_rows, outcome_columns
 
 
 def round_of(policy: LanguagePolicy, frame: pd.DataFrame, config: Config) -> Round:
@@ -33,18 +35,47 @@ def round_of(policy: LanguagePolicy, frame: pd.DataFrame, config: Config) -> Rou
 
     Turn rewards of a credit assigner come later, from all of a round's conversations (credit.credited).
     """
+    return round_from(policy, [frame], config)
+
+
+def round_from(
+    policy: LanguagePolicy, blocks: Iterable[pd.DataFrame], config: Config, place: Path | None = None
+) -> Round:
+    """The same of a turn table that comes in blocks of whole conversations, one at least; one is held at a time.
+
+    Args:
+        place: a file to be made for the tokens; None keeps them in memory.
+    """
+    numbers: list[dict[str, np.ndarray]] = []
+
+    def talks() -> Iterator[Conversation]:
+        for block in blocks:
+            numbers.append(_numbers(block, config))
+            yield from conversations(block)
+
+    encoded = encode(talks(), policy.renderer, place)
+    columns: Any = {name: np.concatenate([part[name] for part in numbers]) for name in numbers[0]}
+    return Round(encoded, **columns)
+
+
+def _numbers(frame: pd.DataFrame, config: Config) -> dict[str, np.ndarray]:
+    """Round's columns of some conversations."""
     last = last_rows(frame)
     myopic = config.improve.reward == "acceptance"
     reward = acceptance_rewards(frame) if myopic else rewards(frame)
-    returns = discounted_returns(reward, last, 0.0 if myopic else config.gamma)
-    fit = (frame["part"] == "fit").to_numpy()
-    behaviour = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
-    current = Round(encode_table(frame, policy.renderer), reward, last, returns, fit, behaviour)
+    columns = {
+        "reward": reward,
+        "last": last,
+        "returns": discounted_returns(reward, last, 0.0 if myopic else config.gamma),
+        "fit": (frame["part"] == "fit").to_numpy(),
+        "behaviour": frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan),
+    }
     heads = head_weights(config)
     if list(heads.values()) == [1.0]:
-        return current
+        return columns
     named = np.stack([rewards(frame, column) for column in outcome_columns(heads)], axis=1)
-    return replace(current, outcome_rewards=named, outcome_returns=discounted_returns(named, last, config.gamma))
+    returns = discounted_returns(named, last, config.gamma)
+    return columns | {"outcome_rewards": named, "outcome_returns": returns}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ _PLAIN = {
     "no_reply": "(no reply)",
 }
 
+REMEMBERED_TEXTS = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -136,8 +138,10 @@ class Renderer:
             return False
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text without special tokens, remembered."""
+        """Token ids of a text without special tokens, remembered for a while."""
         if text not in self._cache:
+            if len(self._cache) >= REMEMBERED_TEXTS:
+                self._cache.clear()
             self._cache[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         return self._cache[text]
 

@@ -20,6 +20,8 @@ from iterative_ppo.mdp.conversation import REPORTED, Conversation, Part, Suggest
 SCHEMA_VERSION = 1
 BLOCK_ROWS = 4096
 """Rows that become Python objects at a time, at least."""
+READ_ROWS = 4 * BLOCK_ROWS
+"""Rows that are read from a file at a time, and written to it as a group."""
 OUTCOME_PREFIX = "outcome_"
 ORIGIN = "outcome_origin"
 
@@ -157,7 +159,7 @@ def write(frame: pd.DataFrame, path: Path, outcomes: Mapping[str, float]) -> Non
             raise TurnTableError(f"{path}: column {field.name!r} holds nulls; quarantine those conversations first")
     table = pa.Table.from_pandas(ordered, schema=schema, preserve_index=False).replace_schema_metadata(schema.metadata)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(table, sink, row_group_size=READ_ROWS, compression="zstd", write_page_checksum=True)
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
@@ -167,17 +169,52 @@ def read(path: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
     Raises StoreError where there is none, it is damaged, or a newer version of this program wrote it; TurnTableError
     where a column is missing or a conversation is split over two files.
     """
+    frames = list(_frames(path, outcomes))
+    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+
+
+def blocks(path: Path, outcomes: Mapping[str, float], rows: int = READ_ROWS) -> Iterator[pd.DataFrame]:
+    """What `read` reads, about `rows` rows at a time, so that a table may be larger than memory.
+
+    Each block is of whole conversations: rows of a conversation must be adjacent. There is one block at least, empty
+    where the table is. Raises what `read` raises, where it comes to it.
+    """
+    rest = conform(turn_schema(outcomes).empty_table().to_pandas(), outcomes)
+    for frame in _frames(path, outcomes, rows):
+        held = pd.concat([rest, frame], ignore_index=True) if len(rest) else frame
+        conversation = pd.factorize(held["conversation_id"])[0]
+        before_last = np.flatnonzero(conversation != conversation[-1]) if len(held) else np.zeros(0, int)
+        start = int(before_last[-1]) + 1 if len(before_last) else 0
+        if start:
+            yield held[:start]
+        rest = held[start:].reset_index(drop=True)
+    yield rest
+
+
+def count_rows(path: Path) -> int:
+    """How many rows `read` would read, by what the files say of themselves."""
+    return sum(pq.read_metadata(file).num_rows for file in _files(path))
+
+
+def _files(path: Path) -> list[Path]:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*.parquet") if not _hidden(f, path))
     if not files:
         raise StoreError(f"{path}: no turn table there (expected a Parquet file or a folder of them)")
-    frames = [_read_one(file, outcomes) for file in files]
+    return files
+
+
+def _frames(path: Path, outcomes: Mapping[str, float], rows: int | None = None) -> Iterator[pd.DataFrame]:
+    """Rows of a file, or of all below a directory: so many at a time (None: a file), an empty frame of an empty one."""
+    files = _files(path)
     seen: dict[str, Path] = {}
-    for file, frame in zip(files, frames, strict=True):
-        for conversation_id in frame["conversation_id"].dropna().unique():
-            if conversation_id in seen:
-                raise TurnTableError(f"conversation {conversation_id!r} is in both {seen[conversation_id]} and {file}")
-            seen[conversation_id] = file
-    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+    for file in files:
+        for frame in _read_one(file, outcomes, rows):
+            for conversation_id in frame["conversation_id"].dropna().unique() if len(files) > 1 else ():
+                if seen.setdefault(conversation_id, file) != file:
+                    raise TurnTableError(
+                        f"conversation {conversation_id!r} is in both {seen[conversation_id]} and {file}"
+                    )
+            yield frame
 
 
 def _hidden(file: Path, root: Path) -> bool:
@@ -185,21 +222,39 @@ def _hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
-def _read_one(file: Path, outcomes: Mapping[str, float]) -> pd.DataFrame:
+def _read_one(file: Path, outcomes: Mapping[str, float], rows: int | None) -> Iterator[pd.DataFrame]:
+    for table in _tables(file, rows):
+        version = (table.schema.metadata or {}).get(b"iterative_ppo_schema", b"0").decode(errors="replace")
+        if not version.isdecimal() or int(version) > SCHEMA_VERSION:
+            raise StoreError(
+                f"{file}: written with schema {version}, this program knows up to {SCHEMA_VERSION}; install a newer one"
+            )
+        try:
+            frame = _to_pandas(table)
+        except (pa.ArrowException, ValueError, KeyError) as error:
+            raise _unreadable(file, error) from None
+        try:
+            yield conform(frame, outcomes)
+        except TurnTableError as error:
+            raise TurnTableError(f"{file}: {error}") from None
+
+
+def _tables(file: Path, rows: int | None) -> Iterator[pa.Table]:
     try:
-        table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
-        frame = _to_pandas(table)
+        if rows is None:
+            yield pq.read_table(file, partitioning=None, page_checksum_verification=True)
+            return
+        with pq.ParquetFile(file, page_checksum_verification=True) as source:
+            if not source.metadata.num_rows:
+                yield source.schema_arrow.empty_table()
+            for batch in source.iter_batches(rows):
+                yield pa.Table.from_batches([batch], source.schema_arrow)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{file}: not a readable Parquet file ({error})") from None
-    version = (table.schema.metadata or {}).get(b"iterative_ppo_schema", b"0").decode(errors="replace")
-    if not version.isdecimal() or int(version) > SCHEMA_VERSION:
-        raise StoreError(
-            f"{file}: written with schema {version}, this program knows up to {SCHEMA_VERSION}; install a newer one"
-        )
-    try:
-        return conform(frame, outcomes)
-    except TurnTableError as error:
-        raise TurnTableError(f"{file}: {error}") from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> StoreError:
+    return StoreError(f"{file}: not a readable Parquet file ({error})")
 
 
 def conversations(frame: pd.DataFrame) -> Iterator[Conversation]:
@@ -259,6 +314,14 @@ def _turn(columns: Mapping[str, Sequence[Any]], names: Sequence[str], row: int) 
         adoption=columns["adoption"][row],
         timestamp=stamp.to_pydatetime().astimezone(UTC) if isinstance(stamp, pd.Timestamp) else None,
     )
+
+
+def facts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table without what was said and by whom: whose turn it is, how it ended, what may be learnt from it."""
+    return frame[[c for c in frame.columns if c in _FACTS or c.startswith(OUTCOME_PREFIX)]]
+
+
+_FACTS = ("conversation_id", "turn", "outcome", "suggestion_status", "behaviour_logprob", "part")
 
 
 def actions(frame: pd.DataFrame) -> np.ndarray:

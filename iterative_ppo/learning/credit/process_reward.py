@@ -18,6 +18,7 @@ from iterative_ppo.learning.batching import Batch, collate, inference_batches
 from iterative_ppo.learning.credit.rewards import Turns
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round
+from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.training import Progress, train
 from iterative_ppo.mdp.rendering import Encoded
 
@@ -30,26 +31,31 @@ class Scored:
     """A round's conversations with the log-probs of the frozen reference.
 
     Attributes:
-        sequences: of each conversation: one, or one a turn where prefixes are not shared.
+        places: of each conversation's `sequences`: one, or one a turn where prefixes are not shared.
         outcome: (C,) R, what the conversation's rewards sum to.
         reference: (T,) log pi(y_t | .), -inf for a token that the policy never says.
     """
 
     turns: Turns
-    sequences: list[list[Encoded]]
+    sequences: Sequence[Encoded]
+    places: list[list[int]]
     outcome: np.ndarray
     reference: np.ndarray
+
+    def sequences_of(self, conversations: Iterable[int]) -> Chosen:
+        """The sequences of some conversations."""
+        return Chosen(self.sequences, np.array([place for k in conversations for place in self.places[k]], dtype=int))
 
     @classmethod
     def of(cls, policy: LanguagePolicy, data: Round, batch_size: int) -> Scored:
         turns = Turns.of(data.encoded, data.last, batch_size)
-        sequences: list[list[Encoded]] = [[] for _ in range(turns.conversations)]
-        for sequence in data.encoded.sequences:
-            sequences[turns.conversation[sequence.spans[0].row]].append(sequence)
+        places: list[list[int]] = [[] for _ in range(turns.conversations)]
+        for k, sequence in enumerate(data.encoded.sequences):
+            places[turns.conversation[sequence.spans[0].row]].append(k)
         reference = np.zeros(len(turns.row))
-        for places, log_p in token_log_probs(policy, data.encoded.sequences, turns):
-            reference[places] = log_p
-        return cls(turns, sequences, turns.totals(data.reward), reference)
+        for tokens, log_p in token_log_probs(policy, data.encoded.sequences, turns):
+            reference[tokens] = log_p
+        return cls(turns, data.encoded.sequences, places, turns.totals(data.reward), reference)
 
     @cached_property
     def said(self) -> np.ndarray:
@@ -58,15 +64,14 @@ class Scored:
 
     def log_ratios(self, phi: LanguagePolicy, conversations: Iterable[int]) -> Ratios:
         """l_t of the tokens of some conversations."""
-        sequences = [s for k in conversations for s in self.sequences[k]]
-        for places, log_p in token_log_probs(phi, sequences, self.turns):
+        for places, log_p in token_log_probs(phi, self.sequences_of(conversations), self.turns):
             said = self.said[places]
             yield places, np.subtract(log_p, self.reference[places], out=np.zeros(len(places)), where=said)
 
     def log_ratio(self, phi: LanguagePolicy) -> np.ndarray:
         """(T,) l_t of all tokens. Raises TrainingError where one is not finite."""
         found = np.zeros(len(self.reference))
-        for places, ratio in self.log_ratios(phi, range(len(self.sequences))):
+        for places, ratio in self.log_ratios(phi, range(len(self.places))):
             found[places] = ratio
         if not np.isfinite(found).all():
             raise TrainingError("the process reward model's scores are not finite; lower credit.learning_rate")
@@ -114,7 +119,7 @@ def fit(
             logit, aim = score[members], unit[members]
             losses.append(float((np.logaddexp(0.0, logit) - aim * logit).mean()))
             pull[members] = config.beta * (np.exp(-np.logaddexp(0.0, -logit)) - aim) / len(members)
-            yield collate([s for k in members for s in data.sequences[k]], phi.pad)
+            yield collate(data.sequences_of(members), phi.pad)
 
     def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         spans = np.flatnonzero(batch.trains)

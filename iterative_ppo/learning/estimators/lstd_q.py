@@ -9,6 +9,9 @@ import numpy as np
 from iterative_ppo.learning.estimators.protocol import Learner, Transitions
 from iterative_ppo.mdp.returns import following
 
+ROWS = 4096
+"""Rows whose features are in memory at a time."""
+
 
 @dataclass(frozen=True)
 class LSTDQ:
@@ -20,15 +23,18 @@ class LSTDQ:
     off_policy = True
 
     def fit(self, learner: Learner, data: Transitions) -> None:
-        features = learner.features()
-        ahead = data.gamma * following(features.expected, data.last)
-        rows = data.fit & data.logged
-        phi = features.logged[rows].astype(float)
-        temporal = phi - ahead[rows]
-        reward, weight = data.reward[rows], learner.weights()[rows]
-        penalty = self.ridge * np.eye(phi.shape[1])
-        solved = [
-            np.linalg.solve((phi * weight[:, [h]]).T @ temporal + penalty, phi.T @ (weight[:, h] * reward[:, h]))
-            for h in range(reward.shape[1])
-        ]
-        learner.solve(np.stack(solved, axis=1))
+        features, weights = learner.features(), learner.weights()
+        width, heads = features.logged.shape[1], data.reward.shape[1]
+        moments = np.tile(self.ridge * np.eye(width), (heads, 1, 1))
+        products = np.zeros((heads, width))
+        for begin in range(0, len(data.last), ROWS):
+            block, and_next = slice(begin, begin + ROWS), slice(begin, begin + ROWS + 1)
+            rows = (data.fit & data.logged)[block]
+            phi = features.logged[block][rows].astype(float)
+            ahead = following(features.expected[and_next].astype(float), data.last[and_next])[:ROWS]
+            temporal = phi - data.gamma * ahead[rows]
+            for h in range(heads):
+                weighted = phi * weights[block][rows, h, None]
+                moments[h] += weighted.T @ temporal
+                products[h] += weighted.T @ data.reward[block][rows, h]
+        learner.solve(np.linalg.solve(moments, products[..., None])[..., 0].T)

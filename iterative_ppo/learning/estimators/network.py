@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.q_model import QModel, Values
 from iterative_ppo.learning.regression import Regression, Targets, regress
+from iterative_ppo.learning.sequences import Joined, SequenceFile
 from iterative_ppo.mdp.rendering import Encoded, single
 
 Progress = Callable[[int, int], None]
@@ -42,40 +45,67 @@ class Log:
     seeds: Iterator[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seeds", itertools.count(self.seed))
+        object.__setattr__(self, "seeds", count(self.seed))
 
     @cached_property
     def encoded(self) -> EncodedTable:
         return joined(self.tables)
 
     @cached_property
-    def states(self) -> tuple[np.ndarray, list[tuple[int, ...]]]:
-        """((S,) table rows, their prompts) of all states to act in."""
-        found = [(span.row, s.tokens[: span.start]) for s in self.encoded.sequences for span in s.spans]
-        return np.array([row for row, _ in found], dtype=int), [prompt for _, prompt in found]
+    def states(self) -> np.ndarray:
+        """(S, 3) table row, sequence and end of the prompt of all states to act in."""
+        found = [(span.row, k, span.start) for k, s in enumerate(self.encoded.sequences) for span in s.spans]
+        return np.array(found, dtype=np.int64).reshape(-1, 3)
+
+    def prompts(self, states: np.ndarray) -> list[tuple[int, ...]]:
+        """Of some of `states`."""
+        return [self.encoded.sequences[sequence].tokens[:end] for _, sequence, end in states.tolist()]
 
     @cached_property
-    def responses(self) -> list[tuple[int, ...]]:
+    def responses(self) -> Sequence[Encoded]:
         """`samples` responses of the policy to each of `states`, drawn once."""
-        repeated = [prompt for prompt in self.states[1] for _ in range(self.config.samples)]
-        return self.policy.respond(repeated, self.seed).tokens
+        drawn = (
+            Encoded(tokens, ())
+            for k, states in enumerate(self._states_by_block())
+            for tokens in self.policy.respond(self.prompts(states), self.seed + k, samples=self.config.samples).tokens
+        )
+        place = self._place("responses")
+        return list(drawn) if place is None else SequenceFile.write(place, drawn)
+
+    def _states_by_block(self) -> Iterator[np.ndarray]:
+        for begin in range(0, len(self.states), SAMPLED_STATES):
+            yield self.states[begin : begin + SAMPLED_STATES]
 
     def sampled(self) -> Iterator[tuple[np.ndarray, EncodedTable]]:
         """Some states at a time: (their table rows, a sequence for each response to them)."""
-        rows, prompts = self.states
-        samples = self.config.samples
-        for begin in range(0, len(rows), SAMPLED_STATES):
-            chosen = range(begin, min(begin + SAMPLED_STATES, len(rows)))
-            pairs = [(prompts[k], self.responses[k * samples + m]) for k in chosen for m in range(samples)]
-            sequences = [single(n, prompt, said, True) for n, (prompt, said) in enumerate(pairs)]
-            yield rows[chosen.start : chosen.stop], EncodedTable(sequences, len(sequences))
+        responses = iter(self.responses)
+        for states in self._states_by_block():
+            repeated = [prompt for prompt in self.prompts(states) for _ in range(self.config.samples)]
+            said = [sequence.tokens for sequence in islice(responses, len(repeated))]
+            sequences = [single(n, *pair, True) for n, pair in enumerate(zip(repeated, said, strict=True))]
+            yield states[:, 0], EncodedTable(sequences, len(sequences))
 
-    def mean_of_samples(self, of: Callable[[EncodedTable], np.ndarray], columns: int) -> np.ndarray:
-        """(N, columns) mean of something over the policy's responses in each state, NaN in terminal rows."""
-        result = np.full((self.encoded.rows, columns), np.nan)
+    def mean_of_samples(
+        self, of: Callable[[EncodedTable], np.ndarray], columns: int, into: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(N, columns) mean of something over the policy's responses in each state, NaN (or as `into`) elsewhere."""
+        result = np.full((self.encoded.rows, columns), np.nan) if into is None else into
         for rows, table in self.sampled():
             result[rows] = of(table).reshape(len(rows), self.config.samples, columns).mean(axis=1)
         return result
+
+    def zeros(self, name: str, columns: int) -> np.ndarray:
+        """(N, columns) float32, on disk where the tokens are."""
+        shape, place = (self.encoded.rows, columns), self._place(name)
+        if place is None:
+            return np.zeros(shape, np.float32)
+        return np.lib.format.open_memmap(place, "w+", np.float32, shape)
+
+    def _place(self, name: str) -> Path | None:
+        """A file of this process beside those of the tokens; None where they are in memory."""
+        files = (table.sequences.path for table in self.tables if isinstance(table.sequences, SequenceFile))
+        tokens = next(files, None)
+        return tokens and tokens.with_name(f"{name}-{os.getpid()}")
 
 
 class Network:
@@ -128,12 +158,11 @@ class Network:
 
     def features(self) -> Features:
         width = self.q.head.in_features + 1
-        logged = np.zeros((self.log.encoded.rows, width), np.float32)
+        logged, expected = self.log.zeros("logged", width), self.log.zeros("expected", width)
         for batch, hidden in self._hidden(self.log.encoded):
             spans = np.flatnonzero(batch.trains)
             logged[batch.row[spans]] = hidden[batch.sequence[spans], batch.end[spans] - 1]
-        expected = self.log.mean_of_samples(self._at_ends, width)
-        return Features(logged, np.nan_to_num(expected))
+        return Features(logged, self.log.mean_of_samples(self._at_ends, width, expected))
 
     def solve(self, weights: np.ndarray) -> None:
         """Q's heads take `weights`; V's are fitted by ridge regression to E_pi Q at prompts' ends, to Q between."""
@@ -189,10 +218,6 @@ def joined(tables: Sequence[EncodedTable]) -> EncodedTable:
     """Several encoded tables as one, rows renumbered."""
     if len(tables) == 1:
         return tables[0]
-    sequences, offset = [], 0
-    for table in tables:
-        for sequence in table.sequences:
-            spans = tuple(replace(span, row=span.row + offset) for span in sequence.spans)
-            sequences.append(Encoded(sequence.tokens, spans))
-        offset += table.rows
-    return EncodedTable(sequences, offset, sum(t.truncated_turns for t in tables), sum(t.unshared for t in tables))
+    rows = [table.rows for table in tables]
+    sequences = Joined([table.sequences for table in tables], rows)
+    return EncodedTable(sequences, sum(rows), sum(t.truncated_turns for t in tables), sum(t.unshared for t in tables))

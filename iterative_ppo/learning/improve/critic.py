@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class LearnedCritic:
         self.q, self.scale = q.copy(), scale
         self.optimizer, self.schedule = optimizer_for(self.q.model, learning_rate, steps)
 
-    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+    def running_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
         """(1 + length,) a sequence, as QModel's, over the scale."""
         return [value / self.scale for value in self.q.running_values(sequences)]
 

@@ -25,7 +25,7 @@ Prompts = Sequence[tuple[int, ...]]
 class RewardModel(Protocol):
     """The frozen Q, as improvement sees it."""
 
-    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+    def running_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
         """(1 + length,) a sequence: V(s), the values after each token of the response, Q(s, a) last."""
 
 

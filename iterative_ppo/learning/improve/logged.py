@@ -13,10 +13,11 @@ import torch
 
 from iterative_ppo.config import LoggedConfig
 from iterative_ppo.errors import TrainingError
-from iterative_ppo.learning.batching import Batch, EncodedTable, step_count, training_batches
+from iterative_ppo.learning.batching import Batch, EncodedTable, step_count, trained_turns, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.ppo import clipped, surrogate
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.returns import discounted_returns
 
@@ -59,8 +60,8 @@ def improve_on_log(
 ) -> tuple[LanguagePolicy, Curve]:
     """A copy of `policy` improved on logged turns, and its curve. Zero epochs leave the policy as it is."""
     usable = np.isfinite(data.behaviour) & np.isfinite(data.advantage)
-    turns = [sum(x.trains and bool(usable[x.row]) for x in s.spans) for s in data.encoded.sequences]
-    sequences = [s for s, trained in zip(data.encoded.sequences, turns, strict=True) if trained]
+    turns = trained_turns(data.encoded.sequences, usable)
+    sequences = Chosen(data.encoded.sequences, np.flatnonzero(turns))
     steps = step_count(len(sequences), config.batch_size, config.epochs)
     if not config.epochs or not steps:
         return policy, []
@@ -69,7 +70,7 @@ def improve_on_log(
         raise TrainingError("all logged advantages are equal: nothing to learn from (are all outcomes the same?)")
     advantage = (data.advantage - data.advantage[usable].mean()) / spread
     student = policy.trainable_copy()
-    usual = sum(turns) / step_count(len(sequences), config.batch_size, 1.0)
+    usual = turns.sum() / step_count(len(sequences), config.batch_size, 1.0)
 
     def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         spans = np.flatnonzero(batch.trains & usable[batch.row])

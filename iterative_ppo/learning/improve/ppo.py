@@ -7,6 +7,7 @@ A killed run goes on from its last rollout and ends with the weights of an unbro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ from iterative_ppo.mdp.rendering import Encoded
 class Judge(Protocol):
     """A Q of which some members judge what the others improve."""
 
-    def judge_values(self, sequences: list[Encoded]) -> list[np.ndarray]: ...
+    def judge_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]: ...
 
 
 def surrogate(log_p: torch.Tensor, old_log_p: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:

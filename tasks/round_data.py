@@ -1,0 +1,74 @@
+"""A round's conversations as learning sees them: tokens in a file, rewards and returns, read some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from iterative_ppo.config import Config
+from iterative_ppo.errors import SourceError
+from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.conversation import Conversation
+from tasks.datasets import Dataset, of_policy
+
+if TYPE_CHECKING:
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.policy_evaluation import Round
+
+TOKENS = ".tokens-"
+"""How folders for token files begin; whoever makes one removes it."""
+
+
+def champion_round(
+    policy: LanguagePolicy, label: str, dataset: Dataset, config: Config, folder: Path
+) -> tuple[Round, pd.DataFrame]:
+    """The champion's own conversations of a dataset, what Monte Carlo returns may be taken from, and their facts.
+
+    Args:
+        folder: where the file of their tokens is made; it is needed for as long as the round is.
+
+    The second is the turn table without what was said (turn_table.facts). Raises SourceError where there is none.
+    """
+    found = _round(policy, dataset, config, lambda block: of_policy(block, label), folder)
+    if found is None:
+        raise SourceError(f"{dataset.path}: holds no conversation of policy version {label}")
+    return found
+
+
+def other_rounds(policy: LanguagePolicy, label: str, dataset: Dataset, config: Config, folder: Path) -> Round | None:
+    """Conversations of other policies: their turns serve one-step targets, whoever chose the action."""
+    found = _round(policy, dataset, config, lambda block: ~of_policy(block, label), folder)
+    return found and found[0]
+
+
+def _round(
+    policy: LanguagePolicy, dataset: Dataset, config: Config, wanted: Callable[[pd.DataFrame], pd.Series], folder: Path
+) -> tuple[Round, pd.DataFrame] | None:
+    from iterative_ppo.learning.rounds import round_from
+
+    facts: list[pd.DataFrame] = []
+
+    def chosen() -> Iterator[pd.DataFrame]:
+        for block in dataset.blocks(config):
+            rows = block[wanted(block)].reset_index(drop=True)
+            if len(rows):
+                facts.append(turn_table.facts(rows))
+                yield rows
+
+    blocks = chosen()
+    first = next(blocks, None)
+    if first is None:
+        return None
+    place = folder / f"{len(list(folder.iterdir()))}"
+    data = round_from(policy, chain([first], blocks), config, place)
+    return data, pd.concat(facts, ignore_index=True)
+
+
+def conversations_of(dataset: Dataset, config: Config, ids: Collection[str]) -> dict[str, Conversation]:
+    """Some of a dataset's conversations, whole, by id."""
+    kept = (block[block["conversation_id"].isin(list(ids))] for block in dataset.blocks(config))
+    return {talk.conversation_id: talk for rows in kept for talk in turn_table.conversations(rows)}

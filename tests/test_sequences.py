@@ -1,0 +1,74 @@
+"""Token sequences in a file, and views of others: the same sequences, whatever holds them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iterative_ppo.errors import StoreError
+from iterative_ppo.learning.sequences import Chosen, Joined, SequenceFile, lengths_of
+from iterative_ppo.mdp.rendering import Encoded, Span
+
+spans = st.builds(Span, st.integers(0, 2**31 - 1), st.integers(0, 500), st.integers(0, 500), st.booleans())
+tables = st.lists(
+    st.builds(
+        Encoded, st.lists(st.integers(0, 2**31 - 1), max_size=9).map(tuple), st.lists(spans, max_size=3).map(tuple)
+    ),
+    max_size=6,
+)
+
+
+def some(count: int = 5) -> list[Encoded]:
+    return [Encoded(tuple(range(k, 2 * k + 1)), (Span(k, 1, k + 1, k % 2 == 0),)) for k in range(1, count + 1)]
+
+
+@given(tables)
+def test_a_file_gives_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, sequences: list[Encoded]) -> None:
+    found = SequenceFile.write(tmp_path_factory.mktemp("tokens") / "tokens", iter(sequences))
+    assert list(found) == sequences
+    assert len(found) == len(sequences)
+    assert lengths_of(found).tolist() == lengths_of(sequences).tolist() == [len(s.tokens) for s in sequences]
+
+
+def test_one_may_be_asked_for_by_any_index(tmp_path: Path) -> None:
+    sequences = some()
+    for found in (SequenceFile.write(tmp_path / "tokens", sequences), Chosen(sequences, np.arange(5))):
+        assert [found[k] for k in (3, -1, np.int64(0))] == [sequences[k] for k in (3, -1, 0)]
+        assert found[1:4] == sequences[1:4]
+        assert found[::-2] == sequences[::-2]
+        for k in (5, -6):
+            with pytest.raises(IndexError):
+                found[k]
+
+
+def test_another_process_has_it_by_its_path(tmp_path: Path) -> None:
+    found = SequenceFile.write(tmp_path / "tokens", some(400))
+    assert found[7] == some(400)[7]  # with the file open
+    sent = pickle.dumps(found)
+    assert len(sent) < (tmp_path / "tokens").stat().st_size / 10
+    assert list(pickle.loads(sent)) == some(400)
+
+
+def test_a_file_that_was_cut_short_is_told(tmp_path: Path) -> None:
+    found = SequenceFile.write(tmp_path / "tokens", some())
+    whole = (tmp_path / "tokens").read_bytes()
+    (tmp_path / "tokens").write_bytes(whole[:-3])
+    assert found[3] == some()[3]
+    with pytest.raises(StoreError, match="ends within sequence 4"):
+        found[4]
+
+
+def test_views_are_the_sequences_that_they_name(tmp_path: Path) -> None:
+    one, two = some(4), SequenceFile.write(tmp_path / "tokens", some(3))
+    joined = Joined([one, two], [10, 7])
+    moved = [Encoded(s.tokens, tuple(Span(x.row + 10, x.start, x.end, x.trains) for x in s.spans)) for s in some(3)]
+    assert list(joined) == one + moved
+    assert lengths_of(joined).tolist() == [len(s.tokens) for s in joined]
+    chosen = Chosen(joined, np.array([5, 0, 5]))
+    assert list(chosen) == [moved[1], one[0], moved[1]]
+    assert lengths_of(chosen).tolist() == [len(s.tokens) for s in chosen]
