@@ -33,39 +33,37 @@ def champion_round(
 
     The second is the turn table without what was said (turn_table.facts). Raises SourceError where there is none.
     """
-    found = _round(policy, dataset, config, lambda block: of_policy(block, label), folder)
-    if found is None:
+    facts: list[pd.DataFrame] = []
+
+    def blocks() -> Iterator[pd.DataFrame]:
+        for rows in _chosen(dataset, config, lambda block: of_policy(block, label)):
+            facts.append(turn_table.facts(rows))
+            yield rows
+
+    data = _round(policy, blocks(), config, folder / f"own-{dataset.round_number}")
+    if data is None:
         raise SourceError(f"{dataset.path}: holds no conversation of policy version {label}")
-    return found
+    return data, pd.concat(facts, ignore_index=True)
 
 
 def other_rounds(policy: LanguagePolicy, label: str, dataset: Dataset, config: Config, folder: Path) -> Round | None:
     """Conversations of other policies: their turns serve one-step targets, whoever chose the action."""
-    found = _round(policy, dataset, config, lambda block: ~of_policy(block, label), folder)
-    return found and found[0]
+    blocks = _chosen(dataset, config, lambda block: ~of_policy(block, label))
+    return _round(policy, blocks, config, folder / f"others-{dataset.round_number}")
 
 
-def _round(
-    policy: LanguagePolicy, dataset: Dataset, config: Config, wanted: Callable[[pd.DataFrame], pd.Series], folder: Path
-) -> tuple[Round, pd.DataFrame] | None:
+def _chosen(dataset: Dataset, config: Config, wanted: Callable[[pd.DataFrame], pd.Series]) -> Iterator[pd.DataFrame]:
+    for block in dataset.blocks(config):
+        rows = block[wanted(block)].reset_index(drop=True)
+        if len(rows):
+            yield rows
+
+
+def _round(policy: LanguagePolicy, blocks: Iterator[pd.DataFrame], config: Config, place: Path) -> Round | None:
     from iterative_ppo.learning.rounds import round_from
 
-    facts: list[pd.DataFrame] = []
-
-    def chosen() -> Iterator[pd.DataFrame]:
-        for block in dataset.blocks(config):
-            rows = block[wanted(block)].reset_index(drop=True)
-            if len(rows):
-                facts.append(turn_table.facts(rows))
-                yield rows
-
-    blocks = chosen()
     first = next(blocks, None)
-    if first is None:
-        return None
-    place = folder / f"{len(list(folder.iterdir()))}"
-    data = round_from(policy, chain([first], blocks), config, place)
-    return data, pd.concat(facts, ignore_index=True)
+    return None if first is None else round_from(policy, chain([first], blocks), config, place)
 
 
 def conversations_of(dataset: Dataset, config: Config, ids: Collection[str]) -> dict[str, Conversation]:

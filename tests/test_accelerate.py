@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import pieces
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.rounds import round_of
+from iterative_ppo.learning.sequences import SequenceFile
 from iterative_ppo.learning.worker import do
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import to_frame
@@ -119,9 +121,11 @@ def test_accelerates_configurations_say_what_the_runtime_decides() -> None:
 @pytest.mark.parametrize("accelerate", [None, "ddp.yaml", "fsdp.yaml"])
 def test_two_processes_fit_the_q_of_one(saved: Path, played: Round, tmp_path: Path, accelerate: str | None) -> None:
     parallel = {"runtime__processes": 2, "runtime__accelerate": str(ACCELERATE / accelerate) if accelerate else None}
+    filed = SequenceFile.write(tmp_path / "tokens", played.encoded.sequences)
+    on_disk = replace(played, encoded=replace(played.encoded, sequences=filed))
     alone, together = (
-        finished(Evaluation(config_of(**changes), saved, None, played, ()), tmp_path / str(len(changes)))
-        for changes in ({}, parallel)
+        finished(Evaluation(config_of(**changes), saved, None, data, ()), tmp_path / str(len(changes)))
+        for changes, data in (({}, played), (parallel, on_disk))
     )
     assert together.report == pytest.approx(alone.report, rel=1e-5)
     assert torch.allclose(weights(alone.model), weights(together.model), atol=1e-4)
