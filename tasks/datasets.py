@@ -85,15 +85,17 @@ def write_once(path: Path, frame: pd.DataFrame, config: Config) -> Path:
 
 
 def served_by(frame: pd.DataFrame, label: str) -> pd.Series:
-    """(N,) bool: the rows of one policy version's conversations, whatever persona led them."""
+    """(N,) bool: the rows of one policy version's conversations, whatever persona led them.
+
+    A log is one policy's, whatever versions it names: pi_0 is cloned from all of it.
+    """
+    if label == LOGGED:
+        return pd.Series(True, index=frame.index)
     return (frame["policy_version"] == label).fillna(False).astype(bool)
 
 
 def of_policy(frame: pd.DataFrame, label: str) -> pd.Series:
-    """(N,) bool: the rows of one policy version's own conversations, which no persona led.
-
-    A log that names no version is one policy's with all of its personas: pi_0 is cloned from all of it.
-    """
+    """(N,) bool: the rows of one policy version's own conversations, which no persona led; of a log all rows."""
     own = frame["persona"].isna() if label != LOGGED else True
     return served_by(frame, label) & own
 

@@ -162,7 +162,8 @@ def test_traffic_logs_the_persona_and_its_exact_behaviour(
     mean = frame.groupby(frame["persona"].fillna("own"))["behaviour_logprob"].mean()
     assert mean["calm"] > mean["own"] > mean["free"]
     assert served_by(frame, "1").all() and of_policy(frame, "1").equals(frame["persona"].isna())
-    assert of_policy(frame.assign(policy_version="logged"), "logged").all(), "a log is one policy's, whoever led it"
+    for named in ("logged", "some team's v7", None):
+        assert of_policy(frame.assign(policy_version=named), "logged").all(), "a log is one policy's, whoever led it"
 
     write_once(tmp_path / "turns.parquet", frame, config)
     found = coverage_metrics(config, tmp_path / "policy", "1", Dataset(0, tmp_path / "turns.parquet", ""))
