@@ -1,4 +1,4 @@
-"""Speed of returns and of fitting with shared prefixes, and what an encoded turn holds in memory."""
+"""Speed of returns and of fitting with shared prefixes, and what a round and a fit hold in memory."""
 
 from __future__ import annotations
 
@@ -73,18 +73,21 @@ def sharing_speed(conversations: int = 300) -> dict[str, float]:
 
 
 def encoding_memory(conversations: int = 2000) -> dict[str, float]:
-    """Bytes a turn that an encoded round holds in memory."""
-    from iterative_ppo.learning.rounds import round_of
+    """Bytes a turn that a round holds in memory, its tokens in a file, and at most while they are written."""
+    from iterative_ppo.learning.rounds import round_from
     from iterative_ppo.learning.tiny import build_policy
 
     config = load_config()
     talks = collect(Script(0.6), Renovation(), conversations, 1, "script")
-    policy, frame = build_policy(talks, config.policy, 0), to_frame(talks, config.outcomes, 0.15)
-    tracemalloc.start()
-    data = round_of(policy, frame, config)
-    held, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    return {"held": held / len(data.last), "peak": most / len(data.last)}
+    policy = build_policy(talks, config.policy, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "turns.parquet"
+        turn_table.write(to_frame(talks, config.outcomes, 0.15), path, config.outcomes)
+        tracemalloc.start()
+        data = round_from(policy, turn_table.blocks(path, config.outcomes), config, Path(folder) / "tokens")
+        held, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return {"held": held / len(data.last), "peak_mib": most / 2**20}
 
 
 def fit_memory(conversations: int) -> dict[str, float]:
@@ -122,7 +125,7 @@ def speed() -> list[Row]:
     """Measured once, whatever the number of seeds."""
     returns = cell("speed", "returns", 0, 1, returns_speed)
     sharing = cell("speed", "sharing", 0, 1, sharing_speed)
-    memory = cell("speed", "memory", 0, "by blocks", encoding_memory)
+    memory = cell("speed", "memory", 0, "in a file", lambda: encoding_memory(LARGE // 4))
     small, large = (cell("speed", "fit-memory", n, "by blocks", lambda n=n: fit_memory(n)) for n in (SMALL, LARGE))
     grows = large["peak_mib"] / small["peak_mib"]
     a_turn = 2**20 * (large["peak_mib"] - small["peak_mib"]) / (large["turns"] - small["turns"])
@@ -133,8 +136,8 @@ def speed() -> list[Row]:
         figure("turns a second, a sequence a conversation", sharing["shared"]),
         figure("turns a second, a row a turn", sharing["apart"]),
         figure("prefix sharing, times as fast", sharing["ratio"], None, ">= 2", double),
-        figure("an encoded turn in memory, bytes", memory["held"]),
-        figure("encoding a turn, bytes at most", memory["peak"]),
+        figure("a turn of a round in memory, bytes", memory["held"]),
+        figure(f"encoding {LARGE // 4:,} conversations, MiB at most", memory["peak_mib"]),
         figure(f"fit of {SMALL:,} conversations, MiB at most", small["peak_mib"]),
         figure(f"fit of {LARGE // SMALL} times as many, peak memory over that", grows, None, "<= 1.1", grows <= 1.1),
         figure("fit, bytes that the peak grows by a turn", a_turn),

@@ -316,12 +316,12 @@ def _turn(columns: Mapping[str, Sequence[Any]], names: Sequence[str], row: int) 
     )
 
 
+_FACTS = ("conversation_id", "turn", "outcome", "suggestion_status", "behaviour_logprob", "part")
+
+
 def facts(frame: pd.DataFrame) -> pd.DataFrame:
     """The table without what was said and by whom: whose turn it is, how it ended, what may be learnt from it."""
     return frame[[c for c in frame.columns if c in _FACTS or c.startswith(OUTCOME_PREFIX)]]
-
-
-_FACTS = ("conversation_id", "turn", "outcome", "suggestion_status", "behaviour_logprob", "part")
 
 
 def actions(frame: pd.DataFrame) -> np.ndarray:
