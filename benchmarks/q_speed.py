@@ -19,6 +19,7 @@ from iterative_ppo.config import load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.returns import discounted_returns
 from iterative_ppo.mdp.turn_table import to_frame
@@ -71,17 +72,15 @@ def sharing_speed(conversations: int = 300) -> dict[str, float]:
     return {**speeds, "ratio": speeds["shared"] / speeds["apart"], "turns": turns}
 
 
-def encoding_memory(conversations: int = 2000) -> dict[str, float]:
+def encoding_memory(conversations: int) -> dict[str, float]:
     """Bytes a turn that a round holds in memory, its tokens in a file, and at most while they are written."""
     from iterative_ppo.learning.rounds import round_from
     from iterative_ppo.learning.tiny import build_policy
 
     config = load_config()
-    talks = collect(Script(0.6), Renovation(), conversations, 1, "script")
-    policy = build_policy(talks, config.policy, 0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "turns.parquet"
-        turn_table.write(to_frame(talks, config.outcomes, 0.15), path, config.outcomes)
+        policy = build_policy(_scripted(conversations, path), config.policy, 0)
         tracemalloc.start()
         data = round_from(policy, turn_table.blocks(path, config.outcomes), config, Path(folder) / "tokens")
         held, most = tracemalloc.get_traced_memory()
@@ -89,12 +88,18 @@ def encoding_memory(conversations: int = 2000) -> dict[str, float]:
     return {"held": held / len(data.last), "peak_mib": most / 2**20}
 
 
+def _scripted(conversations: int, path: Path) -> list[Conversation]:
+    """Conversations of a scripted agent, also written to a Parquet file."""
+    talks, outcomes = collect(Script(0.6), Renovation(), conversations, 1, "script"), load_config().outcomes
+    turn_table.write(to_frame(talks, outcomes, 0.15), path, outcomes)
+    return talks
+
+
 def fit_memory(conversations: int) -> dict[str, float]:
     """MiB that a fit of Q from a Parquet file takes at most, of a process of its own that has read none yet."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "turns.parquet"
-        talks = collect(Script(0.6), Renovation(), conversations, 1, "script")
-        turn_table.write(to_frame(talks, load_config().outcomes, 0.15), path, load_config().outcomes)
+        _scripted(conversations, path)
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.q_speed", str(path)]
         said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     found: dict[str, float] = json.loads(said.stdout.splitlines()[-1])

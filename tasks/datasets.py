@@ -96,8 +96,8 @@ def served_by(frame: pd.DataFrame, label: str) -> pd.Series:
 
 def of_policy(frame: pd.DataFrame, label: str) -> pd.Series:
     """(N,) bool: the rows of one policy version's own conversations, which no persona led; of a log all rows."""
-    own = frame["persona"].isna() if label != LOGGED else True
-    return served_by(frame, label) & own
+    served = served_by(frame, label)
+    return served if label == LOGGED else served & frame["persona"].isna()
 
 
 def closed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion
-from tasks.round_data import TOKENS, champion_round, conversations_of
+from tasks.round_data import champion_round, conversations_of, token_folder
 from tasks.stage import Stage, load_stage, run_stage
 
 if TYPE_CHECKING:
@@ -101,11 +100,11 @@ def gather(
     from iterative_ppo.learning.q_model import QModel
     from iterative_ppo.learning.runtime import computing
 
-    with computing(config.runtime), TemporaryDirectory(dir=draft, prefix=TOKENS) as tokens:
+    with computing(config.runtime), token_folder(draft) as tokens:
         old = LanguagePolicy.load(champion.path, device=config.runtime.device)
         new = LanguagePolicy.load(candidate, device=config.runtime.device)
         q = QModel.load(q_stage / "model", config.runtime.device)
-        current, facts = champion_round(old, champion.label, dataset, config, Path(tokens))
+        current, facts = champion_round(old, champion.label, dataset, config, tokens)
         group = facts["conversation_id"].to_numpy(dtype=str)
         rows = held_out_rows(current.fit, turn_table.actions(facts), group, config.gate.states)
         prompts = prompts_of(current.encoded.sequences, rows)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from tasks.exploration import coverage_metrics
 from tasks.labels import origin_metrics
 from tasks.progress import progress
 from tasks.q_report import write_q_report
-from tasks.round_data import TOKENS, champion_round, other_rounds
+from tasks.round_data import champion_round, other_rounds, token_folder
 from tasks.stage import Stage, made_with, run_stage
 
 if TYPE_CHECKING:
@@ -158,8 +157,8 @@ def fit_q_stage(
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.worker import do
 
-        with computing(config.runtime), TemporaryDirectory(dir=draft, prefix=TOKENS) as tokens:
-            current, facts, others = _rounds(config, policy, dataset, replay, Path(tokens))
+        with computing(config.runtime), token_folder(draft) as tokens:
+            current, facts, others = _rounds(config, policy, dataset, replay, tokens)
             start = previous_q if config.q.warm_start else None
             metrics: dict[str, float] = {}
             if config.credit.assigner != "outcome":
@@ -218,8 +217,8 @@ def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folde
         from iterative_ppo.learning.language_model import LanguagePolicy
 
         pi = LanguagePolicy.load(policy.path)
-        with TemporaryDirectory(dir=draft, prefix=TOKENS) as tokens:
-            current, _ = champion_round(pi, policy.label, dataset, config, Path(tokens))
+        with token_folder(draft) as tokens:
+            current, _ = champion_round(pi, policy.label, dataset, config, tokens)
             prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
         pd.DataFrame({"tokens": [list(p) for p in prompts]}).to_parquet(draft / "prompts.parquet", index=False)
         return {"prompts": len(prompts), "mean_tokens": float(np.mean([len(p) for p in prompts])) if prompts else 0.0}
@@ -254,8 +253,8 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         given = {name: inputs[name] for name in ("policy", "md5")}
         checkpoint = take_up(folder / "improving", fingerprint(inputs), settings, given)
         tokens = [tuple(map(int, p)) for p in pd.read_parquet(prompts.path / "prompts.parquet")["tokens"]]
-        with computing(config.runtime), TemporaryDirectory(dir=draft, prefix=TOKENS) as held:
-            current, behaviour = _behaviour(config, policy, prompts.dataset, Path(held))
+        with computing(config.runtime), token_folder(draft) as held:
+            current, behaviour = _behaviour(config, policy, prompts.dataset, held)
             if config.credit.assigner != "outcome":
                 current = stored_credit(current, q_path.parent, config)
             with progress("improving the policy") as report:
@@ -294,9 +293,9 @@ def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, fold
         from iterative_ppo.learning.language_model import LanguagePolicy
         from iterative_ppo.learning.runtime import computing
 
-        with computing(config.runtime), TemporaryDirectory(dir=draft, prefix=TOKENS) as tokens:
+        with computing(config.runtime), token_folder(draft) as tokens:
             pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
-            current, _ = champion_round(pi, policy.label, dataset, config, Path(tokens))
+            current, _ = champion_round(pi, policy.label, dataset, config, tokens)
             score, lengths = pi.score(current.encoded), np.zeros(current.encoded.rows)
             for span in (s for sequence in current.encoded.sequences for s in sequence.spans):
                 lengths[span.row] = span.end - span.start

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -19,8 +21,12 @@ if TYPE_CHECKING:
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.policy_evaluation import Round
 
-TOKENS = ".tokens-"
-"""How folders for token files begin; whoever makes one removes it."""
+
+@contextmanager
+def token_folder(draft: Path) -> Iterator[Path]:
+    """For a block, a folder in a stage's draft for the token files of its rounds."""
+    with TemporaryDirectory(dir=draft, prefix=".tokens-") as folder:
+        yield Path(folder)
 
 
 def champion_round(
@@ -29,7 +35,7 @@ def champion_round(
     """The champion's own conversations of a dataset, what Monte Carlo returns may be taken from, and their facts.
 
     Args:
-        folder: where the file of their tokens is made; it is needed for as long as the round is.
+        folder: where the file of their tokens is made (token_folder); it is needed for as long as the round is.
 
     The second is the turn table without what was said (turn_table.facts). Raises SourceError where there is none.
     """
@@ -66,7 +72,7 @@ def _round(policy: LanguagePolicy, blocks: Iterator[pd.DataFrame], config: Confi
     return None if first is None else round_from(policy, chain([first], blocks), config, place)
 
 
-def conversations_of(dataset: Dataset, config: Config, ids: Collection[str]) -> dict[str, Conversation]:
+def conversations_of(dataset: Dataset, config: Config, ids: list[str]) -> dict[str, Conversation]:
     """Some of a dataset's conversations, whole, by id."""
-    kept = (block[block["conversation_id"].isin(list(ids))] for block in dataset.blocks(config))
+    kept = (block[block["conversation_id"].isin(ids)] for block in dataset.blocks(config))
     return {talk.conversation_id: talk for rows in kept for talk in turn_table.conversations(rows)}

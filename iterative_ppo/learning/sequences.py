@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,9 @@ def lengths_of(sequences: Sequence[Encoded]) -> np.ndarray:
 class _OneByOne(Sequence[Encoded]):
     """A sequence that only knows how to get its k-th element."""
 
+    @abstractmethod
     def at(self, k: int) -> Encoded:
-        raise NotImplementedError
+        """The k-th, 0 <= k < len."""
 
     @overload
     def __getitem__(self, k: int) -> Encoded: ...
