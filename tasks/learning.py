@@ -23,7 +23,7 @@ from tasks.exploration import coverage_metrics
 from tasks.labels import origin_metrics
 from tasks.progress import progress
 from tasks.q_report import write_q_report
-from tasks.round_data import champion_round, other_rounds, token_folder
+from tasks.round_data import champion_round, other_rounds, read_prompts, token_folder, write_prompts
 from tasks.stage import Stage, made_with, run_stage
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from iterative_ppo.learning.q_model import QModel
 
 _LOG = logging.getLogger(__name__)
+PROMPTS = "prompts.parquet"
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
     "policy": {"lora", "save"},
@@ -220,8 +221,8 @@ def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folde
         with token_folder(draft) as tokens:
             current, _ = champion_round(pi, policy.label, dataset, config, tokens)
             prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
-        pd.DataFrame({"tokens": [list(p) for p in prompts]}).to_parquet(draft / "prompts.parquet", index=False)
-        return {"prompts": len(prompts), "mean_tokens": float(np.mean([len(p) for p in prompts])) if prompts else 0.0}
+            write_prompts(draft / PROMPTS, prompts)
+        return {"prompts": len(prompts), "mean_tokens": float(prompts.lengths.mean()) if prompts else 0.0}
 
     return run_stage(folder / "prompts", inputs, work)
 
@@ -247,18 +248,19 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         from iterative_ppo.learning.checkpoint import take_up
         from iterative_ppo.learning.jobs import Improving, stored_credit
         from iterative_ppo.learning.runtime import computing
+        from iterative_ppo.learning.sequences import Beginnings
         from iterative_ppo.learning.worker import do
 
         settings = config.model_dump(mode="json", include=IMPROVED_WITH)
         given = {name: inputs[name] for name in ("policy", "md5")}
         checkpoint = take_up(folder / "improving", fingerprint(inputs), settings, given)
-        tokens = [tuple(map(int, p)) for p in pd.read_parquet(prompts.path / "prompts.parquet")["tokens"]]
         with computing(config.runtime), token_folder(draft) as held:
             current, behaviour = _behaviour(config, policy, prompts.dataset, held)
+            states = Beginnings.whole(held / "prompts", read_prompts(prompts.path / PROMPTS))
             if config.credit.assigner != "outcome":
                 current = stored_credit(current, q_path.parent, config)
             with progress("improving the policy") as report:
-                job = Improving(config, policy.path, q_path, current, behaviour, tokens, checkpoint)
+                job = Improving(config, policy.path, q_path, current, behaviour, states, checkpoint)
                 try:
                     result = do(job, draft, report)
                 except TrainingError:  # it would come again, and what it advises to change may be a setting

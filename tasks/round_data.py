@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import SourceError
@@ -76,3 +78,19 @@ def conversations_of(dataset: Dataset, config: Config, ids: list[str]) -> dict[s
     """Some of a dataset's conversations, whole, by id."""
     kept = (block[block["conversation_id"].isin(ids)] for block in dataset.blocks(config))
     return {talk.conversation_id: talk for rows in kept for talk in turn_table.conversations(rows)}
+
+
+def write_prompts(path: Path, prompts: Sequence[tuple[int, ...]]) -> None:
+    """Prompts as a Parquet file, a block at a time."""
+    schema = pa.schema({"tokens": pa.list_(pa.int64())})
+    with pq.ParquetWriter(path, schema) as writer:
+        for begin in range(0, len(prompts), turn_table.BLOCK_ROWS):
+            block = [list(prompt) for prompt in prompts[begin : begin + turn_table.BLOCK_ROWS]]
+            writer.write_table(pa.table({"tokens": block}, schema))
+
+
+def read_prompts(path: Path) -> Iterator[tuple[int, ...]]:
+    """The prompts of such a file, one at a time."""
+    with pq.ParquetFile(path) as source:
+        for batch in source.iter_batches(turn_table.BLOCK_ROWS):
+            yield from map(tuple, batch["tokens"].to_pylist())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
@@ -36,6 +35,7 @@ from iterative_ppo.mdp.returns import discounted_returns
 from iterative_ppo.mdp.turn_table import to_frame
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, Prompts, fit_q_stage, improve_stage
+from tasks.round_data import write_prompts
 
 torch.set_num_threads(1)
 
@@ -369,7 +369,7 @@ def test_the_stages_say_what_the_objective_is_and_keep_the_turn_rewards(
     assert (kept.reward > 0).sum() > (plain.reward > 0).sum()
     prompts = prompts_of(plain.encoded.sequences, np.flatnonzero(plain.fit))
     (tmp_path / "prompts").mkdir()
-    pd.DataFrame({"tokens": [list(p) for p in prompts]}).to_parquet(tmp_path / "prompts" / "prompts.parquet")
+    write_prompts(tmp_path / "prompts" / "prompts.parquet", prompts)
     place = Prompts(tmp_path / "prompts", dataset)
     assert "logged_loss" in improve_stage(config, policy, place, stage.path / "model", tmp_path / "round").metrics
     with pytest.raises(StoreError, match="turn rewards for"):

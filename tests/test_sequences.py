@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iterative_ppo.errors import StoreError
-from iterative_ppo.learning.sequences import Chosen, Joined, SequenceFile, lengths_of
-from iterative_ppo.mdp.rendering import Encoded, Span
+from iterative_ppo.learning.sequences import Answered, Beginnings, Chosen, Joined, SequenceFile, lengths_of
+from iterative_ppo.mdp.rendering import Encoded, Span, single
 
 spans = st.builds(Span, st.integers(0, 2**31 - 1), st.integers(0, 500), st.integers(0, 500), st.booleans())
 tables = st.lists(
@@ -72,3 +72,16 @@ def test_views_are_the_sequences_that_they_name(tmp_path: Path) -> None:
     chosen = Chosen(joined, np.array([5, 0, 5]))
     assert list(chosen) == [moved[1], one[0], moved[1]]
     assert lengths_of(chosen).tolist() == [len(s.tokens) for s in chosen]
+
+
+def test_prompts_and_their_answers_are_views_too(tmp_path: Path) -> None:
+    sequences = some(4)
+    prompts = Beginnings(sequences, np.array([3, 0, 3]), np.array([2, 1, 0]))
+    expected = [sequences[3].tokens[:2], sequences[0].tokens[:1], ()]
+    assert list(prompts) == expected and prompts[1:] == expected[1:]
+    stored = Beginnings.whole(tmp_path / "prompts", iter(expected))
+    assert list(pickle.loads(pickle.dumps(stored))) == expected
+    responses = [(7, 8), (), (9,)]
+    answered = Answered(stored, responses)
+    assert list(answered) == [single(k, expected[k], responses[k], True) for k in range(3)]
+    assert lengths_of(answered).tolist() == [4, 1, 1]

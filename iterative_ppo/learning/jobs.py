@@ -18,6 +18,7 @@ from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.rounds import Improvement, evaluate_policy, improve_policy
+from iterative_ppo.learning.sequences import Prompts
 from iterative_ppo.learning.training import Progress
 
 Result = TypeVar("Result")
@@ -118,7 +119,7 @@ class Improving:
     q: Path
     current: Round
     behaviour: np.ndarray
-    prompts: list[tuple[int, ...]]
+    prompts: Prompts
     checkpoint: Checkpoint | None = None
 
     def run(self, progress: Progress | None = None) -> Improvement:

@@ -23,13 +23,13 @@ from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_l
 from iterative_ppo.learning.runtime import threads
 from iterative_ppo.learning.sampling import (
     CachedReader,
-    Prompts,
     Reader,
     RereadingReader,
     Written,
     chunks,
     write_responses,
 )
+from iterative_ppo.learning.sequences import Prompts
 from iterative_ppo.mdp.conversation import State, Suggestion
 from iterative_ppo.mdp.rendering import Renderer
 
@@ -251,19 +251,25 @@ class LanguagePolicy:
 
     @torch.inference_mode()
     def respond(
-        self, prompts: Prompts, seed: int, progress: Callable[[int], None] | None = None, samples: int = 1
+        self,
+        prompts: Prompts,
+        seed: int | np.random.Generator,
+        progress: Callable[[int], None] | None = None,
+        samples: int = 1,
     ) -> Responses:
         """Sample responses to prompts, `samples` to each, side by side; prompts of like length are read together.
 
         A response depends on the seed, the prompt and its place alone, not on its batch or on who samples it: several
-        processes sample a share each, and all get all.
+        processes sample a share each, and all get all. A generator in place of the seed goes on from call to call, so
+        that prompts may come a block at a time.
         """
         length = self.settings.max_response_tokens
         uniform = np.random.default_rng(seed).random((len(prompts), samples, length))
         found: dict[int, list[Written]] = {}
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        lengths = [len(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
         with self.active(), sharding.gathered(self.model):
-            for chosen in chunks(distributed.share(order), prompts, INFERENCE_TOKENS // samples):
+            for chosen in chunks(distributed.share(order), lengths, INFERENCE_TOKENS // samples):
                 reader = self._reader([prompts[i] for i in chosen])
                 places = self._tensor(uniform[list(chosen)].reshape(-1, length))
                 written = write_responses(reader, self.log_distribution, places, self.renderer.eos, samples)

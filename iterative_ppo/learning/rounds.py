@@ -17,13 +17,14 @@ from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit import credited
 from iterative_ppo.learning.improve import group_trainers, ppo
 from iterative_ppo.learning.improve.best_of_n import improve_by_best
-from iterative_ppo.learning.improve.episodes import Prompts, check_prompts
+from iterative_ppo.learning.improve.episodes import check_prompts
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, turn_advantages
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.objective import head_weights
 from iterative_ppo.learning.policy_evaluation import Round, fit_q
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.regression import Regression, regress
+from iterative_ppo.learning.sequences import Prompts
 from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import acceptance_rewards, discounted_returns, rewards

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
+from iterative_ppo.learning.sequences import Prompts
 
-Prompts = Sequence[tuple[int, ...]]
 LogDistribution = Callable[[torch.Tensor], torch.Tensor]
 Written = tuple[tuple[int, ...], np.ndarray]
 """A response's tokens, and (length,) the log-prob of each as it was sampled."""
@@ -150,11 +150,11 @@ def quantile(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.minimum(token, last)
 
 
-def chunks(order: Sequence[int], prompts: Prompts, tokens: int) -> Iterator[Sequence[int]]:
+def chunks(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
     """Indices of prompts, longest first, at most about `tokens` padded tokens together."""
     begin = 0
     while begin < len(order):
-        size = max(1, tokens // max(1, len(prompts[order[begin]])))
+        size = max(1, tokens // max(1, lengths[order[begin]]))
         yield order[begin : begin + size]
         begin += size
 

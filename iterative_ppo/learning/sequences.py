@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, TypeVar, overload
 
 import numpy as np
 
 from iterative_ppo.errors import StoreError
-from iterative_ppo.mdp.rendering import Encoded, Span
+from iterative_ppo.mdp.rendering import Encoded, Span, single
+
+Item = TypeVar("Item")
+Prompts = Sequence[tuple[int, ...]]
 
 _WIDTH = np.dtype(np.int32).itemsize
 _SPAN = 4
@@ -24,23 +27,23 @@ _SPAN = 4
 
 def lengths_of(sequences: Sequence[Encoded]) -> np.ndarray:
     """(S,) tokens of each sequence."""
-    if isinstance(sequences, SequenceFile | Chosen | Joined):
+    if isinstance(sequences, SequenceFile | Chosen | Joined | Answered):
         return sequences.lengths
     return np.array([len(sequence.tokens) for sequence in sequences], dtype=np.int64)
 
 
-class _OneByOne(Sequence[Encoded]):
+class _OneByOne(Sequence[Item]):
     """A sequence that only knows how to get its k-th element."""
 
     @abstractmethod
-    def at(self, k: int) -> Encoded:
+    def at(self, k: int) -> Item:
         """The k-th, 0 <= k < len."""
 
     @overload
-    def __getitem__(self, k: int) -> Encoded: ...
+    def __getitem__(self, k: int) -> Item: ...
     @overload
-    def __getitem__(self, k: slice) -> list[Encoded]: ...
-    def __getitem__(self, k: int | slice) -> Encoded | list[Encoded]:
+    def __getitem__(self, k: slice) -> list[Item]: ...
+    def __getitem__(self, k: int | slice) -> Item | list[Item]:
         if isinstance(k, slice):
             return [self.at(i) for i in range(*k.indices(len(self)))]
         if not -len(self) <= k < len(self):
@@ -48,7 +51,7 @@ class _OneByOne(Sequence[Encoded]):
         return self.at(int(k) % len(self))
 
 
-class SequenceFile(_OneByOne):
+class SequenceFile(_OneByOne[Encoded]):
     """Sequences in a file of 32-bit integers, each read when it is asked for: memory holds 20 bytes a sequence.
 
     Another process may have it by pickle, which holds the path. Whoever made the file removes it.
@@ -91,7 +94,7 @@ class SequenceFile(_OneByOne):
 
 
 @dataclass(frozen=True)
-class Chosen(_OneByOne):
+class Chosen(_OneByOne[Encoded]):
     """Some of other sequences: those at `places` (S,)."""
 
     sequences: Sequence[Encoded]
@@ -109,7 +112,7 @@ class Chosen(_OneByOne):
 
 
 @dataclass(frozen=True)
-class Joined(_OneByOne):
+class Joined(_OneByOne[Encoded]):
     """The sequences of several tables, one after the other, as of one table: `rows` (P,) is the length of each."""
 
     parts: Sequence[Sequence[Encoded]]
@@ -136,3 +139,43 @@ class Joined(_OneByOne):
         if not (offset := self._offsets[part]):
             return found
         return Encoded(found.tokens, tuple(replace(span, row=span.row + offset) for span in found.spans))
+
+
+@dataclass(frozen=True)
+class Beginnings(_OneByOne[tuple[int, ...]]):
+    """Prompts that are the beginnings of sequences: the first `lengths` (N,) tokens of those at `places` (N,)."""
+
+    sequences: Sequence[Encoded]
+    places: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def whole(cls, path: Path, prompts: Iterable[tuple[int, ...]]) -> Beginnings:
+        """Prompts in a file of their own, made here (SequenceFile)."""
+        file = SequenceFile.write(path, (Encoded(prompt, ()) for prompt in prompts))
+        return cls(file, np.arange(len(file)), file.lengths)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def at(self, k: int) -> tuple[int, ...]:
+        return self.sequences[int(self.places[k])].tokens[: self.lengths[k]]
+
+
+@dataclass(frozen=True)
+class Answered(_OneByOne[Encoded]):
+    """Prompts, each with a response that trains, as sequences of one turn; the k-th is of row k."""
+
+    prompts: Prompts
+    responses: Sequence[tuple[int, ...]]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        pairs = zip(self.prompts, self.responses, strict=True)
+        return np.array([len(prompt) + len(response) for prompt, response in pairs], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def at(self, k: int) -> Encoded:
+        return single(k, self.prompts[k], self.responses[k], True)

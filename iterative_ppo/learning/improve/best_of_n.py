@@ -15,10 +15,14 @@ from iterative_ppo.config import BestOfNConfig
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
-from iterative_ppo.learning.improve.episodes import Prompts, RewardModel, check_prompts
+from iterative_ppo.learning.improve.episodes import RewardModel, check_prompts
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.sequences import Answered, Prompts
 from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.rendering import single
+
+PROMPTS = 1024
+"""Prompts whose candidates are held at a time."""
 
 
 def best(q: np.ndarray, finished: np.ndarray) -> np.ndarray:
@@ -45,20 +49,10 @@ def improve_by_best(
     if not config.epochs:
         return policy, []
     check_prompts(policy, prompts)
-    n = config.samples
-    surer = policy.at(config.temperature * policy.settings.temperature)
-    responses = surer.respond(prompts, seed, samples=n)
-    sequences = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
-    worth = np.array([values[-1] for values in q.running_values(sequences)]).reshape(-1, n)
-    if not np.isfinite(worth).all():
-        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
-    if np.ptp(worth) <= 1e-6 * np.abs(worth).max():
-        raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
-    chosen = best(worth, responses.finished.reshape(-1, n))
-    liked = [sequences[k * n + j] for k, j in enumerate(chosen)]
+    liked = Answered(prompts, _choose(policy, q, prompts, config, seed, progress))
     student = policy.trainable_copy()
     steps = step_count(len(liked), config.batch_size, config.epochs)
-    usual = sum(s.spans[0].end - s.spans[0].start for s in liked) / step_count(len(liked), config.batch_size, 1.0)
+    usual = sum(map(len, liked.responses)) / step_count(len(liked), config.batch_size, 1.0)
 
     def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         log_p, _ = student.token_log_probs(batch, np.arange(len(batch.row)))
@@ -69,3 +63,33 @@ def improve_by_best(
     if not np.isfinite(curve[-1]["loss"]):
         raise TrainingError("the sampled pass diverged; lower improve.best_of_n.learning_rate")
     return student, curve
+
+
+def _choose(
+    policy: LanguagePolicy,
+    q: RewardModel,
+    prompts: Prompts,
+    config: BestOfNConfig,
+    seed: int,
+    progress: Progress | None,
+) -> list[tuple[int, ...]]:
+    """The response to each prompt that Q likes best; the candidates of a block of prompts are held at a time."""
+    surer = policy.at(config.temperature * policy.settings.temperature)
+    rng, n = np.random.default_rng(seed), config.samples
+    chosen: list[tuple[int, ...]] = []
+    low, high = np.inf, -np.inf
+    for begin in range(0, len(prompts), PROMPTS):
+        block = prompts[begin : begin + PROMPTS]
+        responses = surer.respond(block, rng, samples=n)
+        candidates = [single(k, block[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
+        worth = np.array([values[-1] for values in q.running_values(candidates)]).reshape(-1, n)
+        if not np.isfinite(worth).all():
+            raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+        low, high = min(low, float(worth.min())), max(high, float(worth.max()))
+        winners = best(worth, responses.finished.reshape(-1, n))
+        chosen += [responses.tokens[k * n + j] for k, j in enumerate(winners)]
+        if progress:
+            progress(len(chosen), len(prompts))
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
+    return chosen

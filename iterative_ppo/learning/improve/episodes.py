@@ -17,9 +17,8 @@ from iterative_ppo.errors import ModelError, TrainingError
 from iterative_ppo.learning import loading, runtime
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
-from iterative_ppo.mdp.rendering import Encoded, Span, single
-
-Prompts = Sequence[tuple[int, ...]]
+from iterative_ppo.learning.sequences import Beginnings, Prompts
+from iterative_ppo.mdp.rendering import Encoded, single
 
 
 class RewardModel(Protocol):
@@ -34,10 +33,11 @@ def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
     if not prompts:
         raise TrainingError("no prompt to improve on")
     limit, room = loading.context(policy.model), policy.settings.max_response_tokens
-    longest = max(range(len(prompts)), key=lambda k: len(prompts[k]))
-    if limit and len(prompts[longest]) + room > limit:
+    lengths = [len(prompt) for prompt in prompts]
+    longest = int(np.argmax(lengths))
+    if limit and lengths[longest] + room > limit:
         raise ModelError(
-            f"prompt {longest} has {len(prompts[longest])} tokens, which with a response of {room} "
+            f"prompt {longest} has {lengths[longest]} tokens, which with a response of {room} "
             f"(policy.max_response_tokens) is more than the model's context of {limit}; shorten the prompt"
         )
 
@@ -178,11 +178,9 @@ def roll_out(
     )
 
 
-def prompts_of(sequences: Sequence[Encoded], rows: np.ndarray) -> list[tuple[int, ...]]:
+def prompts_of(sequences: Sequence[Encoded], rows: np.ndarray) -> Beginnings:
     """Line 6 of Algorithm 1: the prompts that the policy used for the states of the given table rows."""
     wanted = set(rows.tolist())
-    return [s.tokens[: span.start] for s in sequences for span in _wanted(s, wanted)]
-
-
-def _wanted(sequence: Encoded, rows: set[int]) -> list[Span]:
-    return [span for span in sequence.spans if span.row in rows]
+    found = [(k, span.start) for k, s in enumerate(sequences) for span in s.spans if span.row in wanted]
+    places, lengths = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    return Beginnings(sequences, places, lengths)

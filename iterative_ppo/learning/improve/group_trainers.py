@@ -24,7 +24,6 @@ from iterative_ppo.learning import distributed, runtime
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import (
-    Prompts,
     RewardModel,
     check_prompts,
     kl_both_ways,
@@ -34,6 +33,7 @@ from iterative_ppo.learning.improve.episodes import (
 from iterative_ppo.learning.improve.ppo import Run, adapted, begin, spent
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel
+from iterative_ppo.learning.sequences import Prompts
 from iterative_ppo.learning.supervised import lent
 from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.rendering import single

@@ -28,7 +28,6 @@ from iterative_ppo.learning.checkpoint import (
 from iterative_ppo.learning.improve.critic import LearnedCritic
 from iterative_ppo.learning.improve.episodes import (
     Episodes,
-    Prompts,
     RewardModel,
     check_prompts,
     roll_out,
@@ -37,6 +36,7 @@ from iterative_ppo.learning.improve.episodes import (
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import descend, optimizer_for
 from iterative_ppo.learning.q_model import QModel
+from iterative_ppo.learning.sequences import Prompts
 from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.rendering import Encoded
 
