@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from iterative_ppo.config import LoRAConfig, RuntimeConfig, load_config
 from iterative_ppo.errors import ConfigError, ModelError, StoreError
-from iterative_ppo.learning import adapters, optimization
+from iterative_ppo.learning import adapters, optimization, q_model
 from iterative_ppo.learning.batching import EncodedTable, collate
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log
@@ -132,6 +132,24 @@ def test_q_reads_what_the_policy_reads(saved: tuple[Path, str, bool], talks: lis
     assert np.isfinite(values.v).sum() == sum(len(talk.turns) - 1 for talk in talks)
 
 
+def test_a_prompt_that_several_responses_share_is_read_once(
+    saved: tuple[Path, str, bool], talks: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long prompts and short ones, one to four responses each, of any length: the values are those of each alone."""
+    policy = LanguagePolicy.load(saved[0], SETTINGS)
+    prompts, q = prompts_of(policy, talks)[:6], q_of(policy)
+    said = policy.respond(prompts, seed=2, samples=4).tokens
+    kept = [(k // 4, said[k]) for k in range(24) if k % 4 <= k // 4]
+    sequences = [single(k, prompts[which], response, True) for k, (which, response) in enumerate(kept)]
+    aim = [q.running_values([replace(s, spans=(replace(s.spans[0], row=0),))])[0] for s in sequences]
+    assert q._branches
+    for tokens in (32_768, 300):
+        monkeypatch.setattr(q_model, "INFERENCE_TOKENS", tokens)
+        found = q.running_values(sequences)
+        assert [len(values) for values in found] == [1 + len(response) for _, response in kept]
+        assert all(np.allclose(a, b, atol=2e-4) for a, b in zip(found, aim, strict=True))
+
+
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_both_passes_improve_a_users_model_and_leave_it_alone(
     saved: tuple[Path, str, bool], talks: list[Conversation], lora: LoRAConfig | None, tmp_path: Path
@@ -182,6 +200,10 @@ def test_a_model_whose_cache_does_not_serve_samples_without(
     responses = policy.respond(prompts, seed=0)
     assert len({len(tokens) for tokens in responses.tokens}) > 2, "rows leave the batch one after the other"
     assert np.allclose(policy.score(table_of(prompts, responses.tokens)), responses.logprobs, atol=2e-4)
+    q, table = q_of(policy), table_of([prompts[0]] * 3, responses.tokens[:3])
+    assert q._branches == (family == "llama4_text"), "without one, Q reads each response from the prompt's beginning"
+    ends = [values[-1] for values in q.running_values(table.sequences)]
+    assert np.allclose(ends, q.evaluate(table).q, atol=1e-5)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

@@ -213,7 +213,11 @@ class LanguagePolicy:
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """Weights of the model without its vocabulary head, adapters merged: what a Q starts from."""
-        state: dict[str, torch.Tensor] = self._plain_model().base_model.state_dict()
+        model = self._plain_model()
+        base: Any = model.base_model
+        if base is model:  # a family that calls it otherwise, such as Llama 4
+            base = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+        state: dict[str, torch.Tensor] = base.state_dict()
         return state
 
     def _plain_model(self) -> PreTrainedModel:

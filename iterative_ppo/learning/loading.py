@@ -109,11 +109,11 @@ def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilitie
     if not torch.isfinite(expected).any():
         raise ModelError(f"{name}: its logits are not numbers, so its weights are damaged or its training diverged")
     alone = torch.stack([own_logits(model, right_padded([prompt], pad, device))[0, -1] for prompt in prompts])
-    if not _alike(alone, expected[:, 0], model):
+    if not alike(alone, expected[:, 0], model):
         raise ModelError(f"{name}: what it says after a text depends on what follows; expected a causal language model")
 
     def plain() -> bool:
-        return _alike(vocabulary_logits(model, last_hidden(model, padded)[rows, at]), expected, model)
+        return alike(vocabulary_logits(model, last_hidden(model, padded)[rows, at]), expected, model)
 
     def cached() -> bool:
         reader, twice = CachedReader(model, prompts, pad), torch.tensor([0, 0, 1, 1], device=device)
@@ -124,7 +124,7 @@ def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilitie
         reader.write(padded[twice, begin[twice] + 2])
         reader.keep(torch.tensor([0, 2], device=device))
         found = torch.cat([first, second, reader.logits()])
-        return _alike(found, torch.cat([expected[:, 0], expected[twice, 1], expected[:, 2]]), model)
+        return alike(found, torch.cat([expected[:, 0], expected[twice, 1], expected[:, 2]]), model)
 
     plain_head = _holds(plain)
     cache = plain_head and _holds(cached)
@@ -142,7 +142,7 @@ def _holds(check: Callable[[], bool]) -> bool:
         return False
 
 
-def _alike(found: torch.Tensor, expected: torch.Tensor, model: PreTrainedModel) -> bool:
+def alike(found: torch.Tensor, expected: torch.Tensor, model: PreTrainedModel) -> bool:
     """Equal up to the rounding of the precision that the model computes in."""
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(found.device.type)
     difference = (found.float() - expected.float()).abs().mean()

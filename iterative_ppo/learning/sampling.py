@@ -41,7 +41,8 @@ class CachedReader:
         self.inputs, self.mask = _left_padded(prompts, pad, model.device)
         self.position = (self.mask.cumsum(1) - 1).clamp_min(0)
 
-    def logits(self) -> torch.Tensor:
+    def hidden(self) -> torch.Tensor:
+        """(B, T, H) of the T tokens that came since it was called last."""
         out: Any = self.model.base_model(
             input_ids=self.inputs,
             attention_mask=self.mask,
@@ -50,7 +51,18 @@ class CachedReader:
             use_cache=True,
         )
         self.cache = out.past_key_values
-        return vocabulary_logits(self.model, out.last_hidden_state[:, -1])
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+    def logits(self) -> torch.Tensor:
+        return vocabulary_logits(self.model, self.hidden()[:, -1])
+
+    def branch(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Go on with some rows, each as often as it is named, and append (R, L) tokens; what pads them comes last."""
+        self.keep(rows)
+        self.inputs = tokens
+        self.position = self.position[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
 
     def repeat(self, count: int) -> None:
         cache: Any = self.cache

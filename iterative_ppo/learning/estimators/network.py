@@ -126,7 +126,10 @@ class Network:
         return Values(np.concatenate([f.v for f in found]), np.concatenate([f.q for f in found]))
 
     def expected(self) -> np.ndarray:
-        return self.log.mean_of_samples(lambda table: self.q.head_values(table).q, self.q.settings.heads)
+        def at_ends(table: EncodedTable) -> np.ndarray:
+            return np.stack([values[-1] for values in self.q.running_heads(table.sequences)])
+
+        return self.log.mean_of_samples(at_ends, self.q.settings.heads)
 
     def fit(
         self,
