@@ -14,7 +14,8 @@ WORK = Path(__file__).parent / "work" / "learning"
 ROUND, EVALUATION = 1500, 5000
 EXACT = (0, 3, 5)
 """Rounds after which success is measured on more conversations, and greedily."""
-OURS, CLONING, MYOPIC = "iterative PPO", "filtered behaviour cloning", "myopic: trained on acceptance"
+OURS, ONE_ITERATION = "iterative PPO", "iterative PPO, one policy iteration a round"
+CLONING, MYOPIC = "filtered behaviour cloning", "myopic: trained on acceptance"
 ONLINE, REFUEL = "trajectory RLOO, updated every 250 conversations", "REFUEL"
 LEARNERS: dict[str, Learner] = {
     "pi_0 sharpened": sharpened,
@@ -26,11 +27,13 @@ COLLECTORS: dict[str, Callable[[Any, int, Config, int], Any]] = {ONLINE: online_
 """Those that have their conversations in a way of their own."""
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
-    "best of n by Q, cloned": {"improve.ppo.episodes": 0},
+    ONE_ITERATION: {"improve.policy_iterations": 1},
+    "best of n by Q, cloned": {"improve.policy_iterations": 1, "improve.ppo.episodes": 0},
     **{name: {} for name in LEARNERS},
     **{name: {} for name in COLLECTORS},
     MYOPIC: {"improve.reward": "acceptance", "q.corpus_epochs": 0.0},
     "paper's shape: PPO alone, KL to pi_i, Monte Carlo Q": {
+        "improve.policy_iterations": 1,
         "improve.best_of_n.epochs": 0.0,
         "improve.ppo.kl_coefficient": 0.3,
         "improve.ppo.episodes": 3072,
@@ -38,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "q.target": "monte_carlo",
     },
 }
-ROUNDS = {OURS: 5, MYOPIC: 1}
+ROUNDS = {OURS: 5, ONE_ITERATION: 5, MYOPIC: 1}
 """Rounds of those that do not make as many as asked for."""
 
 

@@ -343,6 +343,11 @@ class ImproveConfig(Frozen):
     """What returns are made of; acceptance is the myopic baseline."""
     algorithm: Literal["ppo", "grpo", "rloo"]
     """What improves the policy on sampled responses: our PPO, or TRL's GRPO or RLOO."""
+    policy_iterations: int = Count
+    """Policy iterations on one round's conversations. After the first, Q of the policy so far is fitted to the same
+    conversations by fitted Q evaluation, and the passes run again. Acceptance, whose Q is every policy's, takes one."""
+    q_iterations: int = Count
+    """Fits of each such Q, in place of q.iterations: it starts from the Q before it."""
     logged: LoggedConfig
     best_of_n: BestOfNConfig
     ppo: PPOConfig

@@ -48,6 +48,10 @@ class TrainingError(IterativePPOError):
     exit_code = 7
 
 
+class SupportError(TrainingError):
+    """A log is too far from a policy to tell Q of it: the effective sample size is below the floor."""
+
+
 class StoreError(IterativePPOError):
     """Persisted state is missing, damaged, locked or written by a newer version."""
 

@@ -266,7 +266,8 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
                 except TrainingError:  # it would come again, and what it advises to change may be a setting
                     checkpoint.clear()
                     raise
-        return {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}
+        last = {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}
+        return last | result.report
 
     stage = run_stage(folder / "improved", inputs, work)
     shutil.rmtree(folder / "improving", ignore_errors=True)

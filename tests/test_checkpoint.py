@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from bandit import WORDS, build_bandit
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import StoreError, TrainingError
+from iterative_ppo.files import content_hash
 from iterative_ppo.learning import rounds
 from iterative_ppo.learning.checkpoint import Checkpoint, take_up
 from iterative_ppo.learning.language_model import LanguagePolicy
@@ -78,6 +81,8 @@ def test_where_nothing_was_kept_another_configuration_is_none_of_its_business(tm
 
 QUICK = {"improve.best_of_n.epochs": 1.0, "improve.best_of_n.samples": 2, "improve.ppo.episodes": 64}
 QUICK |= {"improve.ppo.rollout": 16, "improve.ppo.minibatch_size": 16, "improve.ppo.epochs": 1}
+QUICK |= {"improve.policy_iterations": 1, "improve.q_iterations": 1, "q.epochs": 1.0, "q.samples": 1}
+QUICK |= {"q.effective_size_floor": 1.0}
 
 
 class Night:
@@ -170,7 +175,32 @@ def test_new_data_begin_anew(night: Night, kill: Callable[[int | None], list[int
     told = kill(None)
     night.dataset = night.data("second", 40)
     night.improve(**{"improve.ppo.episodes": 32})
-    assert told[0] == 1 and not night.unfinished.exists()
+    assert told[-2:] == [1, 2] and told.count(1) == 2 and not night.unfinished.exists()
+
+
+def test_killed_within_a_later_policy_iteration_it_ends_with_the_same_weights(
+    night: Night, kill: Callable[[int | None], list[int]], tmp_path: Path
+) -> None:
+    twice = {"improve.policy_iterations": 2}
+    whole = content_hash(night.improve(**twice).path / "model")
+    shutil.rmtree(tmp_path / "improved")
+    rollouts = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal rollouts
+        rollouts += total == 4
+        if rollouts == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(learning, "progress", lambda _: nullcontext(report))
+        night.improve(**twice)
+    assert (night.unfinished / "ppo-2").exists()
+    told = kill(None)
+    stage = night.improve(**twice)
+    assert told[-2:] == [3, 4], "the second iteration's rollouts go on where they stopped"
+    assert content_hash(stage.path / "model") == whole
+    assert stage.metrics["policy_iterations"] == 2.0
 
 
 def test_a_failed_training_leaves_nothing_that_forbids_to_mend_its_settings(

@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 from iterative_ppo.config import BestOfNConfig, Config, LoggedConfig, PPOConfig, load_config
 from iterative_ppo.errors import StoreError, TrainingError
+from iterative_ppo.learning import rounds
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.compare import speak
@@ -38,7 +39,7 @@ from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import Objective
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.regression import Regression, regress
-from iterative_ppo.learning.rounds import improve_policy, round_of
+from iterative_ppo.learning.rounds import evaluate_policy, improve_policy, round_of
 from iterative_ppo.learning.sequences import Beginnings
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.rendering import single
@@ -465,12 +466,14 @@ def test_the_logged_pass_is_the_same_for_the_same_seed(bandit: LanguagePolicy) -
     assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
 
 
-# --- both passes -----------------------------------------------------------------------------------------------------
+# --- passes and policy iterations -------------------------------------------------------------------------------------
 
 
 def config_with(**changes: Any) -> Config:
     return load_config(
-        overrides={"improve.ppo.episodes": 64, "improve.logged.epochs": 1.0, "improve.logged.batch_size": 8} | changes
+        overrides={"improve.ppo.episodes": 64, "improve.logged.epochs": 1.0, "improve.logged.batch_size": 8}
+        | {"improve.policy_iterations": 1}
+        | changes
     )
 
 
@@ -503,6 +506,58 @@ def test_ppo_follows_the_logged_pass_and_is_kept_near_the_reference_of_the_confi
     assert len(made.curves["logged"]) > 1 and len(made.curves["ppo"]) == 1
     start = made.curves["ppo"][0]["kl_to_reference"]
     assert abs(start) < 1e-5 if reference == "start" else abs(start) > 1e-3
+
+
+@pytest.fixture
+def iterated(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> Callable[..., Any]:
+    """An improvement of the tiny policy, from conversations whose log-probs are its own."""
+
+    def improved(**changes: Any) -> Any:
+        usual = {"improve.logged.epochs": 0.0, "improve.best_of_n.epochs": 1.0, "improve.best_of_n.samples": 2}
+        usual |= {"improve.q_iterations": 2, "q.epochs": 1.0, "q.samples": 2, "q.effective_size_floor": 1.0}
+        config = config_with(**usual | changes)
+        data = round_of(tiny_policy, to_frame(scripted, OUTCOMES, 0.3), config)
+        data = replace(data, behaviour=tiny_policy.score(data.encoded))
+        q = QModel.from_policy(tiny_policy, QSettings.of(config), seed=0)
+        prompts = prompts_of(data.encoded.sequences, np.flatnonzero(data.fit))
+        return improve_policy(tiny_policy, data, data.behaviour, q, prompts, config, seed=0)
+
+    return improved
+
+
+def test_a_second_policy_iteration_is_against_q_of_the_student(
+    iterated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts where the first ended, with Q of that policy from the champion's conversations."""
+    students: list[list[torch.Tensor]] = []
+
+    def told(policy: LanguagePolicy, current: Any, replay: Any, config: Config, *given: Any) -> QModel:
+        students.append(parameters(policy))
+        assert (config.q.target, config.q.iterations) == ("fqe", 2) and not replay
+        return evaluate_policy(policy, current, replay, config, *given)
+
+    monkeypatch.setattr(rounds, "evaluate_policy", told)
+    once, twice = iterated(**{"improve.policy_iterations": 1}), iterated(**{"improve.policy_iterations": 2})
+    assert len(students) == 1
+    assert all(torch.equal(p, o) for p, o in zip(students[0], parameters(once.policy), strict=True))
+    assert not all(torch.equal(p, o) for p, o in zip(students[0], parameters(twice.policy), strict=True))
+    assert [entry["iteration"] for entry in twice.curves["ppo"]] == [1.0, 2.0]
+    assert twice.curves["ppo"][0] == once.curves["ppo"][0]
+    assert abs(twice.curves["ppo"][1]["kl_to_champion"]) > 1e-3 > abs(twice.curves["ppo"][1]["kl_to_reference"])
+    assert twice.report["policy_iterations"] == 2.0 and twice.report["iteration_2_fit_effective_size"] > 0
+
+
+def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(
+    iterated: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = iterated(**{"improve.policy_iterations": 3, "q.effective_size_floor": 1e6})
+    assert made.report == {"policy_iterations": 1.0}
+    assert "policy iteration 2 is left out" in caplog.text and "effective sample size" in caplog.text
+
+
+def test_acceptance_takes_one_policy_iteration(iterated: Callable[..., Any]) -> None:
+    made = iterated(**{"improve.policy_iterations": 2, "improve.reward": "acceptance"})
+    assert made.report["policy_iterations"] == 1.0
 
 
 # --- best of n -------------------------------------------------------------------------------------------------------

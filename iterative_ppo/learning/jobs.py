@@ -133,7 +133,8 @@ class Improving:
     def save(self, result: Improvement, folder: Path) -> None:
         result.policy.save(folder / "model", self.config.policy.save)
         write_json(folder / CURVES, result.curves)
+        write_json(folder / REPORT, result.report)
 
     def load(self, folder: Path) -> Improvement:
         policy = LanguagePolicy.load(folder / "model", device=self.config.runtime.device, lora=self.config.policy.lora)
-        return Improvement(policy, read_json(folder / CURVES))
+        return Improvement(policy, read_json(folder / CURVES), read_json(folder / REPORT))

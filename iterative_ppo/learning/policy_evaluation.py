@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import TrainingError, TurnTableError
+from iterative_ppo.errors import SupportError, TrainingError, TurnTableError
 from iterative_ppo.learning.batching import EncodedTable
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
@@ -165,7 +165,7 @@ def checked(data: Transitions, estimator: Estimator, effective_size_floor: float
     if known.any():
         size = figures["fit_effective_size"] = effective_size(data.log_ratio[known])
         if size < effective_size_floor:
-            raise TrainingError(
+            raise SupportError(
                 f"{known.sum()} logged suggestions are worth {size:.1f} of the policy's own (effective sample size), "
                 f"fewer than q.effective_size_floor = {effective_size_floor:g}; collect conversations nearer to the "
                 "policy, or set q.target to one_step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config, ImproveConfig
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import SupportError, TrainingError
 from iterative_ppo.learning.batching import encode
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit import credited
@@ -29,6 +30,8 @@ from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import acceptance_rewards, discounted_returns, rewards
 from iterative_ppo.mdp.turn_table import conversations, last_rows, outcome_columns
+
+_LOG = logging.getLogger(__name__)
 
 
 def round_of(policy: LanguagePolicy, frame: pd.DataFrame, config: Config) -> Round:
@@ -81,10 +84,11 @@ def _numbers(frame: pd.DataFrame, config: Config) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Improvement:
-    """An improved policy and how it came about: the curve of each pass that ran, by name."""
+    """An improved policy and how it came about: the curve of each pass that ran, by name, and figures of its Qs."""
 
     policy: LanguagePolicy
     curves: dict[str, Curve] = field(default_factory=dict)
+    report: dict[str, float] = field(default_factory=dict)
 
 
 def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Progress | None = None) -> QModel:
@@ -127,7 +131,10 @@ def improve_policy(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Improvement:
-    """Line 7: the logged pass on the fit part, the best of n and PPO (or its like) on the prompts, where configured.
+    """Line 7: every configured pass, in as many policy iterations as improve.policy_iterations says.
+
+    The first is against Q^pi as given. Each further one is against Q of the policy so far, fitted to the same
+    conversations by fitted Q evaluation, and ends the improvement where they do not support one.
 
     Args:
         behaviour: (N,) log-probs of the logged actions as sampled, NaN where unknown.
@@ -136,40 +143,89 @@ def improve_policy(
     Raises TrainingError where the logged pass would take its advantages from other rewards than Q was fitted to, and
     what its passes raise.
     """
-    values = q.evaluate(current.encoded)
-    usable = current.fit & np.isfinite(values.q)
     c = config.improve
     if c.logged.epochs and current.assigner != config.credit.assigner:
         raise TrainingError(
             f"improve.logged learns from rewards of {current.assigner}, Q was fitted to those of credit.assigner "
             f"{config.credit.assigner}; give it the credited round, or set improve.logged.epochs to 0"
         )
-
     if c.best_of_n.epochs or c.ppo.episodes:
         check_prompts(policy, prompts)  # before the logged pass trains for nothing
+    student, curves, report = policy, dict[str, Curve](), dict[str, float]()
+    for number in range(1, 1 + (1 if c.reward == "acceptance" else c.policy_iterations)):
+        if number > 1:
+            try:
+                q = _q_of_student(student, current, config, q, progress)
+            except SupportError as error:
+                _LOG.warning("policy iteration %d is left out: %s", number, str(error).partition(";")[0])
+                break
+            report |= {f"iteration_{number}_{name}": value for name, value in q.report.items()}
+        how = Passes(policy, current, behaviour, q, prompts, config, seed + number - 1, number, progress, checkpoint)
+        student, found = how.improve(student)
+        for name, curve in found.items():
+            curves.setdefault(name, []).extend({**entry, "iteration": float(number)} for entry in curve)
+        report["policy_iterations"] = float(number)
+    return Improvement(student, curves, report)
 
-    def kept(name: str, loop: int) -> Checkpoint | None:
-        return checkpoint and checkpoint.part(name, loop)
 
-    gamma = 0.0 if c.reward == "acceptance" else config.gamma
-    advantage = turn_advantages(current.reward, current.last, values.v, gamma, c.logged.gae_lambda)
-    data = LoggedData(current.encoded, advantage, np.where(usable, behaviour, np.nan))
-    student, logged = improve_on_log(policy, data, c.logged, seed, progress, kept("logged", 50))
-    student, best = improve_by_best(student, q, prompts, c.best_of_n, seed, progress, kept("best_of_n", 50))
-    student, sampled = improve_on_samples(
-        student,
-        q,
-        prompts,
-        c,
-        seed,
-        reference=student if c.ppo.reference == "start" else policy,
-        scale=max(float(np.nanstd((values.q - values.v)[usable])), 1e-6),
-        progress=progress,
-        champion=policy,
-        checkpoint=kept(c.algorithm, 1),
-    )
-    curves = {"logged": logged, "best_of_n": best, c.algorithm: sampled}
-    return Improvement(student, {name: curve for name, curve in curves.items() if curve})
+def _q_of_student(
+    student: LanguagePolicy, current: Round, config: Config, start: QModel, progress: Progress | None
+) -> QModel:
+    """Q of a policy that has no conversations of its own yet, from those of another. Raises SupportError."""
+    fitted = {"target": "fqe", "iterations": config.improve.q_iterations}
+    off_policy = config.model_copy(update={"q": config.q.model_copy(update=fitted)})
+    return evaluate_policy(student, current, [], off_policy, start, progress)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One policy iteration's: the logged pass on the fit part, the best of n and PPO (or its like) on the prompts."""
+
+    champion: LanguagePolicy
+    current: Round
+    behaviour: np.ndarray
+    q: QModel
+    prompts: Prompts
+    config: Config
+    seed: int
+    number: int
+    progress: Progress | None
+    checkpoint: Checkpoint | None
+
+    def improve(self, student: LanguagePolicy) -> tuple[LanguagePolicy, dict[str, Curve]]:
+        """The student after them, and the curves of those that ran."""
+        c, q = self.config.improve, self.q
+        values = q.evaluate(self.current.encoded)
+        usable = self.current.fit & np.isfinite(values.q)
+        logged: Curve = []
+        if self.number == 1:  # later the logged actions are no longer near the student's own
+            gamma = 0.0 if c.reward == "acceptance" else self.config.gamma
+            advantage = turn_advantages(self.current.reward, self.current.last, values.v, gamma, c.logged.gae_lambda)
+            data = LoggedData(self.current.encoded, advantage, np.where(usable, self.behaviour, np.nan))
+            student, logged = improve_on_log(
+                student, data, c.logged, self.seed, self.progress, self._kept("logged", 50)
+            )
+        student, best = improve_by_best(
+            student, q, self.prompts, c.best_of_n, self.seed, self.progress, self._kept("best_of_n", 50)
+        )
+        student, sampled = improve_on_samples(
+            student,
+            q,
+            self.prompts,
+            c,
+            self.seed,
+            reference=student if c.ppo.reference == "start" else self.champion,
+            scale=max(float(np.nanstd((values.q - values.v)[usable])), 1e-6),
+            progress=self.progress,
+            champion=self.champion,
+            checkpoint=self._kept(c.algorithm, 1),
+        )
+        curves = {"logged": logged, "best_of_n": best, c.algorithm: sampled}
+        return student, {name: curve for name, curve in curves.items() if curve}
+
+    def _kept(self, name: str, every: int) -> Checkpoint | None:
+        later = "" if self.number == 1 else f"-{self.number}"
+        return self.checkpoint and self.checkpoint.part(f"{name}{later}", every)
 
 
 def improve_on_samples(
