@@ -34,11 +34,18 @@ class Run:
 
     root: Path
 
-    def improved(self, number: int, curves: dict[str, Curve], algorithm: str = "ppo", **evidence: float) -> None:
+    def improved(
+        self,
+        number: int,
+        curves: dict[str, Curve],
+        algorithm: str = "ppo",
+        metrics: dict[str, float] | None = None,
+        **evidence: float,
+    ) -> None:
         folder = self.root / "rounds" / f"{number:04d}"
         (folder / "validated").mkdir(parents=True)
         config = load_config(overrides={"improve.algorithm": algorithm}).improve
-        stage = {"key": "k", "inputs": {"improve": config.model_dump()}, "metrics": {}, "content": "c"}
+        stage = {"key": "k", "inputs": {"improve": config.model_dump()}, "metrics": metrics or {}, "content": "c"}
         write_json(folder / "improved" / "stage.json", stage)
         write_json(folder / "improved" / "curves.json", curves)
         if evidence:
@@ -86,6 +93,13 @@ def lines(figure: Any, panel: int = 0) -> dict[str, np.ndarray]:
 def test_the_passes_that_ran_are_named_in_their_order(run: Run, passes: list[str], said: str) -> None:
     run.improved(0, {name: UPDATES if name in ("logged", "best_of_n") else ROLLOUTS for name in passes})
     assert said in run.page
+
+
+def test_several_policy_iterations_are_told_with_what_the_data_are_worth_to_each(run: Run) -> None:
+    metrics = {"policy_iterations": 2.0, "iteration_2_fit_effective_size": 963.6}
+    run.improved(0, {"best_of_n": UPDATES, "ppo": ROLLOUTS}, metrics=metrics)
+    assert "best of 8 by Q, then PPO, 2 policy iterations on the same conversations<" in run.page
+    assert "For Q of policy iteration 2 they are worth 964 suggestions of its own (effective sample size)<" in run.page
 
 
 def test_a_round_that_is_not_improved_yet_says_nothing_of_it(run: Run) -> None:
@@ -141,6 +155,16 @@ def test_the_algorithm_that_ran_is_drawn_under_its_name(run: Run, drawn: None, a
     run.improved(0, {algorithm: ROLLOUTS}, algorithm)
     found = lines(technical_plots.curves(run.record))
     assert found["round 0"].tolist() == pytest.approx(np.array([(k + 1, 0.2 + 0.05 * k) for k in range(4)]))
+
+
+def test_each_policy_iteration_has_a_line_of_its_own_and_judges_speak_of_the_last(run: Run, drawn: None) -> None:
+    run.improved(0, {"ppo": [{**entry, "iteration": 1.0 + k // 2} for k, entry in enumerate(JUDGED)]})
+    figure = technical_plots.curves(run.record)
+    assert isinstance(figure, Figure)
+    points = [line.get_xydata()[:, 0].tolist() for line in figure.axes[0].lines]  # type: ignore[call-overload, index]
+    assert points == [[1.0, 2.0], [3.0, 4.0]]
+    judged = lines(technical_plots.judges(run.record))
+    assert judged["judges"] == pytest.approx(np.array([(0.6, 0.26), (0.9, 0.21)]))
 
 
 def test_rounds_of_several_algorithms_are_told_apart(run: Run) -> None:

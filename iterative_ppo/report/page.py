@@ -97,7 +97,8 @@ JUDGES = (
 )
 CURVES = (
     "Means over each rollout. The KL penalty keeps the policy near its reference; entropy that falls to 0 would mean "
-    "that the policy always says the same. At most the last "
+    "that the policy always says the same. A line breaks where a policy iteration begins, with a Q and a reference of "
+    "its own. At most the last "
     f"{technical_plots.MOST_ROUNDS} rounds are drawn, the newest strongest."
 )
 CREDIT = (

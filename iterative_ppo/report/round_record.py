@@ -81,6 +81,8 @@ class RoundRecord:
     distance: Numbers = field(default_factory=dict)
     """How near a policy cloned from a log is to that log."""
     curves: Mapping[str, tuple[Numbers, ...]] = field(default_factory=dict)
+    improved: Numbers = field(default_factory=dict)
+    """Figures of the improvement."""
     """Of each pass of the improvement that ran, in order: one entry an update, or a rollout of a sampled algorithm."""
     candidates: int | None = None
     """Responses a state, of which the best of n was learnt."""
@@ -156,6 +158,7 @@ def _learning(folder: Path) -> dict[str, Any]:
         "credit": credit_of(folder / "q"),
         "distance": numbers(folder / "distance" / "stage.json", "metrics"),
         "curves": _curves(folder / "improved" / "curves.json"),
+        "improved": numbers(folder / "improved" / "stage.json", "metrics"),
         "temperature": numbers(folder / "improved" / "model" / "policy.json").get("temperature"),
         "candidates": _candidates(folder / "improved" / "stage.json", settings["improved"]),
         "settings": settings,

@@ -147,7 +147,14 @@ def _improvement(one: RoundRecord) -> Iterator[str]:
     """Which passes made the challenger, and what Q says that came of it."""
     if one.settings.get("improved"):
         passes = ", then ".join(_pass(name, one) for name in one.curves)
-        yield f"Improved by {passes}" if passes else "No pass was configured: the challenger is the champion unchanged"
+        times = int(one.improved.get("policy_iterations", 1))
+        often = f", {times} policy iterations on the same conversations" if times > 1 else ""
+        said = f"Improved by {passes}{often}"
+        yield said if passes else "No pass was configured: the challenger is the champion unchanged"
+        for number in range(2, times + 1):
+            if worth := one.improved.get(f"iteration_{number}_fit_effective_size"):
+                own = words.count(worth, "suggestions")
+                yield f"For Q of policy iteration {number} they are worth {own} of its own (effective sample size)"
     found = [one.evidence.get(f"q_{name}") for name in ("champion", "challenger", "gain_low", "gain_high")]
     before, after, low, high = found
     if before is None or after is None or low is None or high is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,10 @@ def sampled_rounds(run: RunRecord) -> list[RoundRecord]:
 
 @svg.styled
 def curves(run: RunRecord) -> str | None:
-    """An algorithm's rollouts: Q, KL to the reference and entropy; the last round is drawn strongest."""
+    """An algorithm's rollouts: Q, KL to the reference and entropy; the last round is drawn strongest.
+
+    Each policy iteration has a line of its own, for Q and the reference are others there.
+    """
     rounds = sampled_rounds(run)
     if not rounds:
         return None
@@ -75,9 +79,10 @@ def curves(run: RunRecord) -> str | None:
     figure, panels = svg.panels(9.6, 2.9, len(CURVES))
     for axes, (key, title, unit) in zip(panels, CURVES, strict=True):
         for one, strength in zip(rounds, _strengths(len(rounds)), strict=True):
-            found = [(x, entry[key]) for x, entry in enumerate(one.sampled, start=1) if key in entry]
-            if found:
-                _curve(axes, found, _named(one) if mixed else f"round {one.number}", strength)
+            found = [(x, entry) for x, entry in enumerate(one.sampled, start=1) if key in entry]
+            name = _named(one) if mixed else f"round {one.number}"
+            for k, (_, part) in enumerate(groupby(found, lambda pair: pair[1].get("iteration"))):
+                _curve(axes, [(x, entry[key]) for x, entry in part], f"_{name}" if k else name, strength)
         axes.set(title=title, xlabel="rollout", ylabel=unit)
         axes.margins(x=0.06, y=0.14)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -110,14 +115,19 @@ def _means(values: Sequence[float]) -> list[tuple[float, float]]:
 
 @svg.styled
 def judges(run: RunRecord) -> str | None:
-    """What Q and its unseen members say of each rollout's answers, over KL to the champion, for the last rounds."""
+    """What Q and its unseen members say of each rollout's answers, over KL to the champion, for the last rounds.
+
+    Of several policy iterations the last, for each has a Q of its own.
+    """
     keys = ("kl_to_champion", "q", "judge")
     rounds = [one for one in run.rounds if any("judge" in entry for entry in one.sampled)][-MOST_ROUNDS:]
     if not rounds:
         return None
     figure, panels = svg.panels(9.6 if len(rounds) > 1 else 5.6, 2.9, len(rounds), sharey=True)
     for axes, one in zip(panels, rounds, strict=True):
-        found = [tuple(entry[key] for key in keys) for entry in one.sampled if set(keys) <= entry.keys()]
+        last = one.sampled[-1].get("iteration")
+        rollouts = [entry for entry in one.sampled if set(keys) <= entry.keys() and entry.get("iteration") == last]
+        found = [tuple(entry[key] for key in keys) for entry in rollouts]
         kl, q, judge = np.array(found).reshape(-1, len(keys)).T
         axes.plot(kl, q, marker="o", markersize=4, color=svg.CHALLENGER, label="Q, as improved on")
         axes.plot(kl, judge, marker="s", markersize=4, color=svg.CHAMPION, label="judges")
