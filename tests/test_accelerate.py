@@ -35,6 +35,9 @@ QUICK = {
     "improve.ppo.rollout": 48,
     "improve.logged.epochs": 1.0,
     "improve.logged.batch_size": 9,
+    "improve.q_iterations": 1,
+    "q.samples": 1,
+    "q.effective_size_floor": 1.0,
     "q.epochs": 1.0,
     "q.batch_size": 7,
     "q.value_epochs": 1.0,
@@ -171,6 +174,8 @@ def test_two_processes_improve_as_one_does(
         assert len(curves[0]) == len(curves[1]) >= 2
         for one, other in zip(*curves, strict=True):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    assert alone.report["policy_iterations"] == 2.0
+    assert together.report == pytest.approx(alone.report, rel=1e-3)
     assert torch.allclose(weights(alone.policy.model), weights(together.policy.model), atol=1e-3)
     start = weights(tiny_policy.model)
     assert (weights(alone.policy.model) - start).abs().max() > 1e-3
