@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def improve_policy(
     for number in range(1, 1 + (1 if c.reward == "acceptance" else c.policy_iterations)):
         if number > 1:
             try:
-                q = _q_of_student(student, current, config, q, progress)
+                q = _q_of_student(student, replace(current, behaviour=behaviour), config, q, progress)
             except SupportError as error:
                 _LOG.warning("policy iteration %d is left out: %s", number, str(error).partition(";")[0])
                 break
