@@ -78,7 +78,8 @@ class Talks:
 
 
 def configuration(assigner: str, algorithm: str, seed: int) -> Config:
-    return load_config(None, {**GIVEN, "seed": seed, "credit.assigner": assigner, "improve.algorithm": algorithm})
+    varied = {"seed": seed, "credit.assigner": assigner, "improve.algorithm": algorithm}
+    return load_config(None, {**GIVEN, **varied, "improve.policy_iterations": 1})
 
 
 def first_policy(seed: int) -> Path:

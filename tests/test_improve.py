@@ -555,6 +555,13 @@ def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(
     assert "policy iteration 2 is left out" in caplog.text and "effective sample size" in caplog.text
 
 
+@pytest.mark.parametrize("setting", ["logged.epochs", "policy_iterations"])
+def test_rewards_other_than_those_of_q_are_refused(iterated: Callable[..., Any], setting: str) -> None:
+    changes = {"improve.policy_iterations": 1, f"improve.{setting}": 2, "credit.assigner": "itpo"}
+    with pytest.raises(TrainingError, match=rf"improve.{setting} learns from rewards of outcome, .* assigner itpo"):
+        iterated(**changes)
+
+
 def test_acceptance_takes_one_policy_iteration(iterated: Callable[..., Any]) -> None:
     made = iterated(**{"improve.policy_iterations": 2, "improve.reward": "acceptance"})
     assert made.report["policy_iterations"] == 1.0

@@ -140,19 +140,21 @@ def improve_policy(
         behaviour: (N,) log-probs of the logged actions as sampled, NaN where unknown.
         checkpoint: where a killed improvement goes on from.
 
-    Raises TrainingError where the logged pass would take its advantages from other rewards than Q was fitted to, and
-    what its passes raise.
+    Raises TrainingError where the logged pass or a later Q would learn from other rewards than Q was fitted to, and
+    what the passes raise.
     """
     c = config.improve
-    if c.logged.epochs and current.assigner != config.credit.assigner:
+    iterations = 1 if c.reward == "acceptance" else c.policy_iterations
+    if (c.logged.epochs or iterations > 1) and current.assigner != config.credit.assigner:
+        name, without = ("logged.epochs", 0) if c.logged.epochs else ("policy_iterations", 1)
         raise TrainingError(
-            f"improve.logged learns from rewards of {current.assigner}, Q was fitted to those of credit.assigner "
-            f"{config.credit.assigner}; give it the credited round, or set improve.logged.epochs to 0"
+            f"improve.{name} learns from rewards of {current.assigner}, Q was fitted to those of credit.assigner "
+            f"{config.credit.assigner}; give it the credited round, or set improve.{name} to {without}"
         )
     if c.best_of_n.epochs or c.ppo.episodes:
         check_prompts(policy, prompts)  # before the logged pass trains for nothing
     student, curves, report = policy, dict[str, Curve](), dict[str, float]()
-    for number in range(1, 1 + (1 if c.reward == "acceptance" else c.policy_iterations)):
+    for number in range(1, 1 + iterations):
         if number > 1:
             try:
                 q = _q_of_student(student, replace(current, behaviour=behaviour), config, q, progress)
