@@ -558,7 +558,7 @@ def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(
 @pytest.mark.parametrize("setting", ["logged.epochs", "policy_iterations"])
 def test_rewards_other_than_those_of_q_are_refused(iterated: Callable[..., Any], setting: str) -> None:
     changes = {"improve.policy_iterations": 1, f"improve.{setting}": 2, "credit.assigner": "itpo"}
-    with pytest.raises(TrainingError, match=rf"improve.{setting} learns from rewards of outcome, .* assigner itpo"):
+    with pytest.raises(TrainingError, match=rf"improve.{setting} learns from rewards of outcome, .*assigner itpo"):
         iterated(**changes)
 
 
