@@ -26,14 +26,13 @@ LEARNERS: dict[str, Learner] = {
 COLLECTORS: dict[str, Callable[[Any, int, Config, int], Any]] = {ONLINE: online_rloo, REFUEL: refuel}
 """Those that have their conversations in a way of their own."""
 METHODS: dict[str, dict[str, Any]] = {
-    OURS: {},
-    ONE_ITERATION: {"improve.policy_iterations": 1},
-    "best of n by Q, cloned": {"improve.policy_iterations": 1, "improve.ppo.episodes": 0},
+    OURS: {"improve.policy_iterations": 2},
+    ONE_ITERATION: {},
+    "best of n by Q, cloned": {"improve.ppo.episodes": 0},
     **{name: {} for name in LEARNERS},
     **{name: {} for name in COLLECTORS},
     MYOPIC: {"improve.reward": "acceptance", "q.corpus_epochs": 0.0},
     "paper's shape: PPO alone, KL to pi_i, Monte Carlo Q": {
-        "improve.policy_iterations": 1,
         "improve.best_of_n.epochs": 0.0,
         "improve.ppo.kl_coefficient": 0.3,
         "improve.ppo.episodes": 3072,

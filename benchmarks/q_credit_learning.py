@@ -78,8 +78,7 @@ class Talks:
 
 
 def configuration(assigner: str, algorithm: str, seed: int) -> Config:
-    varied = {"seed": seed, "credit.assigner": assigner, "improve.algorithm": algorithm}
-    return load_config(None, {**GIVEN, **varied, "improve.policy_iterations": 1})
+    return load_config(None, {**GIVEN, "seed": seed, "credit.assigner": assigner, "improve.algorithm": algorithm})
 
 
 def first_policy(seed: int) -> Path:

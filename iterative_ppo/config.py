@@ -302,6 +302,9 @@ class BestOfNConfig(Frozen):
     """Responses a state, of which the best by Q is learnt."""
     temperature: float = Positive
     """Of the candidates, as a share of the policy's own: below 1 they are what it is surer of, so better written."""
+    later_temperature: float = Positive
+    """The same in later policy iterations, whose student has learnt to be that sure; lower ones leave the next round's
+    conversations too little variety to learn from."""
     learning_rate: float = Rate
     batch_size: int = Count
 

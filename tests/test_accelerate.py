@@ -35,6 +35,7 @@ QUICK = {
     "improve.ppo.rollout": 48,
     "improve.logged.epochs": 1.0,
     "improve.logged.batch_size": 9,
+    "improve.policy_iterations": 2,
     "improve.q_iterations": 1,
     "q.samples": 1,
     "q.effective_size_floor": 1.0,

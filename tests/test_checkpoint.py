@@ -81,7 +81,7 @@ def test_where_nothing_was_kept_another_configuration_is_none_of_its_business(tm
 
 QUICK = {"improve.best_of_n.epochs": 1.0, "improve.best_of_n.samples": 2, "improve.ppo.episodes": 64}
 QUICK |= {"improve.ppo.rollout": 16, "improve.ppo.minibatch_size": 16, "improve.ppo.epochs": 1}
-QUICK |= {"improve.policy_iterations": 1, "improve.q_iterations": 1, "q.epochs": 1.0, "q.samples": 1}
+QUICK |= {"improve.q_iterations": 1, "q.epochs": 1.0, "q.samples": 1}
 QUICK |= {"q.effective_size_floor": 1.0}
 
 

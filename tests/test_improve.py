@@ -471,9 +471,7 @@ def test_the_logged_pass_is_the_same_for_the_same_seed(bandit: LanguagePolicy) -
 
 def config_with(**changes: Any) -> Config:
     return load_config(
-        overrides={"improve.ppo.episodes": 64, "improve.logged.epochs": 1.0, "improve.logged.batch_size": 8}
-        | {"improve.policy_iterations": 1}
-        | changes
+        overrides={"improve.ppo.episodes": 64, "improve.logged.epochs": 1.0, "improve.logged.batch_size": 8} | changes
     )
 
 
@@ -545,6 +543,20 @@ def test_a_second_policy_iteration_is_against_q_of_the_student(
     assert twice.curves["ppo"][0] == once.curves["ppo"][0]
     assert abs(twice.curves["ppo"][1]["kl_to_champion"]) > 1e-3 > abs(twice.curves["ppo"][1]["kl_to_reference"])
     assert twice.report["policy_iterations"] == 2.0 and twice.report["iteration_2_fit_effective_size"] > 0
+
+
+def test_later_candidates_are_drawn_at_a_temperature_of_their_own(
+    iterated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[float] = []
+
+    def told(policy: LanguagePolicy, q: Any, prompts: Any, c: BestOfNConfig, *given: Any) -> Any:
+        drawn.append(c.temperature)
+        return improve_by_best(policy, q, prompts, c, *given)
+
+    monkeypatch.setattr(rounds, "improve_by_best", told)
+    iterated(**{"improve.policy_iterations": 3, "improve.best_of_n.later_temperature": 0.8})
+    assert drawn == [0.5, 0.8, 0.8]
 
 
 def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(

@@ -54,6 +54,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "q.iterations": 2,
         "q.samples": 1,
         "improve.ppo.kl_coefficient": 0.0,
+        "improve.policy_iterations": 2,
         "improve.q_iterations": 1,
         **{f"gate.guardrails.{name}.margin": 1000.0 for name in load_config().gate.guardrails},
         **{f"gate.guardrails.{name}.limit": None for name in load_config().gate.guardrails},
