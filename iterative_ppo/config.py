@@ -302,9 +302,6 @@ class BestOfNConfig(Frozen):
     """Responses a state, of which the best by Q is learnt."""
     temperature: float = Positive
     """Of the candidates, as a share of the policy's own: below 1 they are what it is surer of, so better written."""
-    later_temperature: float = Positive
-    """The same in later policy iterations, whose student has learnt to be that sure; lower ones leave the next round's
-    conversations too little variety to learn from."""
     learning_rate: float = Rate
     batch_size: int = Count
 
@@ -348,7 +345,8 @@ class ImproveConfig(Frozen):
     """What improves the policy on sampled responses: our PPO, or TRL's GRPO or RLOO."""
     policy_iterations: int = Count
     """Policy iterations on one round's conversations. After the first, Q of the policy so far is fitted to the same
-    conversations by fitted Q evaluation, and the passes run again. Acceptance, whose Q is every policy's, takes one."""
+    conversations by fitted Q evaluation, and the passes run again: more from few conversations, at the price of variety
+    in the next round's. Acceptance, whose Q is every policy's, takes one."""
     q_iterations: int = Count
     """Fits of each such Q, in place of q.iterations: it starts from the Q before it."""
     logged: LoggedConfig

@@ -545,20 +545,6 @@ def test_a_second_policy_iteration_is_against_q_of_the_student(
     assert twice.report["policy_iterations"] == 2.0 and twice.report["iteration_2_fit_effective_size"] > 0
 
 
-def test_later_candidates_are_drawn_at_a_temperature_of_their_own(
-    iterated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[float] = []
-
-    def told(policy: LanguagePolicy, q: Any, prompts: Any, c: BestOfNConfig, *given: Any) -> Any:
-        drawn.append(c.temperature)
-        return improve_by_best(policy, q, prompts, c, *given)
-
-    monkeypatch.setattr(rounds, "improve_by_best", told)
-    iterated(**{"improve.policy_iterations": 3, "improve.best_of_n.later_temperature": 0.8})
-    assert drawn == [0.5, 0.8, 0.8]
-
-
 def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(
     iterated: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -207,11 +207,8 @@ class Passes:
             student, logged = improve_on_log(
                 student, data, c.logged, self.seed, self.progress, self._kept("logged", 50)
             )
-        best_of_n = c.best_of_n
-        if self.number > 1:
-            best_of_n = best_of_n.model_copy(update={"temperature": best_of_n.later_temperature})
         student, best = improve_by_best(
-            student, q, self.prompts, best_of_n, self.seed, self.progress, self._kept("best_of_n", 50)
+            student, q, self.prompts, c.best_of_n, self.seed, self.progress, self._kept("best_of_n", 50)
         )
         student, sampled = improve_on_samples(
             student,
