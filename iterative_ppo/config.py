@@ -348,7 +348,7 @@ class ImproveConfig(Frozen):
     conversations by fitted Q evaluation, and the passes run again: more from few conversations, at the price of variety
     in the next round's. Acceptance, whose Q is every policy's, takes one."""
     q_iterations: int = Count
-    """Fits of each such Q, in place of q.iterations: it starts from the Q before it."""
+    """Fits of each such Q, in place of q.iterations: its network starts from the Q before it."""
     logged: LoggedConfig
     best_of_n: BestOfNConfig
     ppo: PPOConfig

@@ -243,10 +243,13 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         "prompts": content_hash(prompts.path),
         "md5": prompts.dataset.md5,
     } | _credit(config)
+    if config.improve.policy_iterations > 1:  # which fit a Q of their own
+        inputs["fit"] = config.q.model_dump()
 
     def work(draft: Path) -> Mapping[str, float]:
         from iterative_ppo.learning.checkpoint import take_up
         from iterative_ppo.learning.jobs import Improving, stored_credit
+        from iterative_ppo.learning.rounds import LEFT_OUT
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.sequences import Beginnings
         from iterative_ppo.learning.worker import do
@@ -266,6 +269,13 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
                 except TrainingError:  # it would come again, and what it advises to change may be a setting
                     checkpoint.clear()
                     raise
+        if number := result.report.get(LEFT_OUT):
+            _LOG.warning(
+                "policy iteration %d is left out: to the policy so far the conversations are worth fewer suggestions "
+                "than q.effective_size_floor = %g",
+                number,
+                config.q.effective_size_floor,
+            )
         last = {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}
         return last | result.report
 

@@ -35,11 +35,14 @@ def progress(what: str) -> Iterator[Report]:
 
 
 def _lines(what: str) -> Report:
-    shown = -1
+    shown, before = -1, 0
 
     def report(done: int, total: int) -> None:
-        nonlocal shown
+        nonlocal shown, before
         quarter = 4 * done // max(total, 1)
+        if done < before:  # another loop began
+            shown = -1
+        before = done
         if quarter > shown or done == total:
             shown = 5 if done == total else quarter
             logger.info("%s: %d of %d", what, done, total)

@@ -203,6 +203,16 @@ def test_killed_within_a_later_policy_iteration_it_ends_with_the_same_weights(
     assert stage.metrics["policy_iterations"] == 2.0
 
 
+def test_an_iteration_left_out_is_told_and_made_up_for_once_the_floor_is_lower(
+    night: Night, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = night.improve(**{"improve.policy_iterations": 2, "q.effective_size_floor": 1e6})
+    assert stage.metrics["policy_iterations"] == 1.0
+    assert "policy iteration 2 is left out" in caplog.text and "q.effective_size_floor = 1e+06" in caplog.text
+    again = night.improve(**{"improve.policy_iterations": 2})
+    assert not again.done_before and again.metrics["policy_iterations"] == 2.0
+
+
 def test_a_failed_training_leaves_nothing_that_forbids_to_mend_its_settings(
     night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:

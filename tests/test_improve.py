@@ -545,12 +545,19 @@ def test_a_second_policy_iteration_is_against_q_of_the_student(
     assert twice.report["policy_iterations"] == 2.0 and twice.report["iteration_2_fit_effective_size"] > 0
 
 
-def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(
-    iterated: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(iterated: Callable[..., Any]) -> None:
     made = iterated(**{"improve.policy_iterations": 3, "q.effective_size_floor": 1e6})
-    assert made.report == {"policy_iterations": 1.0}
-    assert "policy iteration 2 is left out" in caplog.text and "effective sample size" in caplog.text
+    assert made.report == {"policy_iterations": 1.0, "iteration_left_out": 2.0}
+
+
+def test_no_policy_iteration_follows_a_spent_budget(iterated: Callable[..., Any]) -> None:
+    made = iterated(**{"improve.policy_iterations": 2, "improve.ppo.kl_budget": 1e-6})
+    assert made.report["policy_iterations"] == 1.0
+
+
+def test_without_samples_there_is_nothing_to_iterate(iterated: Callable[..., Any]) -> None:
+    nothing = {"improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0, "improve.logged.epochs": 1.0}
+    assert iterated(**{"improve.policy_iterations": 2, **nothing}).report == {"policy_iterations": 1.0}
 
 
 @pytest.mark.parametrize("setting", ["logged.epochs", "policy_iterations"])

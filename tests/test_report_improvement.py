@@ -102,6 +102,11 @@ def test_several_policy_iterations_are_told_with_what_the_data_are_worth_to_each
     assert "For Q of policy iteration 2 they are worth 964 suggestions of its own (effective sample size)<" in run.page
 
 
+def test_a_policy_iteration_that_was_left_out_is_told(run: Run) -> None:
+    run.improved(0, {"ppo": ROLLOUTS}, metrics={"policy_iterations": 1.0, "iteration_left_out": 2.0})
+    assert "Policy iteration 2 left out: the conversations tell too little of the policy by then<" in run.page
+
+
 def test_a_round_that_is_not_improved_yet_says_nothing_of_it(run: Run) -> None:
     (run.root / "rounds" / "0000" / "validated").mkdir(parents=True)
     assert "Improved by" not in run.page and "No pass was" not in run.page

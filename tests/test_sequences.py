@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iterative_ppo.errors import StoreError
+from iterative_ppo.learning import branching
 from iterative_ppo.learning.sequences import Answered, Beginnings, Chosen, Joined, SequenceFile, lengths_of
 from iterative_ppo.mdp.rendering import Encoded, Span, single
 
@@ -85,3 +86,31 @@ def test_prompts_and_their_answers_are_views_too(tmp_path: Path) -> None:
     answered = Answered(stored, responses)
     assert list(answered) == [single(k, expected[k], responses[k], True) for k in range(3)]
     assert lengths_of(answered).tolist() == [4, 1, 1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(1, 9)), max_size=12), st.integers(8, 60))
+def test_neighbours_with_one_prompt_are_a_group_and_batches_keep_to_their_tokens(
+    drawn: list[tuple[int, int, int]], tokens: int
+) -> None:
+    """Each sequence is in one group, with its own prompt; only a group of a single sequence may be too large."""
+    sequences = [single(0, (kind,) * width, (7,) * length, True) for kind, width, length in drawn]
+    found = branching.groups(sequences, tokens)
+    assert [k for group in found for k in range(group.begin, group.end)] == list(range(len(sequences)))
+    for group in found:
+        mine = sequences[group.begin : group.end]
+        assert {s.tokens[: s.spans[0].start] for s in mine} == {group.prompt}
+        assert group.longest == max(s.spans[0].end - s.spans[0].start for s in mine)
+        assert group.cost <= tokens or len(mine) == 1
+    batches = list(branching.batches(found, tokens))
+    assert sorted((g.begin, g.end) for batch in batches for g in batch) == [(g.begin, g.end) for g in found]
+    for batch in batches:
+        rows, widest = sum(g.end - g.begin for g in batch), max(len(g.prompt) for g in batch)
+        assert rows * (widest + max(g.longest for g in batch)) <= tokens or len(batch) == 1
+
+
+def test_sharing_is_worthwhile_where_prompts_are_long() -> None:
+    def eight(prompt: int, response: int) -> list[branching.Group]:
+        return branching.groups([single(0, (1,) * prompt, (2,) * response, True)] * 8, 10_000)
+
+    assert branching.worthwhile(eight(100, 20)) and not branching.worthwhile(eight(8, 100))
+    assert not branching.worthwhile([]) and not branching.worthwhile(eight(100, 20)[:0])

@@ -7,6 +7,7 @@ at the tokens between a running value, E[Q | the response so far], which PPO use
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -28,17 +29,17 @@ from transformers.modeling_layers import GenericForTokenClassification
 from iterative_ppo.config import Config
 from iterative_ppo.errors import ConfigError, ModelError, StoreError, did_you_mean
 from iterative_ppo.files import read_settings, write_json
+from iterative_ppo.learning import branching
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.loading import alike
 from iterative_ppo.learning.objective import head_range, head_weights
-from iterative_ppo.learning.sampling import CachedReader, chunks, right_padded
-from iterative_ppo.learning.sequences import Prompts
 from iterative_ppo.learning.sharding import full
 from iterative_ppo.learning.value_scale import ValueScale
 from iterative_ppo.mdp.rendering import Encoded, single
 
+_LOG = logging.getLogger(__name__)
 SETTINGS = "q.json"
 FORMAT = 2
 """Format 1 knew one head; what it wrote is read as such."""
@@ -264,10 +265,9 @@ class QModel:
     @torch.inference_mode()
     def running_heads(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
         """Like `running_values` by each head: (1 + length, H)."""
-        prompts = [sequence.tokens[: sequence.spans[0].start] for sequence in sequences]
-        first = [k for k, prompt in enumerate(prompts) if k == 0 or prompt != prompts[k - 1]]
-        if len(first) < len(prompts) and self._branches:
-            return self._branched(sequences, [prompts[k] for k in first], np.diff([*first, len(prompts)]))
+        found = branching.groups(sequences, INFERENCE_TOKENS)
+        if branching.worthwhile(found) and self._branches:
+            return self._branched(sequences, found)
         result: list[np.ndarray] = [np.empty(0)] * len(sequences)
         for batch in inference_batches(sequences, INFERENCE_TOKENS, self.pad):
             lengths = 1 + batch.end - batch.start
@@ -280,25 +280,15 @@ class QModel:
         return result
 
     @torch.inference_mode()
-    def _branched(self, sequences: Sequence[Encoded], prompts: Prompts, counts: np.ndarray) -> list[np.ndarray]:
-        """`running_heads` of sequences of which the next `counts` (P,) share each of the prompts."""
-        begin, lengths = np.cumsum(counts) - counts, [len(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda k: -lengths[k])
+    def _branched(self, sequences: Sequence[Encoded], found: Sequence[branching.Group]) -> list[np.ndarray]:
         result: list[np.ndarray] = [np.empty(0)] * len(sequences)
-        for chosen in chunks(order, lengths, max(1, INFERENCE_TOKENS // int(counts.max()))):
-            mine = [int(begin[k]) + j for k in chosen for j in range(counts[k])]
-            responses = [sequences[k].tokens[sequences[k].spans[0].start :] for k in mine]
-            reader = CachedReader(self.model, [prompts[k] for k in chosen], self.pad)
-            rows = torch.from_numpy(np.repeat(np.arange(len(chosen)), counts[list(chosen)])).to(self.model.device)
-            before = reader.hidden()[:, -1:][rows]
-            reader.branch(rows, right_padded(responses, self.pad, self.model.device))
-            hidden = torch.cat([before, reader.hidden()], dim=1)
-            ends = np.array([len(response) for response in responses])
-            at_end = torch.from_numpy(np.arange(hidden.shape[1]) == ends[:, None]).to(hidden.device)
+        for batch in branching.batches(found, INFERENCE_TOKENS):
+            hidden, places, lengths = branching.branched_hidden(self.model, batch, sequences, self.pad)
+            at_end = torch.from_numpy(np.arange(hidden.shape[1]) == lengths[:, None]).to(hidden.device)
             outputs = self.outputs(self._head_logits(hidden).flatten(0, 1), at_end.flatten())
             values = self.settings.scale.value(outputs).unflatten(0, at_end.shape).cpu().numpy()
-            for k, end, found in zip(mine, ends, values, strict=True):
-                result[k] = found[: 1 + end]
+            for k, length, row in zip(places, lengths, values, strict=True):
+                result[k] = row[: 1 + length]
         return result
 
     @cached_property
@@ -307,16 +297,18 @@ class QModel:
         embedding: Any = self.model.get_input_embeddings()
         size = embedding.weight.shape[0]
         t = tuple(torch.randint(size, (24,), generator=torch.Generator().manual_seed(0)).tolist())
-        prompts = [t[:7], t[7:12]]
         spoken = [(t[:7], t[12:15]), (t[:7], t[15:20]), (t[7:12], t[20:22]), (t[7:12], t[22:])]
         sequences = [single(0, *pair, True) for pair in spoken]
         aim = [self.running_heads([sequence])[0] for sequence in sequences]
         try:
-            found = self._branched(sequences, prompts, np.array([2, 2]))
+            found = self._branched(sequences, branching.groups(sequences, INFERENCE_TOKENS))
+            mine, theirs = (torch.from_numpy(np.concatenate(v)).to(self.model.device) for v in (found, aim))
+            holds = alike(mine, theirs, self.model)
         except Exception:  # a family's own code raises what it likes where it does not know an argument
-            return False
-        mine, theirs = (torch.from_numpy(np.concatenate(values)) for values in (found, aim))
-        return alike(mine, theirs, self.model)
+            holds = False
+        if not holds:
+            _LOG.warning("%s: Q reads the prompt anew for each response, which is slower", self.model.config.model_type)
+        return holds
 
     def _by_member(self, values: np.ndarray) -> np.ndarray:
         """(N, H) values of the heads to (N, members + judges) weighted sums of outcomes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import acceptance_rewards, discounted_returns, rewards
 from iterative_ppo.mdp.turn_table import conversations, last_rows, outcome_columns
 
-_LOG = logging.getLogger(__name__)
+LEFT_OUT = "iteration_left_out"
 
 
 def round_of(policy: LanguagePolicy, frame: pd.DataFrame, config: Config) -> Round:
@@ -134,7 +133,8 @@ def improve_policy(
     """Line 7: every configured pass, in as many policy iterations as improve.policy_iterations says.
 
     The first is against Q^pi as given. Each further one is against Q of the policy so far, fitted to the same
-    conversations by fitted Q evaluation, and ends the improvement where they do not support one.
+    conversations by fitted Q evaluation. A spent budget ends them, and conversations that support no such Q: the report
+    then has LEFT_OUT, which iteration that was.
 
     Args:
         behaviour: (N,) log-probs of the logged actions as sampled, NaN where unknown.
@@ -144,22 +144,23 @@ def improve_policy(
     what the passes raise.
     """
     c = config.improve
-    iterations = 1 if c.reward == "acceptance" else c.policy_iterations
+    samples = bool(c.best_of_n.epochs or c.ppo.episodes)
+    iterations = c.policy_iterations if samples and c.reward != "acceptance" else 1
     if (c.logged.epochs or iterations > 1) and current.assigner != config.credit.assigner:
         name, without = ("logged.epochs", 0) if c.logged.epochs else ("policy_iterations", 1)
         raise TrainingError(
             f"improve.{name} learns from rewards of {current.assigner}, Q was fitted to those of credit.assigner "
             f"{config.credit.assigner}; give it the credited round, or set improve.{name} to {without}"
         )
-    if c.best_of_n.epochs or c.ppo.episodes:
+    if samples:
         check_prompts(policy, prompts)  # before the logged pass trains for nothing
     student, curves, report = policy, dict[str, Curve](), dict[str, float]()
     for number in range(1, 1 + iterations):
         if number > 1:
             try:
                 q = _q_of_student(student, replace(current, behaviour=behaviour), config, q, progress)
-            except SupportError as error:
-                _LOG.warning("policy iteration %d is left out: %s", number, str(error).partition(";")[0])
+            except SupportError:
+                report[LEFT_OUT] = float(number)
                 break
             report |= {f"iteration_{number}_{name}": value for name, value in q.report.items()}
         how = Passes(policy, current, behaviour, q, prompts, config, seed + number - 1, number, progress, checkpoint)
@@ -167,6 +168,8 @@ def improve_policy(
         for name, curve in found.items():
             curves.setdefault(name, []).extend({**entry, "iteration": float(number)} for entry in curve)
         report["policy_iterations"] = float(number)
+        if ppo.spent(found.get(c.algorithm, []), c.ppo):
+            break
     return Improvement(student, curves, report)
 
 

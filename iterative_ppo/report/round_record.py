@@ -81,9 +81,9 @@ class RoundRecord:
     distance: Numbers = field(default_factory=dict)
     """How near a policy cloned from a log is to that log."""
     curves: Mapping[str, tuple[Numbers, ...]] = field(default_factory=dict)
+    """Of each pass of the improvement that ran, in order: one entry an update, or a rollout of a sampled algorithm."""
     improved: Numbers = field(default_factory=dict)
     """Figures of the improvement."""
-    """Of each pass of the improvement that ran, in order: one entry an update, or a rollout of a sampled algorithm."""
     candidates: int | None = None
     """Responses a state, of which the best of n was learnt."""
     evidence: Numbers = field(default_factory=dict)

@@ -155,6 +155,8 @@ def _improvement(one: RoundRecord) -> Iterator[str]:
             if worth := one.improved.get(f"iteration_{number}_fit_effective_size"):
                 own = words.count(worth, "suggestions")
                 yield f"For Q of policy iteration {number} they are worth {own} of its own (effective sample size)"
+        if missing := one.improved.get("iteration_left_out"):
+            yield f"Policy iteration {missing:.0f} left out: the conversations tell too little of the policy by then"
     found = [one.evidence.get(f"q_{name}") for name in ("champion", "challenger", "gain_low", "gain_high")]
     before, after, low, high = found
     if before is None or after is None or low is None or high is None:
