@@ -29,7 +29,7 @@ from iterative_ppo.learning.sampling import (
     chunks,
     write_responses,
 )
-from iterative_ppo.learning.sequences import Prompts
+from iterative_ppo.learning.sequences import Prompts, prompt_lengths
 from iterative_ppo.mdp.conversation import State, Suggestion
 from iterative_ppo.mdp.rendering import Renderer
 
@@ -270,7 +270,7 @@ class LanguagePolicy:
         length = self.settings.max_response_tokens
         uniform = np.random.default_rng(seed).random((len(prompts), samples, length))
         found: dict[int, list[Written]] = {}
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = prompt_lengths(prompts).tolist()
         order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
         with self.active(), sharding.gathered(self.model):
             for chosen in chunks(distributed.share(order), lengths, INFERENCE_TOKENS // samples):

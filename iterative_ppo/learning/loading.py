@@ -104,7 +104,7 @@ def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilitie
     padded = right_padded(texts, pad, device)
     try:
         expected = own_logits(model, padded)[rows, at]
-    except Exception as error:  # see _holds
+    except Exception as error:  # see holds
         raise ModelError(f"{name}: fails on a short text ({' '.join(str(error).split())[:200]})") from error
     if not torch.isfinite(expected).any():
         raise ModelError(f"{name}: its logits are not numbers, so its weights are damaged or its training diverged")
@@ -126,8 +126,8 @@ def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilitie
         found = torch.cat([first, second, reader.logits()])
         return alike(found, torch.cat([expected[:, 0], expected[twice, 1], expected[:, 2]]), model)
 
-    plain_head = _holds(plain)
-    cache = plain_head and _holds(cached)
+    plain_head = holds(plain)
+    cache = plain_head and holds(cached)
     if not cache:
         _LOG.warning(
             "%s: samples without a key-value cache, which is slower; its own does not serve batches here", name
@@ -135,7 +135,8 @@ def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilitie
     return Abilities(plain_head, cache)
 
 
-def _holds(check: Callable[[], bool]) -> bool:
+def holds(check: Callable[[], bool]) -> bool:
+    """Whether what is tried of a family's code holds; what it raises says that it does not."""
     try:
         return check()
     except Exception:  # a family's own code raises what it likes where it does not know an argument

@@ -33,7 +33,7 @@ from iterative_ppo.learning import branching
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
-from iterative_ppo.learning.loading import alike
+from iterative_ppo.learning.loading import alike, holds
 from iterative_ppo.learning.objective import head_range, head_weights
 from iterative_ppo.learning.sharding import full
 from iterative_ppo.learning.value_scale import ValueScale
@@ -300,15 +300,15 @@ class QModel:
         spoken = [(t[:7], t[12:15]), (t[:7], t[15:20]), (t[7:12], t[20:22]), (t[7:12], t[22:])]
         sequences = [single(0, *pair, True) for pair in spoken]
         aim = [self.running_heads([sequence])[0] for sequence in sequences]
-        try:
+
+        def shared() -> bool:
             found = self._branched(sequences, branching.groups(sequences, INFERENCE_TOKENS))
             mine, theirs = (torch.from_numpy(np.concatenate(v)).to(self.model.device) for v in (found, aim))
-            holds = alike(mine, theirs, self.model)
-        except Exception:  # a family's own code raises what it likes where it does not know an argument
-            holds = False
-        if not holds:
+            return alike(mine, theirs, self.model)
+
+        if not (serves := holds(shared)):
             _LOG.warning("%s: Q reads the prompt anew for each response, which is slower", self.model.config.model_type)
-        return holds
+        return serves
 
     def _by_member(self, values: np.ndarray) -> np.ndarray:
         """(N, H) values of the heads to (N, members + judges) weighted sums of outcomes."""

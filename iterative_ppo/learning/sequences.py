@@ -32,6 +32,13 @@ def lengths_of(sequences: Sequence[Encoded]) -> np.ndarray:
     return np.array([len(sequence.tokens) for sequence in sequences], dtype=np.int64)
 
 
+def prompt_lengths(prompts: Prompts) -> np.ndarray:
+    """(N,) tokens of each prompt; those that lie in a file are not read for it."""
+    if isinstance(prompts, Beginnings):
+        return prompts.lengths
+    return np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+
+
 class _OneByOne(Sequence[Item]):
     """A sequence that only knows how to get its k-th element."""
 
@@ -171,8 +178,7 @@ class Answered(_OneByOne[Encoded]):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        pairs = zip(self.prompts, self.responses, strict=True)
-        return np.array([len(prompt) + len(response) for prompt, response in pairs], dtype=np.int64)
+        return prompt_lengths(self.prompts) + prompt_lengths(self.responses)
 
     def __len__(self) -> int:
         return len(self.responses)

@@ -17,7 +17,7 @@ from iterative_ppo.errors import ModelError, TrainingError
 from iterative_ppo.learning import loading, runtime
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
-from iterative_ppo.learning.sequences import Beginnings, Prompts
+from iterative_ppo.learning.sequences import Beginnings, Prompts, prompt_lengths
 from iterative_ppo.mdp.rendering import Encoded, single
 
 
@@ -33,8 +33,8 @@ def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
     if not prompts:
         raise TrainingError("no prompt to improve on")
     limit, room = loading.context(policy.model), policy.settings.max_response_tokens
-    lengths = [len(prompt) for prompt in prompts]
-    longest = int(np.argmax(lengths))
+    lengths = prompt_lengths(prompts)
+    longest = int(lengths.argmax())
     if limit and lengths[longest] + room > limit:
         raise ModelError(
             f"prompt {longest} has {lengths[longest]} tokens, which with a response of {room} "
