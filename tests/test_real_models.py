@@ -178,22 +178,27 @@ def test_both_passes_improve_a_users_model_and_leave_it_alone(
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"),
+    ("family", "cache", "sizes"),
     [
-        ("mamba", {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.2}),
-        ("llama4_text", SIZES | {"intermediate_size_mlp": 32, "num_local_experts": 2, "attention_chunk_size": 16}),
+        ("mamba", False, {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.2}),
+        (
+            "llama4_text",
+            True,
+            SIZES | {"intermediate_size_mlp": 32, "num_local_experts": 2, "attention_chunk_size": 16},
+        ),
     ],
 )
-def test_a_model_whose_cache_does_not_serve_samples_without(
-    family: str, sizes: dict[str, Any], talks: list[Conversation], tmp_path: Path
+def test_a_cache_is_used_where_it_serves(
+    family: str, cache: bool, sizes: dict[str, Any], talks: list[Conversation], tmp_path: Path
 ) -> None:
+    """A state-space model has no cache of keys and values; one that calls its backbone otherwise has."""
     tokenizer = build_tokenizer("qwen2", messages(talks), chat=False)
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **sizes, eos_token_id=tokenizer.eos_token_id)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     policy = LanguagePolicy.load(tmp_path, SETTINGS)
-    assert not policy.abilities.cache
+    assert policy.abilities.cache == cache
     few = {policy.renderer.eos, *policy.renderer.ids("kitchen")}
     policy.banned = torch.tensor([i for i in range(len(tokenizer)) if i not in few])
     prompts = prompts_of(policy, talks[:2])
@@ -201,7 +206,7 @@ def test_a_model_whose_cache_does_not_serve_samples_without(
     assert len({len(tokens) for tokens in responses.tokens}) > 2, "rows leave the batch one after the other"
     assert np.allclose(policy.score(table_of(prompts, responses.tokens)), responses.logprobs, atol=2e-4)
     q, table = q_of(policy), table_of([prompts[0]] * 3, responses.tokens[:3])
-    assert q._branches == (family == "llama4_text"), "without one, Q reads each response from the prompt's beginning"
+    assert q._branches == cache, "without one, Q reads each response from the prompt's beginning"
     ends = [values[-1] for values in q.running_values(table.sequences)]
     assert np.allclose(ends, q.evaluate(table).q, atol=1e-5)
 

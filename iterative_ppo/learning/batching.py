@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from iterative_ppo.learning.sequences import SequenceFile, lengths_of
+from iterative_ppo.learning.sequences import SequenceFile, lengths_of, portions
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.rendering import Encoded, Renderer, Span
@@ -127,8 +127,5 @@ def inference_batches(sequences: Sequence[Encoded], tokens: int, pad: int) -> It
     """All sequences once, longest first, at most about `tokens` padded tokens a batch."""
     lengths = lengths_of(sequences)
     order = np.argsort(-lengths, kind="stable")
-    begin = 0
-    while begin < len(order):
-        size = max(1, tokens // int(lengths[order[begin]]))
-        yield collate([sequences[i] for i in order[begin : begin + size]], pad)
-        begin += size
+    for chosen in portions(order.tolist(), lengths.tolist(), tokens):
+        yield collate([sequences[i] for i in chosen], pad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,10 +14,19 @@ from iterative_ppo.errors import ModelError
 from iterative_ppo.learning import runtime
 
 
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its vocabulary head; a family's own name for it may be another, as Llama 4's is."""
+    base: Any = model.base_model
+    if base is model:
+        base = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+    found: PreTrainedModel = base
+    return found
+
+
 def last_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """(B, T, H) hidden states that the vocabulary head reads."""
     with checkpointed(model):
-        hidden: torch.Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden: torch.Tensor = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
     return hidden
 
 

@@ -19,17 +19,16 @@ from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning import adapters, distributed, loading, runtime, sharding
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches, response_positions
-from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
+from iterative_ppo.learning.forward import backbone, last_hidden, own_logits, vocabulary_logits
 from iterative_ppo.learning.runtime import threads
 from iterative_ppo.learning.sampling import (
     CachedReader,
     Reader,
     RereadingReader,
     Written,
-    chunks,
     write_responses,
 )
-from iterative_ppo.learning.sequences import Prompts, prompt_lengths
+from iterative_ppo.learning.sequences import Prompts, portions, prompt_lengths
 from iterative_ppo.mdp.conversation import State, Suggestion
 from iterative_ppo.mdp.rendering import Renderer
 
@@ -213,11 +212,7 @@ class LanguagePolicy:
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """Weights of the model without its vocabulary head, adapters merged: what a Q starts from."""
-        model = self._plain_model()
-        base: Any = model.base_model
-        if base is model:  # a family that calls it otherwise, such as Llama 4
-            base = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
-        state: dict[str, torch.Tensor] = base.state_dict()
+        state: dict[str, torch.Tensor] = backbone(self._plain_model()).state_dict()
         return state
 
     def _plain_model(self) -> PreTrainedModel:
@@ -273,7 +268,7 @@ class LanguagePolicy:
         lengths = prompt_lengths(prompts).tolist()
         order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
         with self.active(), sharding.gathered(self.model):
-            for chosen in chunks(distributed.share(order), lengths, INFERENCE_TOKENS // samples):
+            for chosen in portions(distributed.share(order), lengths, INFERENCE_TOKENS // samples):
                 reader = self._reader([prompts[i] for i in chosen])
                 places = self._tensor(uniform[list(chosen)].reshape(-1, length))
                 written = write_responses(reader, self.log_distribution, places, self.renderer.eos, samples)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
+from iterative_ppo.learning.forward import backbone, last_hidden, own_logits, vocabulary_logits
 from iterative_ppo.learning.sequences import Prompts
 
 LogDistribution = Callable[[torch.Tensor], torch.Tensor]
@@ -43,7 +43,7 @@ class CachedReader:
 
     def hidden(self) -> torch.Tensor:
         """(B, T, H) of the T tokens that came since it was called last."""
-        out: Any = self.model.base_model(
+        out: Any = backbone(self.model)(
             input_ids=self.inputs,
             attention_mask=self.mask,
             position_ids=self.position,
@@ -160,15 +160,6 @@ def quantile(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     last = log_p.shape[-1] - 1 - (log_p > -torch.inf).flip(-1).int().argmax(-1)
     return torch.minimum(token, last)
-
-
-def chunks(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
-    """Indices of prompts, longest first, at most about `tokens` padded tokens together."""
-    begin = 0
-    while begin < len(order):
-        size = max(1, tokens // max(1, lengths[order[begin]]))
-        yield order[begin : begin + size]
-        begin += size
 
 
 def right_padded(prompts: Prompts, pad: int, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -37,6 +37,15 @@ def prompt_lengths(prompts: Prompts) -> np.ndarray:
     if isinstance(prompts, Beginnings):
         return prompts.lengths
     return np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+
+
+def portions(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
+    """Places in their order, longest first, in portions of at most about `tokens` padded tokens; one place at least."""
+    begin = 0
+    while begin < len(order):
+        size = max(1, tokens // max(1, lengths[order[begin]]))
+        yield order[begin : begin + size]
+        begin += size
 
 
 class _OneByOne(Sequence[Item]):

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.learning import adapters, distributed
+from iterative_ppo.learning.forward import backbone
 
 
 class Owner(Protocol):
@@ -105,15 +106,16 @@ def _shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     how = _configured() | {"mesh": init_device_mesh(device.type, (distributed.size(),))}
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, **how)
+    base = backbone(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
         fully_shard([embedding, head], **how)
     for part in model.children():
-        if part is not model.base_model and part is not head and any(True for _ in part.parameters()):
+        if part is not base and part is not head and any(True for _ in part.parameters()):
             fully_shard(part, **how)
     if head is not None and head.weight is not embedding.weight:
         fully_shard(head, **how)
-    fully_shard(model.base_model, **how)
+    fully_shard(base, **how)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)  # losses are shares of a sum
         unit.set_force_sum_reduction_for_comms(True)
