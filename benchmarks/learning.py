@@ -26,6 +26,7 @@ from benchmarks.methods import (
     OURS,
     ROUND,
     ROUNDS,
+    SHARED,
     WORK,
     cell_path,
     configuration,
@@ -44,8 +45,10 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
     """One method and seed, round by round from where it stopped."""
     torch.set_num_threads(1)  # cells run side by side, and threads that outnumber the cores are far slower than one
     config = configuration(method, seed)
-    folder = cell_path(method, seed)
-    for number in range(rounds + 1):
+    folder, shared = cell_path(method, seed), SHARED.get(method)
+    if shared is not None:
+        run_cell(OURS, seed, shared)
+    for number in range(0 if shared is None else shared + 1, rounds + 1):
         place = folder / f"{number}"
         if (place / "result.json").exists():
             _greedily(config, number, place)
@@ -55,7 +58,8 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
             if number == 0:
                 _begin(config, method, draft)
             else:
-                _improve(config, method, folder / f"{number - 1}", number - 1, draft)
+                begun = cell_path(OURS, seed) if number - 1 == shared else folder
+                _improve(config, method, begun / f"{number - 1}", number - 1, draft)
             trained = time.process_time()
             started = cell_path(OURS, seed) / "0" / "result.json"
             if number == 0 and method != OURS and started.exists():

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.methods import EVALUATION, METHODS, OURS, ROUNDS, TWICE, cell_path, configuration
+from benchmarks.methods import EVALUATION, LAST, METHODS, OURS, ROUNDS, TWICE, cell_path, configuration
 from benchmarks.results_file import figure, mean_interval
 from iterative_ppo.environments.renovation import Script
 from iterative_ppo.environments.rollout import collect
@@ -61,7 +61,7 @@ def _margins(found: Results, seeds: list[int]) -> list[dict[str, Any]]:
     for (method, number), results in found.items():
         if method != OURS and number and (OURS, number) in found:
             mean, low, high = mean_interval(list(_rates(found[OURS, number]) - _rates(results)))
-            target = (None, None) if method == TWICE else ("> 0", low > 0)
+            target = (None, None) if method in (TWICE, LAST) else ("> 0", low > 0)
             rows.append(figure(f"margin over {method}, round {number}", mean, (low, high), *target, seeds))
     return rows
 
@@ -70,10 +70,19 @@ def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, An
     start, oracle = _rates(found[OURS, 0]), _oracle()
     mean, low, high = mean_interval(list(start))
     rows = [figure("pi_0's success", mean, (low, high), ".15 to .25", bool(0.15 <= mean <= 0.25), seeds)]
-    for number, least, said in ((1, 0.58, "0.58"), (3, 0.82, "0.82"), (5, 0.97 * oracle, "97 % of the oracle's")):
-        if (OURS, number) in found:
-            mean, low, high = mean_interval(list(_rates(found[OURS, number])))
-            rows.append(figure(f"success after {number} rounds", mean, (low, high), f">= {said}", mean >= least, seeds))
+    aims: list[tuple[str, int, float, str]] = [
+        (OURS, 1, 0.58, "0.58"),
+        (OURS, 3, 0.82, "0.82"),
+        (LAST, 3, 0.82, "0.82"),
+        (OURS, 5, 0.97 * oracle, "97 % of the oracle's"),
+    ]
+    for method, number, least, said in aims:
+        if (method, number) in found:
+            how = "" if method == OURS else ", two policy iterations in the last"
+            mean, low, high = mean_interval(list(_rates(found[method, number])))
+            rows.append(
+                figure(f"success after {number} rounds{how}", mean, (low, high), f">= {said}", mean >= least, seeds)
+            )
     if (OURS, rounds) in found:
         after = _rates(found[OURS, rounds])
         ratio, low, high = mean_interval(list(after / start))
