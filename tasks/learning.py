@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.policy_evaluation import Round
     from iterative_ppo.learning.q_model import QModel
+    from iterative_ppo.mdp.rendering import Encoded
 
 _LOG = logging.getLogger(__name__)
 PROMPTS = "prompts.parquet"
+TOLD_SHARE = 0.02
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
     "policy": {"lora", "save"},
@@ -100,12 +102,14 @@ def initial_policy_stage(
             else:
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
             encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
+            metrics["longer_share"] = _longer_share(encoded[: len(corpus)], config.policy.max_response_tokens)
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
             if tunes:
                 with progress("fine-tuning pi_0") as report:
-                    policy, metrics = fine_tune(
+                    policy, tuned = fine_tune(
                         policy, sequences, config.supervised, config.seed, base is None, [TrainingBar(report)]
                     )
+                metrics |= tuned
             policy.save(draft / "model", config.policy.save)
             if config.q.corpus_epochs and corpus:
                 frame = turn_table.to_frame(corpus, config.outcomes, config.data.evidence_share, config.data.split_by)
@@ -114,6 +118,25 @@ def initial_policy_stage(
         return {**metrics, "truncated_turns": sum(cut for _, cut in encoded)}
 
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
+
+
+def _longer_share(encoded: Sequence[tuple[Sequence[Encoded], int]], limit: int) -> float:
+    """Share of the corpus's suggestions that the policy could not say whole; more than TOLD_SHARE is told of."""
+    spans = (span for sequences, _ in encoded for sequence in sequences for span in sequence.spans)
+    lengths = np.array([span.end - span.start for span in spans if span.trains], dtype=np.int64)
+    if not len(lengths):
+        return 0.0
+    share = float((lengths > limit).mean())
+    if share > TOLD_SHARE:
+        _LOG.warning(
+            "%.0f %% of the corpus's %d suggestions are longer than policy.max_response_tokens = %d, so the policy "
+            "will be cut short where it means to say the like; 99 %% of them have at most %d tokens: set it to that",
+            100 * share,
+            len(lengths),
+            limit,
+            int(np.quantile(lengths, 0.99, method="higher")),
+        )
+    return share
 
 
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:

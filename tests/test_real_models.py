@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -556,6 +557,32 @@ def test_pi_0_is_the_base_model_or_a_tuned_one(plain_llama: Path, talks: list[Co
     assert np.nanmean(adapted.score(table)) > np.nanmean(original.score(table)) + 1.0
     with pytest.raises(ConfigError, match="init: prompt needs a base_model"):
         load_config(overrides={"policy.init": "prompt"})
+
+
+def test_a_limit_that_cuts_what_the_log_says_is_told_of(
+    plain_llama: Path, talks: list[Conversation], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What to set is said, and set so it is told of no more."""
+    from tasks.learning import initial_policy_stage
+
+    policy = LanguagePolicy.load(plain_llama, SETTINGS)
+    spoken = [turn.suggestion for talk in talks for turn in talk.turns if turn.suggestion]
+    lengths = np.array([len(policy.renderer.response(action)) for action in spoken if action.status != "missing"])
+
+    def share(limit: int) -> float:
+        base = {"policy.base_model": str(plain_llama), "policy.init": "prompt", "policy.max_prompt_tokens": 600}
+        place = {"data.root": str(tmp_path / str(limit)), "q.corpus_epochs": 0.0}
+        config = load_config(overrides=base | place | {"policy.max_response_tokens": limit})
+        caplog.clear()
+        return initial_policy_stage(config, talks, "talks").metrics["longer_share"]
+
+    limit = int(np.median(lengths)) - 1
+    assert share(limit) == pytest.approx((lengths > limit).mean())
+    found = re.search(r"policy.max_response_tokens = (\d+), .* at most (\d+) tokens", caplog.text)
+    assert found
+    assert int(found[1]) == limit
+    assert share(int(found[2])) <= 0.01
+    assert not caplog.text
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
