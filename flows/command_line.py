@@ -49,7 +49,7 @@ def run(
         params, sets, source__kind=source, source__path=path, rounds__max_rounds=rounds
     )
     _ready(config)
-    if config.source.kind == "renovation":
+    if config.source.simulated:
         from flows.simulation import simulated_rounds
 
         test = simulated_rounds(file, overrides)
@@ -68,7 +68,7 @@ def _ready(config: Config) -> None:
     """What would stop a run in its first second is said before a server starts."""
     from tasks.state import load_state, only_one
 
-    if config.source.kind != "renovation":
+    if not config.source.simulated:
         if config.source.path is None:
             raise ConfigError(f"source {config.source.kind!r} reads logs: name their file or folder with --path")
         if not config.source.path.exists():
@@ -180,7 +180,7 @@ def data_checkout(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="validate, returns, fit-q, improve or gate.")],
+    name: Annotated[str, typer.Argument(help="initial-policy, collect, validate, returns, fit-q, improve or gate.")],
     params: Params = None,
     sets: Sets = None,
 ) -> None:

@@ -27,7 +27,7 @@ from tasks.gating import figures_of
 from tasks.learning import PolicyVersion, Prompts
 from tasks.rounds import Candidate, QVersion, RoundContext
 from tasks.state import Approval, Experiment, NightState, load_state, only_one, save_state
-from tasks.traffic import copying_lessons, scripted_corpus
+from tasks.traffic import first_corpus
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def step(config: Config) -> NightState:
     champions.settle(config, store, "night")
     state = load_state(config.data.root)
     if registry.champion(store) is None:
-        context = rounds.open_round(config, store, 0)
-        first = rounds.initialize(context, scripted_corpus(config), "scripted", copying_lessons(config))
+        corpus = first_corpus(config)
+        first = rounds.initialize(rounds.open_round(config, store, 0), *corpus)
         log.info("policy %d is pi_0 and the first champion", first.version)
     state = follow(config, store, state)
     take_up(config, state.gathering)

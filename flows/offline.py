@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from flows import champions
 from flows.night import challenge, experiment, outcome_rates, tell_verdict
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.mdp.conversation import Conversation
-from iterative_ppo.mdp.turn_table import conversations, part_of_conversation
+from iterative_ppo.mdp.turn_table import conversations
 from tasks import experiments, registry, rounds, tracking
 from tasks.datasets import Dataset, arrived, take_up
 from tasks.learning import PolicyVersion
 from tasks.state import NightState, load_state, only_one, save_state
-from tasks.traffic import LOGGED, import_logs
+from tasks.traffic import LOGGED, for_cloning, import_logs
 
 
 @flow(name="offline-round", flow_run_name="offline round")
@@ -57,12 +56,6 @@ def _taken_up(config: Config) -> list[Conversation]:
     frame = arrived(config, 0)
     assert frame is not None
     return list(conversations(frame))
-
-
-def for_cloning(config: Config, talks: Sequence[Conversation]) -> list[Conversation]:
-    """The fit part of a log: what pi_0 is cloned from, so that the evidence part stays unseen by it too."""
-    share, split_by = config.data.evidence_share, config.data.split_by
-    return [talk for talk in talks if part_of_conversation(talk, share, split_by) == "fit"]
 
 
 def _improve(

@@ -13,7 +13,7 @@ from tasks import gating, labels, learning, validation
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, Prompts
 from tasks.stage import Stage, load_stage, run_stage
-from tasks.traffic import simulate, to_rows
+from tasks.traffic import LOGGED, first_corpus, for_cloning, read_logs, simulate, to_rows
 
 PI_0 = 0
 
@@ -31,9 +31,11 @@ def run_offline_stage(config: Config, name: str) -> None:
 
 
 def _initial_policy(config: Config) -> Stage:
-    from tasks.traffic import copying_lessons, scripted_corpus
-
-    stage = learning.initial_policy_stage(config, scripted_corpus(config), "scripted", copying_lessons(config))
+    if config.source.simulated:
+        stage = learning.initial_policy_stage(config, *first_corpus(config))
+    else:
+        _, talks, _ = read_logs(config)
+        stage = learning.initial_policy_stage(config, for_cloning(config, talks), str(config.source.path))
     return run_stage(
         folder(config) / "policy",
         {"from": stage.key},
@@ -49,15 +51,21 @@ def _copied(source: Path, draft: Path, metrics: dict[str, float]) -> dict[str, f
 
 
 def _champion(config: Config) -> PolicyVersion:
-    return PolicyVersion(PI_0, folder(config) / "policy" / "model")
+    logged_as = None if config.source.simulated else LOGGED
+    return PolicyVersion(PI_0, folder(config) / "policy" / "model", logged_as)
 
 
 def _collect(config: Config) -> Stage:
     champion = _champion(config)
     inputs = {"policy": content_hash(champion.path), "simulator": config.simulator.model_dump(), "seed": config.seed}
+    if (log := config.source.path) is not None and not config.source.simulated:
+        inputs["log"] = content_hash(log)
 
     def work(draft: Path) -> dict[str, float]:
-        talks = simulate(config, champion, config.simulator.conversations, config.seed)
+        if config.source.simulated:
+            talks = simulate(config, champion, config.simulator.conversations, config.seed)
+        else:
+            _, talks, _ = read_logs(config)
         turn_table.write(to_rows(config, talks), draft / "turns.parquet", config.outcomes)
         return {"conversations": len(talks)}
 

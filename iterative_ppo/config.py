@@ -73,6 +73,11 @@ class SourceConfig(Frozen):
     path: Path | None
     """File or folder of logs; the simulator needs none."""
 
+    @property
+    def simulated(self) -> bool:
+        """Whether the customers are the simulator's; else they are a team's own."""
+        return self.kind == "renovation"
+
 
 class SimulatorConfig(Frozen):
     corpus_conversations: int = Count

@@ -283,7 +283,7 @@ class Times:
 def _times(table: pd.DataFrame, config: Config, tested: Experiment, now: datetime) -> Times:
     """The clock is the newest time in the traffic, unless that is in the future: later traffic may not be here yet."""
     if table["start"].isna().all():
-        if config.abtest.ramp and config.source.kind != "renovation":
+        if config.abtest.ramp and not config.source.simulated:
             raise ConfigError(
                 "abtest.ramp: the conversations have no timestamps, so its stages cannot be told apart; log "
                 "timestamps, or end the test and set abtest.ramp=[]"

@@ -54,6 +54,22 @@ def copying_lessons(config: Config) -> list[Conversation]:
     return [Conversation(f"copying-{k}", turns, f"copying-{k}") for k, turns in enumerate(lessons)]
 
 
+def first_corpus(config: Config) -> tuple[list[Conversation], str, list[Conversation]]:
+    """What a night's pi_0 is made from where there is no champion yet: a corpus, its name, and lessons beside it.
+
+    Raises ConfigError where only the simulator could give one, and the customers are a team's own.
+    """
+    if config.source.simulated:
+        return scripted_corpus(config), "scripted", copying_lessons(config)
+    kind = config.source.kind
+    if config.policy.init == "sft":
+        raise ConfigError(
+            f"no champion yet, and at night source.kind {kind} brings no corpus to fine-tune one on; begin with `ippo "
+            f"run --source {kind} --path LOG`, or set policy.init to prompt and policy.base_model to a model that talks"
+        )
+    return [], "base model", []
+
+
 def simulate(config: Config, policy: PolicyVersion, conversations: int, seed: int) -> list[Conversation]:
     """Conversations of one registered policy with simulated customers."""
     new = customers(environment(config), conversations, seed, f"{policy.version}-collect-{seed}")
@@ -122,10 +138,16 @@ def outcome_of(talks: Sequence[Conversation]) -> Arm:
 
 
 def import_logs(config: Config) -> tuple[Path, list[Conversation], Counter[str]]:
-    """Logs into the inbox as one turn table; what was set aside goes to quarantine, each with its reason.
+    """Logs into the inbox as one turn table. Returns the file and what `read_logs` does, and raises the same."""
+    name, talks, reasons = read_logs(config)
+    return write_once(inbox(config) / f"{name}.parquet", to_rows(config, talks), config), talks, reasons
 
-    Returns the file, the conversations, and how many were set aside by reason. Raises SourceError where nothing is
-    left, and what the importer raises.
+
+def read_logs(config: Config) -> tuple[str, list[Conversation], Counter[str]]:
+    """The conversations of logs; what was set aside goes to quarantine, each with its reason.
+
+    Returns the log's name, which says its content, the conversations, and how many were set aside by reason. Raises
+    SourceError where nothing is left, and what the importer raises.
     """
     from iterative_ppo.sources import import_log
 
@@ -148,7 +170,13 @@ def import_logs(config: Config) -> tuple[Path, list[Conversation], Counter[str]]
     if not log.conversations:
         raise SourceError(f"{source}: no usable conversation; see {config.data.root / 'quarantine' / name}.json")
     talks = [talk if talk.policy_version else replace(talk, policy_version=LOGGED) for talk in log.conversations]
-    return write_once(inbox(config) / f"{name}.parquet", to_rows(config, talks), config), talks, reasons
+    return name, talks, reasons
+
+
+def for_cloning(config: Config, talks: Sequence[Conversation]) -> list[Conversation]:
+    """The fit part of a log: what pi_0 is cloned from, so that the evidence part stays unseen by it too."""
+    share, split_by = config.data.evidence_share, config.data.split_by
+    return [talk for talk in talks if turn_table.part_of_conversation(talk, share, split_by) == "fit"]
 
 
 def _kind_of_reason(aside: SetAside) -> str:

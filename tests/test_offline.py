@@ -1,0 +1,115 @@
+"""A team's own log: one offline round of it, `dvc repro`'s stages on it, and the nights before there is a champion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.environments.renovation import Renovation, Script
+from iterative_ppo.environments.rollout import collect
+from iterative_ppo.errors import ConfigError
+from iterative_ppo.mdp import turn_table
+from iterative_ppo.sources.table import import_table
+from tasks import registry, tracking
+from tasks.datasets import turns_folder
+from tasks.state import load_state
+from tasks.traffic import to_rows
+
+CONVERSATIONS = 60
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a team has: JSON Lines with the required columns alone."""
+    talks = collect(Script(0.5), Renovation(), CONVERSATIONS, 5, "staff")
+    columns = ["conversation_id", "turn", "customer_message", "suggestion", "business_message"]
+    frame = to_rows(load_config(), talks)
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    frame[columns].assign(outcome=frame["outcome_purchase"]).to_json(path, orient="records", lines=True)
+    return path
+
+
+def settings(root: Path, log: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "data.root": str(root / "data"),
+        "tracking.uri": f"sqlite:///{root}/mlruns/mlflow.db",
+        "tracking.artifacts": str(root / "mlruns" / "artifacts"),
+        "source.kind": "table",
+        "source.path": str(log),
+        "policy.hidden_size": 16,
+        "policy.heads": 2,
+        "policy.layers": 1,
+        "policy.max_prompt_tokens": 200,
+        "policy.max_response_tokens": 24,
+        "supervised.epochs": 2.0,
+        "data.evidence_share": 0.3,
+        "q.value_epochs": 1.0,
+        "q.epochs": 1.0,
+        "improve.ppo.episodes": 64,
+        "improve.best_of_n.epochs": 1.0,
+        "improve.best_of_n.samples": 2,
+        **{f"gate.guardrails.{name}.margin": 1000.0 for name in load_config().gate.guardrails},
+        **{f"gate.guardrails.{name}.limit": None for name in load_config().gate.guardrails},
+    } | changes
+
+
+def identities(config: Config, place: Path) -> set[str]:
+    return set(turn_table.read(place, config.outcomes)["conversation_id"])
+
+
+def test_an_offline_round_of_a_log(server: None, log: Path, tmp_path: Path) -> None:
+    from flows.offline import offline_round
+
+    overrides = settings(tmp_path, log)
+    config = load_config(None, overrides)
+    record = offline_round(None, overrides)
+    store = tracking.open_tracking(config)
+    assert registry.champion(store) == 1
+    verdict = record["offline"]["verdict"]
+    state = load_state(config.data.root)
+    assert state.phase == {"test": "test", "reject": "finished"}[verdict]
+    assert (registry.challenger(store) == 2) == (verdict == "test")
+    assert len(identities(config, turns_folder(config, 0))) == CONVERSATIONS
+    assert 0.0 < record["distance"]["held_out_nats_a_token"] < 10.0
+    if verdict == "test":
+        versions = registry.versions(store, registry.POLICY)
+        assert offline_round(None, overrides) == record, "the log's challenger awaits its test: nothing is done again"
+        assert registry.versions(store, registry.POLICY) == versions
+
+
+@pytest.mark.parametrize("source", ["table", "renovation"])
+def test_the_stages_of_dvc_repro_are_of_the_source(source: str, log: Path, tmp_path: Path) -> None:
+    """Of a log to their end; the simulator's, which takes longer, as far as the two differ."""
+    from flows.repro import STAGES, folder, run_offline_stage
+
+    sizes = {"simulator.corpus_conversations": 40, "simulator.conversations": 20, "q.corpus_epochs": 0.0}
+    config = load_config(None, settings(tmp_path, log, **{"source.kind": source, **sizes}))
+    last = "gate" if source == "table" else "validate"
+    for stage in STAGES:
+        run_offline_stage(config, stage)
+        if stage == last:
+            break
+    assert (folder(config) / f"{last}.json").exists()
+    theirs = import_table(log, config.outcomes, config.data).conversations
+    collected = identities(config, folder(config) / "collected" / "turns.parquet")
+    assert (collected == {talk.conversation_id for talk in theirs}) == (source == "table")
+
+
+def test_a_night_of_a_teams_own_does_not_begin_with_the_simulators_policy(
+    server: None, log: Path, saved_models: Path, tmp_path: Path
+) -> None:
+    """It says what to do; a base model that answers as it is needs no log."""
+    from flows.night import night
+
+    overrides = settings(tmp_path, log)
+    config = load_config(None, overrides)
+    with pytest.raises(ConfigError, match=r"no champion yet, and at night source\.kind table"):
+        night(None, overrides)
+    assert registry.champion(tracking.open_tracking(config)) is None
+    base = {"policy.init": "prompt", "policy.base_model": str(saved_models / "policy0")}
+    limits = {"policy.max_prompt_tokens": 200, "policy.max_response_tokens": 8}
+    assert night(None, overrides | base | limits) == "collect"
+    assert registry.champion(tracking.open_tracking(config)) == 1
