@@ -578,7 +578,9 @@ class Config(Frozen):
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:
-    """Defaults, then the profile of the source, then the user's params file, then overrides.
+    """Defaults, then the user's params file, then overrides, each with its own profile of the source laid over it.
+
+    So a copy of the defaults (`ippo init`) means what the defaults mean, and a file without profiles wins over theirs.
 
     Args:
         path: a params.yaml that may hold any subset of the keys; None means the defaults alone.
@@ -587,14 +589,16 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
     Raises ConfigError with the file, the key, what was expected and, for an unknown key, the nearest known one.
     """
     defaults = _read_yaml(DEFAULTS)
-    profiles = defaults.pop("profiles")
-    layers = [] if path is None else [(_read_yaml(path), str(path))]
-    layers += [(_nested(key, value), f"override {key!r}") for key, value in _pairs(overrides)]
-    for layer, where in layers:
-        profiles = _merge(profiles, layer.pop("profiles", {}), profiles, where, ("profiles",))
-    kind = _laid_over(defaults, layers)["source"]["kind"]
-    profile = profiles.get(kind, {}) if isinstance(kind, str) else {}
-    values = _laid_over(defaults, [(profile, f"profile {kind!r}"), *layers])
+    users = [] if path is None else [(_read_yaml(path), str(path))]
+    users += [(_nested(key, value), f"override {key!r}") for key, value in _pairs(overrides)]
+    names = list(defaults["profiles"])
+    profiles = [_profiles_of(layer, where, defaults, names) for layer, where in [(defaults, "defaults"), *users]]
+    kind = _laid_over(defaults, users)["source"]["kind"]
+    layers: list[tuple[dict[str, Any], str]] = []
+    for (layer, where), own in zip([({}, "defaults"), *users], profiles, strict=True):
+        profile = own.get(kind, {}) if isinstance(kind, str) else {}
+        layers += [(layer, where), (profile, f"{where}: profile {kind!r}")]
+    values = _laid_over(defaults, layers)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -604,6 +608,22 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
         given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         said = first["msg"].removeprefix("Value error, ")
         raise ConfigError(": ".join(filter(None, (str(source), key, f"{said}{given}")))) from None
+
+
+def _profiles_of(
+    layer: dict[str, Any], where: str, defaults: dict[str, Any], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Take a layer's profiles out of it, by source. Raises ConfigError for an unknown source or key."""
+    found = layer.pop("profiles", {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: profiles is a section, expected keys below it, got {found!r}")
+    for name, profile in found.items():
+        if not isinstance(profile, dict):
+            raise ConfigError(f"{where}: profiles.{name} is a section, expected keys below it, got {profile!r}")
+        if name not in names:
+            raise ConfigError(f"{where}: unknown key 'profiles.{name}'{did_you_mean(str(name), names)}")
+        _merge(defaults, profile, defaults, f"{where}: profile {name!r}", ())
+    return found
 
 
 def _holds(layer: Any, keys: Sequence[int | str]) -> bool:

@@ -43,6 +43,39 @@ def test_the_defaults_load_and_are_all_of_params_yaml() -> None:
     assert set(LOADED) == set(ALL), "a profile names no key that has no default"
 
 
+@pytest.mark.parametrize("kind", list(PROFILES))
+def test_a_copy_of_the_defaults_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """What `ippo init` writes, as it stands: every source keeps its profile."""
+    copy = params(tmp_path, DEFAULTS.read_text(encoding="utf-8"))
+    source = {"source.kind": kind}
+    assert load_config(copy, source) == load_config(None, source)
+    assert leaves(load_config(None, source).model_dump(mode="json")) == ALL | leaves(PROFILES[kind]) | source
+
+
+def test_each_layer_lies_over_the_one_before_with_its_profile(tmp_path: Path) -> None:
+    star = {"source.kind": "star"}
+    assert load_config(params(tmp_path, "policy: {tokenizer: word}"), star).policy.tokenizer == "word"
+    both = params(tmp_path, "gamma: 0.8\nprofiles: {star: {gamma: 0.9}}")
+    assert load_config(both, star).gamma == 0.9
+    assert load_config(both).gamma == 0.8
+    assert load_config(both, star | {"gamma": 0.7}).gamma == 0.7
+    assert load_config(both, star | {"profiles.star.gamma": 0.6}).gamma == 0.6
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("profiles: {stars: {gamma: 0.9}}", "'profiles.stars' .did you mean 'star'"),
+        ("profiles: {star: {gama: 0.9}}", "profile 'star': unknown key 'gama' .did you mean 'gamma'"),
+        ("profiles: {star: 3}", "profiles.star is a section"),
+        ("profiles: 3", "profiles is a section"),
+    ],
+)
+def test_a_profile_of_no_source_or_key_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(params(tmp_path, text))
+
+
 def test_no_default_is_written_in_the_code() -> None:
     """params.yaml is the one home of defaults: every key is required there."""
     for key in ALL:
