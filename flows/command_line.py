@@ -88,12 +88,13 @@ def import_(
     config, _, _ = configured(params, sets, source__kind=source, source__path=path)
     from tasks.traffic import import_logs
 
-    file, talks, set_aside = import_logs(config)
+    file, log = import_logs(config)
+    talks = log.conversations
     actions = [t for talk in talks for t in talk.turns if not t.terminal]
     rewarded = sum(sum(talk.turns[-1].outcomes) > 0 for talk in talks)
     typer.echo(f"{file}: {len(talks)} conversations, {len(actions)} transitions, {rewarded} with a positive outcome")
-    for reason, count in set_aside.most_common():
-        typer.echo(f"  set aside: {count} {reason}")
+    for line in log.told():
+        typer.echo(f"  {line}")
 
 
 @app.command()

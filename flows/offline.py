@@ -11,10 +11,11 @@ from prefect.logging import get_run_logger
 from flows import champions
 from flows.night import challenge, experiment, outcome_rates, tell_verdict
 from iterative_ppo.config import Config, load_config
+from iterative_ppo.files import write_json
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import conversations
 from tasks import experiments, registry, rounds, tracking
-from tasks.datasets import Dataset, arrived, take_up
+from tasks.datasets import IMPORT, Dataset, arrived, round_folder, take_up
 from tasks.learning import PolicyVersion
 from tasks.state import NightState, load_state, only_one, save_state
 from tasks.traffic import LOGGED, for_cloning, import_logs
@@ -48,10 +49,10 @@ def _round(config: Config) -> dict[str, Any]:
 
 def _taken_up(config: Config) -> list[Conversation]:
     if arrived(config, 0) is None:
-        _, talks, set_aside = import_logs(config)
-        get_run_logger().info("%d conversations imported, %d set aside", len(talks), set_aside.total())
-        for reason, count in set_aside.most_common():
-            get_run_logger().info("set aside: %d %s", count, reason)
+        _, log = import_logs(config)
+        for line in log.told():
+            get_run_logger().info("%s", line)
+        write_json(round_folder(config, 0) / IMPORT, log.summary)
         take_up(config, 0)
     frame = arrived(config, 0)
     assert frame is not None

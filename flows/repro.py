@@ -34,8 +34,8 @@ def _initial_policy(config: Config) -> Stage:
     if config.source.simulated:
         stage = learning.initial_policy_stage(config, *first_corpus(config))
     else:
-        _, talks, _ = read_logs(config)
-        stage = learning.initial_policy_stage(config, for_cloning(config, talks), str(config.source.path))
+        corpus = for_cloning(config, read_logs(config).conversations)
+        stage = learning.initial_policy_stage(config, corpus, str(config.source.path))
     return run_stage(
         folder(config) / "policy",
         {"from": stage.key},
@@ -65,7 +65,7 @@ def _collect(config: Config) -> Stage:
         if config.source.simulated:
             talks = simulate(config, champion, config.simulator.conversations, config.seed)
         else:
-            _, talks, _ = read_logs(config)
+            talks = read_logs(config).conversations
         turn_table.write(to_rows(config, talks), draft / "turns.parquet", config.outcomes)
         return {"conversations": len(talks)}
 

@@ -15,6 +15,7 @@ from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.labels import weighted
 
 LOGGED = "logged"
+IMPORT = "import.json"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from iterative_ppo.config import Config
+from iterative_ppo.config import Config, PolicyConfig
 from iterative_ppo.errors import SourceError, TrainingError
 from iterative_ppo.files import content_hash, fingerprint, read_json
 from iterative_ppo.mdp import turn_table
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 PROMPTS = "prompts.parquet"
+IMPROVING = "improving"
 TOLD_SHARE = 0.02
+"""Of a corpus, above which a person is told that the policy's limits cut it."""
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
     "policy": {"lora", "save"},
@@ -102,7 +104,7 @@ def initial_policy_stage(
             else:
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
             encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
-            metrics["longer_share"] = _longer_share(encoded[: len(corpus)], config.policy.max_response_tokens)
+            metrics |= _cut_by_limits(encoded[: len(corpus)], config.policy)
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
             if tunes:
                 with progress("fine-tuning pi_0") as report:
@@ -120,23 +122,34 @@ def initial_policy_stage(
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
 
 
-def _longer_share(encoded: Sequence[tuple[Sequence[Encoded], int]], limit: int) -> float:
-    """Share of the corpus's suggestions that the policy could not say whole; more than TOLD_SHARE is told of."""
+def _cut_by_limits(encoded: Sequence[tuple[Sequence[Encoded], int]], limits: PolicyConfig) -> dict[str, float]:
+    """Shares of the corpus: suggestions that the policy could not say whole, conversations whose beginning it forgets."""
     spans = (span for sequences, _ in encoded for sequence in sequences for span in sequence.spans)
     lengths = np.array([span.end - span.start for span in spans if span.trains], dtype=np.int64)
     if not len(lengths):
-        return 0.0
-    share = float((lengths > limit).mean())
-    if share > TOLD_SHARE:
+        return {}
+    found = {
+        "longer_suggestions": float((lengths > limits.max_response_tokens).mean()),
+        "longer_conversations": float(np.mean([cut > 0 for _, cut in encoded])),
+    }
+    if found["longer_suggestions"] > TOLD_SHARE:
         _LOG.warning(
             "%.0f %% of the corpus's %d suggestions are longer than policy.max_response_tokens = %d, so the policy "
             "will be cut short where it means to say the like; 99 %% of them have at most %d tokens: set it to that",
-            100 * share,
+            100 * found["longer_suggestions"],
             len(lengths),
-            limit,
+            limits.max_response_tokens,
             int(np.quantile(lengths, 0.99, method="higher")),
         )
-    return share
+    if found["longer_conversations"] > TOLD_SHARE:
+        _LOG.warning(
+            "%.0f %% of the corpus's %d conversations are longer than policy.max_prompt_tokens = %d, so the policy "
+            "does not see how they began; raise it as far as memory, time and the model's context allow",
+            100 * found["longer_conversations"],
+            len(encoded),
+            limits.max_prompt_tokens,
+        )
+    return found
 
 
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:
@@ -181,6 +194,7 @@ def fit_q_stage(
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.worker import do
 
+        check_unfinished(config, policy, dataset, folder)
         with computing(config.runtime), token_folder(draft) as tokens:
             current, facts, others = _rounds(config, policy, dataset, replay, tokens)
             start = previous_q if config.q.warm_start else None
@@ -277,9 +291,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         from iterative_ppo.learning.sequences import Beginnings
         from iterative_ppo.learning.worker import do
 
-        settings = config.model_dump(mode="json", include=IMPROVED_WITH)
-        given = {name: inputs[name] for name in ("policy", "md5")}
-        checkpoint = take_up(folder / "improving", fingerprint(inputs), settings, given)
+        checkpoint = take_up(folder / IMPROVING, fingerprint(inputs), *_begun_with(config, policy, prompts.dataset))
         with computing(config.runtime), token_folder(draft) as held:
             current, behaviour = _behaviour(config, policy, prompts.dataset, held)
             states = Beginnings.whole(held / "prompts", read_prompts(prompts.path / PROMPTS))
@@ -303,8 +315,22 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         return last | result.report
 
     stage = run_stage(folder / "improved", inputs, work)
-    shutil.rmtree(folder / "improving", ignore_errors=True)
+    shutil.rmtree(folder / IMPROVING, ignore_errors=True)
     return stage
+
+
+def check_unfinished(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> None:
+    """Raise StoreError where the round's improvement was begun otherwise, before its Q is fitted for nothing."""
+    if (folder / IMPROVING).exists():
+        from iterative_ppo.learning.checkpoint import check_settings
+
+        check_settings(folder / IMPROVING, *_begun_with(config, policy, dataset))
+
+
+def _begun_with(config: Config, policy: PolicyVersion, dataset: Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An improvement's settings, and what it was given, as take_up keeps them."""
+    settings = config.model_dump(mode="json", include=IMPROVED_WITH)
+    return settings, {"policy": content_hash(policy.path), "md5": dataset.md5}
 
 
 def _behaviour(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> tuple[Round, np.ndarray]:

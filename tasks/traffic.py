@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -137,40 +137,53 @@ def outcome_of(talks: Sequence[Conversation]) -> Arm:
     return Arm(sum(sum(talk.turns[-1].outcomes) > 0 for talk in talks), len(talks))
 
 
-def import_logs(config: Config) -> tuple[Path, list[Conversation], Counter[str]]:
+@dataclass(frozen=True)
+class Imported:
+    """What an importer made of logs: `name` says their source and content, `set_aside` counts the rest by reason."""
+
+    name: str
+    conversations: list[Conversation]
+    set_aside: Counter[str]
+    quarantine: Path
+    """What was set aside, each with its file, row and reason; there where anything was."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"conversations": len(self.conversations), "set_aside": dict(self.set_aside.most_common())}
+
+    def told(self) -> Iterator[str]:
+        """What a person should know of it, a line each."""
+        count = self.set_aside.total()
+        where = f", each with its reason in {self.quarantine}" if count else ""
+        yield f"{len(self.conversations)} conversations imported, {count} set aside{where}"
+        for reason, times in self.set_aside.most_common():
+            yield f"set aside: {times} {reason}"
+
+
+def import_logs(config: Config) -> tuple[Path, Imported]:
     """Logs into the inbox as one turn table. Returns the file and what `read_logs` does, and raises the same."""
-    name, talks, reasons = read_logs(config)
-    return write_once(inbox(config) / f"{name}.parquet", to_rows(config, talks), config), talks, reasons
+    log = read_logs(config)
+    return write_once(inbox(config) / f"{log.name}.parquet", to_rows(config, log.conversations), config), log
 
 
-def read_logs(config: Config) -> tuple[str, list[Conversation], Counter[str]]:
-    """The conversations of logs; what was set aside goes to quarantine, each with its reason.
+def read_logs(config: Config) -> Imported:
+    """The conversations of logs; what was set aside goes to quarantine.
 
-    Returns the log's name, which says its content, the conversations, and how many were set aside by reason. Raises
-    SourceError where nothing is left, and what the importer raises.
+    Raises SourceError where nothing is left, and what the importer raises.
     """
     from iterative_ppo.sources import import_log
 
     log = import_log(config)
     source = config.source.path
     name = f"{config.source.kind}-{content_hash(source) if source else ''}"
-    reasons: Counter[str] = Counter(_kind_of_reason(s) for s in log.set_aside)
+    quarantine = config.data.root / "quarantine" / f"{name}.json"
     if log.set_aside:
-        rows = [
-            {
-                "conversation_id": s.conversation_id,
-                "file": str(s.file),
-                "row": s.row,
-                "field": s.field,
-                "reason": s.reason,
-            }
-            for s in log.set_aside
-        ]
-        write_json(config.data.root / "quarantine" / f"{name}.json", rows)
+        write_json(quarantine, [{**asdict(one), "file": str(one.file)} for one in log.set_aside])
     if not log.conversations:
-        raise SourceError(f"{source}: no usable conversation; see {config.data.root / 'quarantine' / name}.json")
+        raise SourceError(f"{source}: no usable conversation; see {quarantine}")
     talks = [talk if talk.policy_version else replace(talk, policy_version=LOGGED) for talk in log.conversations]
-    return name, talks, reasons
+    return Imported(name, talks, Counter(_kind_of_reason(one) for one in log.set_aside), quarantine)
 
 
 def for_cloning(config: Config, talks: Sequence[Conversation]) -> list[Conversation]:
@@ -183,5 +196,5 @@ def _kind_of_reason(aside: SetAside) -> str:
     """A reason without its row and what was found there, for counting."""
     if aside.still_open:
         return "open: not closed yet"
-    problem = (aside.reason.partition(": ")[2] or aside.reason).partition(", found")[0]
+    problem = (aside.reason.partition(": ")[2] or aside.reason).partition(", found")[0].partition(": expected")[0]
     return f"{aside.field}: {problem}" if aside.field else problem

@@ -25,7 +25,7 @@ from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from iterative_ppo.mdp.turn_table import to_frame
 from tasks import learning
 from tasks.datasets import Dataset
-from tasks.learning import PolicyVersion, Prompts, improve_stage, prompts_stage
+from tasks.learning import PolicyVersion, Prompts, fit_q_stage, improve_stage, prompts_stage
 
 torch.set_num_threads(1)
 
@@ -51,7 +51,7 @@ def test_another_configuration_is_an_error_that_names_folder_and_settings(tmp_pa
     other = {"seed": 1, "improve": {"ppo": {"episodes": 128, "kl_budget": None}, "new": 3}}
     said_so = (
         rf"{tmp_path / 'improving'}: .*\(improve\.new was None, is 3, improve\.ppo\.episodes was 64, is 128, "
-        r"seed was 0, is 1\); restore that to go on, or remove the folder to begin anew"
+        r"seed was 0, is 1\), or by .*; restore that to go on, or remove the folder to begin anew"
     )
     with pytest.raises(StoreError, match=said_so):
         take_up(tmp_path / "improving", "other", other, GIVEN)
@@ -120,6 +120,10 @@ class Night:
         made = prompts_stage(config, self.champion, self.dataset, self.root)
         return improve_stage(config, self.champion, Prompts(made.path, self.dataset), self.root / "q", self.root)
 
+    def fit_q(self, **changes: Any) -> Any:
+        config: Config = load_config(overrides={**QUICK, "data.root": str(self.root), **changes})
+        return fit_q_stage(config, self.champion, self.dataset, self.root)
+
 
 @pytest.fixture
 def night(tmp_path: Path, tiny_config: Config) -> Night:
@@ -162,7 +166,9 @@ def test_a_killed_stage_refuses_another_configuration_and_goes_on_with_its_own(
     for changes in ({"improve.algorithm": "rloo"}, {"improve.best_of_n.epochs": 2.0}, {"seed": 1}):
         with pytest.raises(StoreError, match=rf"{night.unfinished}: .*another configuration \({next(iter(changes))}"):
             night.improve(**changes)
-    assert told == [], "refused before any training"
+        with pytest.raises(StoreError, match=r"another configuration"):
+            night.fit_q(**changes)
+    assert told == [], "refused before any training, of Q too"
     night.improve()
     assert told[-2:] == [3, 4] and 1 not in told
     assert not night.unfinished.exists()

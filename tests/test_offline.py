@@ -23,12 +23,14 @@ CONVERSATIONS = 60
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a team has: JSON Lines with the required columns alone."""
+    """What a team has: JSON Lines with the required columns alone, the last line torn."""
     talks = collect(Script(0.5), Renovation(), CONVERSATIONS, 5, "staff")
     columns = ["conversation_id", "turn", "customer_message", "suggestion", "business_message"]
     frame = to_rows(load_config(), talks)
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
     frame[columns].assign(outcome=frame["outcome_purchase"]).to_json(path, orient="records", lines=True)
+    with path.open("a") as file:
+        file.write('{"conversation_id": "torn", "turn": 1, "custo')
     return path
 
 
@@ -62,6 +64,7 @@ def identities(config: Config, place: Path) -> set[str]:
 
 def test_an_offline_round_of_a_log(server: None, log: Path, tmp_path: Path) -> None:
     from flows.offline import offline_round
+    from flows.reporting import publish
 
     overrides = settings(tmp_path, log)
     config = load_config(None, overrides)
@@ -74,6 +77,10 @@ def test_an_offline_round_of_a_log(server: None, log: Path, tmp_path: Path) -> N
     assert (registry.challenger(store) == 2) == (verdict == "test")
     assert len(identities(config, turns_folder(config, 0))) == CONVERSATIONS
     assert 0.0 < record["distance"]["held_out_nats_a_token"] < 10.0
+    page = publish(config, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 set aside at import" in page
+    assert "expected one JSON object a line" in page
+    assert "Success in the log" in page and "Success at start" not in page
     if verdict == "test":
         versions = registry.versions(store, registry.POLICY)
         assert offline_round(None, overrides) == record, "the log's challenger awaits its test: nothing is done again"

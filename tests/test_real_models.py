@@ -569,12 +569,12 @@ def test_a_limit_that_cuts_what_the_log_says_is_told_of(
     spoken = [turn.suggestion for talk in talks for turn in talk.turns if turn.suggestion]
     lengths = np.array([len(policy.renderer.response(action)) for action in spoken if action.status != "missing"])
 
-    def share(limit: int) -> float:
-        base = {"policy.base_model": str(plain_llama), "policy.init": "prompt", "policy.max_prompt_tokens": 600}
-        place = {"data.root": str(tmp_path / str(limit)), "q.corpus_epochs": 0.0}
+    def share(limit: int, prompt: int = 600) -> float:
+        base = {"policy.base_model": str(plain_llama), "policy.init": "prompt", "policy.max_prompt_tokens": prompt}
+        place = {"data.root": str(tmp_path / f"{limit}-{prompt}"), "q.corpus_epochs": 0.0}
         config = load_config(overrides=base | place | {"policy.max_response_tokens": limit})
         caplog.clear()
-        return initial_policy_stage(config, talks, "talks").metrics["longer_share"]
+        return initial_policy_stage(config, talks, "talks").metrics["longer_suggestions"]
 
     limit = int(np.median(lengths)) - 1
     assert share(limit) == pytest.approx((lengths > limit).mean())
@@ -583,6 +583,8 @@ def test_a_limit_that_cuts_what_the_log_says_is_told_of(
     assert int(found[1]) == limit
     assert share(int(found[2])) <= 0.01
     assert not caplog.text
+    share(int(found[2]), prompt=20)
+    assert re.search(r"conversations are longer than policy.max_prompt_tokens = 20", caplog.text)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

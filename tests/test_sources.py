@@ -526,6 +526,22 @@ def test_table_counts_open_conversations(table: Callable[..., ImportedLog]) -> N
     assert "log.jsonl, row 2, field 'timestamp'" in log.set_aside[0].reason
 
 
+def test_rows_of_a_conversation_come_in_any_order(table: Callable[..., ImportedLog]) -> None:
+    """As a database gives them: `turn` says when each was said."""
+    talk = only(table(paid(2, customer_message="second"), record(customer_message="first")))
+    assert [turn.customer_message for turn in talk.turns[:2]] == ["first", "second"]
+
+
+def test_a_torn_line_of_a_file_from_windows_is_told_as_any_other(tmp_path: Path) -> None:
+    lines = [json.dumps(record()), json.dumps(ended(2)), '{"conversation_id": "torn", "turn": 1, "outc', "[1]"]
+    (tmp_path / "log.jsonl").write_bytes("\r\n".join(lines).encode())
+    log = import_table(tmp_path / "log.jsonl", {"purchase": 1.0}, load_config().data)
+    assert len(log.conversations) == 1
+    reasons = [aside.reason.partition("row ")[2] for aside in log.set_aside]
+    assert reasons[0].startswith("3: expected one JSON object a line, found Unterminated string")
+    assert reasons[1] == "4: expected one JSON object a line, found [1]"
+
+
 @pytest.mark.parametrize(
     ("rows", "field", "row", "words"),
     [

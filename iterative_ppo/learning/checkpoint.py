@@ -81,25 +81,39 @@ def take_up(path: Path, key: str, settings: Mapping[str, Any], given: Mapping[st
 
     Raises StoreError, naming the folder and what differs.
     """
+    check_settings(path, settings, given)
+    if _begun(path).get("key") == key:
+        return Checkpoint(path, key)
+    if _unfinished(path):
+        _LOG.warning("%s: an unfinished improvement of other data, or of another policy or Q; it begins anew", path)
+    shutil.rmtree(path, ignore_errors=True)
+    write_json(path / BEGUN, {"key": key, "settings": settings, "given": given})
+    return Checkpoint(path, key)
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise take_up's StoreError already before there is what its key is of."""
+    kept = _begun(path)
+    changed = list(_differences(kept.get("settings", {}), settings))
+    if changed and kept.get("given") == given and _unfinished(path):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise StoreError(
+            f"{path}: an unfinished improvement that was begun with another configuration "
+            f"({', '.join(changed[:3])}{more}), or by a version with other defaults; restore that to go on, or remove "
+            "the folder to begin anew"
+        )
+
+
+def _begun(path: Path) -> dict[str, Any]:
     begun = path / BEGUN
     kept: Any = read_json(begun) if begun.exists() else {}
     if not isinstance(kept, dict):
         raise StoreError(f"{begun}: not what an improvement began with; remove {path} to begin anew")
-    if kept.get("key") == key:
-        return Checkpoint(path, key)
-    lost = any(path.glob(f"*/{STATE}"))
-    changed = list(_differences(kept.get("settings", {}), settings))
-    if lost and changed and kept.get("given") == given:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise StoreError(
-            f"{path}: an unfinished improvement that was begun with another configuration "
-            f"({', '.join(changed[:3])}{more}); restore that to go on, or remove the folder to begin anew"
-        )
-    if lost:
-        _LOG.warning("%s: an unfinished improvement of other data, or of another policy or Q; it begins anew", path)
-    shutil.rmtree(path, ignore_errors=True)
-    write_json(begun, {"key": key, "settings": settings, "given": given})
-    return Checkpoint(path, key)
+    return kept
+
+
+def _unfinished(path: Path) -> bool:
+    return any(path.glob(f"*/{STATE}"))
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -33,7 +33,7 @@ def _success(run: RunRecord) -> Iterator[Card | None]:
     now, start = current(run), first(run)
     if now and last_test(run):
         yield _rate_card("Success, last test", now)
-    yield _rate_card("Success at start", start) if start else None
+    yield _rate_card("Success in the log" if run.rounds[0].from_logs else "Success at start", start) if start else None
     if found := last_test(run):
         yield Card("Gain, last test", words.points(found[0].gain).split()[0], _interval(found[0]))
 
@@ -63,7 +63,9 @@ def _work(run: RunRecord) -> Iterator[Card | None]:
     yield Card("Rounds", str(len(run.rounds)), kept if challengers else "no challenger yet")
     data = sum(one.conversations or 0 for one in run.rounds) + sum(g.success.conversations for g in run.tested)
     aside = sum(one.quarantined or 0 for one in run.rounds)
-    yield Card("Conversations", words.count(data), f"{words.count(aside)} quarantined") if data else None
+    left = sum(sum(one.set_aside.values()) for one in run.rounds)
+    note = f"{words.count(aside)} quarantined" + (f"\n{words.count(left)} set aside at import" if left else "")
+    yield Card("Conversations", words.count(data), note) if data else None
     latest = serving(run)
     if latest and latest.adoption:
         note = f"{words.policy(latest.policy)}\n{words.percent(latest.abstained)} abstained"

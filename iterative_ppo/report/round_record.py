@@ -66,6 +66,8 @@ class RoundRecord:
     conversations: int | None = None
     quarantined: int | None = None
     quarantine_reasons: Mapping[str, int] = field(default_factory=dict)
+    set_aside: Mapping[str, int] = field(default_factory=dict)
+    """Conversations of a log that its import left out, by reason."""
     warnings: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()
     origins: Mapping[str, int] = field(default_factory=dict)
@@ -141,6 +143,7 @@ def _data(root: Path, folder: Path) -> dict[str, Any]:
     found = groups(frame, read_returns(folder / "returns" / "returns.parquet")) if frame is not None else ()
     return {
         **_validation(folder / "validated" / "validation.json"),
+        "set_aside": _set_aside(folder / "import.json"),
         "conversations": sum(group.success.conversations for group in found) if found else None,
         "groups": found,
         "origins": counts(frame) if frame is not None else {},
@@ -216,6 +219,12 @@ def _validation(path: Path) -> dict[str, Any]:
             "quarantine_reasons": {str(reason): int(count) for reason, count in values.get("reasons", {}).items()},
             "warnings": tuple(map(str, values.get("warnings", []))),
         }
+
+
+def _set_aside(path: Path) -> dict[str, int]:
+    values = optional(path) or {}
+    with shaped(path):
+        return {str(reason): int(count) for reason, count in values.get("set_aside", {}).items()}
 
 
 def _curves(path: Path) -> dict[str, tuple[Numbers, ...]]:

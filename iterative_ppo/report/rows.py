@@ -111,10 +111,13 @@ def _facts(one: RoundRecord) -> Iterator[str]:
     if "held_out_nats_a_token" in one.distance:
         nats = words.number(one.distance["held_out_nats_a_token"], 2)
         yield f"The first policy was cloned from a log: {nats} nats a token on held-out actions"
+        yield "The success in the log is of those who wrote it: how well their clone does, only customers can tell"
     if one.origins:
         found = (f"{words.count(count)} {words.origin(origin)}" for origin, count in one.origins.items())
         yield f"Outcomes of its conversations: {', '.join(found)}"
     yield from _coverage(one.q)
+    for reason, count in one.set_aside.items():
+        yield f"Set aside at import, {words.count(count)}: {reason}"
     for reason, count in one.quarantine_reasons.items():
         yield f"Quarantined, {words.count(count)}: {reason}"
     if one.looks:

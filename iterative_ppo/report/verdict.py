@@ -90,7 +90,8 @@ def _under_way(run: RunRecord) -> Verdict:
     if now and run.promotions:
         sentence = f"After {_rounds(run, done)} the assistant {_rate(run, now)}"
         start = first(run)
-        began = f"; it began at {words.percent(start.rate)}" if start else ""
+        began = "in the log it was" if run.rounds[0].from_logs else "it began at"
+        began = f"; {began} {words.percent(start.rate)}" if start else ""
         return Verdict("In progress", "open", f"{sentence}{began}.", f"{_doing(run)} {_tested(run)}".strip())
     rate = f": so far the assistant {_rate(run, now)}" if now else ""
     return Verdict("In progress", "open", f"The run is under way{rate}.", _doing(run))

@@ -134,16 +134,17 @@ def _read_json_lines(file: Path, log: Rows) -> None:
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
-                raise ValueError(f"found {short(record)}")
+                raise ValueError(short(record))
             log.rows.append(Row(file, number, record))
         except (ValueError, RecursionError) as error:
-            bad = BadDialogueError(f"expected one JSON object a line, {_first_line(error)}", row=number)
+            bad = BadDialogueError(f"expected one JSON object a line, found {_first_line(error)}", row=number)
             log.unreadable.append(set_aside(_named_in(line), file, bad))
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     # Not splitlines: a message may hold other line separators, which JSON does not escape.
-    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _named_in(line: str) -> str | None:

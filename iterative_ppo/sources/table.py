@@ -1,4 +1,4 @@
-"""A team's own log with the turn table's columns: one record a turn, in the order in which things were said."""
+"""A team's own log with the turn table's columns: one record a turn, those of a conversation in any order."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def _talks(rows: Rows, outcomes: Mapping[str, float], data: DataConfig, log: Imp
         if name in spoilt:
             continue
         try:
+            records.sort(key=lambda row: number(row, "turn") or 0.0)
             turns = [turn_of(row, outcomes, data) for row in records]
             _check_order(records, turns)
             good.append((records, turns))
@@ -112,7 +113,10 @@ def _check_order(records: Sequence[Row], turns: Sequence[Turn]) -> None:
     latest: datetime | None = None
     for place, (row, turn) in enumerate(zip(records, turns, strict=True), start=1):
         if number(row, "turn") != place:
-            raise refused(row, "turn", f"expected {place}, found {short(row.values.get('turn'))}")
+            found = short(row.values.get("turn"))
+            raise refused(
+                row, "turn", f"must count 1, 2, 3, ... without gap or repeat: expected {place}, found {found}"
+            )
         if turn.timestamp and latest and turn.timestamp < latest:
             raise refused(row, "timestamp", "earlier than the turn before it")
         latest = turn.timestamp or latest
