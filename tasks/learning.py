@@ -123,7 +123,7 @@ def initial_policy_stage(
 
 
 def _cut_by_limits(encoded: Sequence[tuple[Sequence[Encoded], int]], limits: PolicyConfig) -> dict[str, float]:
-    """Shares of the corpus: suggestions that the policy could not say whole, conversations whose beginning it forgets."""
+    """Shares of the corpus: suggestions it could not say whole, conversations whose beginning it forgets."""
     spans = (span for sequences, _ in encoded for sequence in sequences for span in sequence.spans)
     lengths = np.array([span.end - span.start for span in spans if span.trains], dtype=np.int64)
     if not len(lengths):
