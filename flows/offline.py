@@ -40,6 +40,11 @@ def _round(config: Config) -> dict[str, Any]:
     context = rounds.open_round(config, store, state.round)
     dataset = rounds.freeze_dataset(context, state.outcome_rates, rounds.label_outcomes(context))
     if registry.champion(store) is None:
+        if config.policy.base_model is None:
+            get_run_logger().warning(
+                "policy.base_model is null: the first policy is a tiny model made from this log alone, which shows how "
+                "the pipeline works; name a causal language model, by path, to have suggestions for customers"
+            )
         rounds.initialize(context, for_cloning(config, talks), str(config.source.path))
     champion = registry.champion(store)
     assert champion is not None

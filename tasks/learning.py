@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 PROMPTS = "prompts.parquet"
 IMPROVING = "improving"
+TINY_WEIGHTS = 20_000_000
+HIGHEST_RATE = 3e-4
+"""The highest learning rate that is usual for a pretrained model, of adapters; a tenth of it for all weights."""
 TOLD_SHARE = 0.02
 """Of a corpus, above which a person is told that the policy's limits cut it."""
 IMPROVED_WITH: Any = {
@@ -93,7 +96,7 @@ def initial_policy_stage(
         from iterative_ppo.learning.tiny import build_policy
         from tasks.training_bar import TrainingBar
 
-        tunes = config.policy.init == "sft"
+        tunes = _tunes(config)
         if tunes and not corpus:
             raise SourceError(f"{source}: no conversation to fine-tune the first policy on")
         metrics: dict[str, float] = {}
@@ -103,6 +106,7 @@ def initial_policy_stage(
                 policy = build_policy(corpus, config.policy, config.seed, config.runtime.device)
             else:
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
+                _check_rates(config, sum(weight.numel() for weight in policy.model.parameters()))
             encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
             metrics |= _cut_by_limits(encoded[: len(corpus)], config.policy)
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
@@ -120,6 +124,31 @@ def initial_policy_stage(
         return {**metrics, "truncated_turns": sum(cut for _, cut in encoded)}
 
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
+
+
+def _check_rates(config: Config, weights: int) -> None:
+    """Tell of learning rates that are for tiny models, where the base model is none."""
+    values = config.model_dump(include={"q": True, "improve": True} | ({"supervised": True} if _tunes(config) else {}))
+    high = [f"{name} = {rate:g}" for name, rate in _rates(values) if rate > HIGHEST_RATE]
+    if weights > TINY_WEIGHTS and high:
+        _LOG.warning(
+            "policy.base_model has %.0f million weights, and learning rates are those of tiny models, which would undo "
+            "what it knows: %s; see configs/pretrained.yaml",
+            weights / 1e6,
+            ", ".join(high),
+        )
+
+
+def _tunes(config: Config) -> bool:
+    return config.policy.init == "sft"
+
+
+def _rates(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _rates(value, f"{at}{name}.")
+        elif name.endswith("learning_rate"):
+            yield f"{at}{name}", float(value)
 
 
 def _cut_by_limits(encoded: Sequence[tuple[Sequence[Encoded], int]], limits: PolicyConfig) -> dict[str, float]:

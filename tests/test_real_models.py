@@ -559,6 +559,27 @@ def test_pi_0_is_the_base_model_or_a_tuned_one(plain_llama: Path, talks: list[Co
         load_config(overrides={"policy.init": "prompt"})
 
 
+def test_rates_of_tiny_models_are_told_of_where_the_base_model_is_none(
+    plain_llama: Path, talks: list[Conversation], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    from tasks import learning
+
+    def told(path: Path | None, name: str, **changes: Any) -> str:
+        limits = {"policy.max_prompt_tokens": 600, "policy.max_response_tokens": 40, "q.corpus_epochs": 0.0}
+        place = {"data.root": str(tmp_path / name), "policy.base_model": str(plain_llama), "policy.init": "prompt"}
+        caplog.clear()
+        learning.initial_policy_stage(load_config(path, limits | place | changes), talks, "talks")
+        return caplog.text
+
+    assert "learning rates" not in told(None, "tiny")
+    monkeypatch.setattr(learning, "TINY_WEIGHTS", 100)
+    found = told(None, "large")
+    assert "q.learning_rate = 0.002" in found and "improve.ppo.learning_rate = 0.0005" in found
+    assert "supervised" not in found, "nothing is fine-tuned"
+    shipped = Path(learning.__file__).parents[1] / "configs" / "pretrained.yaml"
+    assert "learning rates" not in told(shipped, "shipped")
+
+
 def test_a_limit_that_cuts_what_the_log_says_is_told_of(
     plain_llama: Path, talks: list[Conversation], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
