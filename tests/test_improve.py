@@ -42,7 +42,7 @@ from iterative_ppo.learning.regression import Regression, regress
 from iterative_ppo.learning.rounds import evaluate_policy, improve_policy, round_of
 from iterative_ppo.learning.sequences import Beginnings
 from iterative_ppo.mdp.conversation import Conversation
-from iterative_ppo.mdp.rendering import single
+from iterative_ppo.mdp.rendering import Encoded, single
 from iterative_ppo.mdp.turn_table import to_frame
 
 torch.set_num_threads(1)
@@ -633,6 +633,36 @@ def test_prompts_of_which_a_block_is_held_at_a_time_give_the_same(
     assert all(torch.equal(p, o) for p, o in zip(parameters(pieces), parameters(whole), strict=True))
 
 
+def test_what_was_chosen_before_a_kill_is_not_drawn_again(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [tiny_policy.renderer.prompt(talk.state(0)).tokens for talk in scripted[:20]]
+    judged: list[int] = []
+
+    class Counting(Taste):
+        def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+            judged.append(len(sequences))
+            return super().running_values(sequences)
+
+    q = Counting(lambda response: float(sum(response) % 97))
+    config = load_config().improve.best_of_n.model_copy(update={"epochs": 1.0, "samples": 2})
+    monkeypatch.setattr(best_of_n, "PROMPTS", 7)
+    whole, curve = improve_by_best(tiny_policy, q, prompts, config, 0)
+
+    def kill(done: int, total: int) -> None:
+        if done == 14:
+            raise KeyboardInterrupt
+
+    place = Checkpoint(tmp_path / "improving", "key").part("best_of_n", 50)
+    with pytest.raises(KeyboardInterrupt):
+        improve_by_best(tiny_policy, q, prompts, config, 0, kill, place)
+    judged.clear()
+    again, found = improve_by_best(tiny_policy, q, prompts, config, 0, checkpoint=place)
+    assert judged == [12], "the last block alone"
+    assert found == curve
+    assert all(torch.equal(p, o) for p, o in zip(parameters(again), parameters(whole), strict=True))
+
+
 def test_another_temperature_is_the_same_weights_on_another_scale(bandit: LanguagePolicy) -> None:
     logits = torch.randn(5, bandit.model.config.vocab_size, generator=torch.Generator().manual_seed(0))
     allowed = bandit.log_distribution(logits).isfinite()
@@ -763,7 +793,7 @@ def test_killed_within_a_pass_it_ends_with_the_same_weights(bandit: LanguagePoli
         improve_by_best(*given, progress=killed, checkpoint=checkpoint)
     told: list[int] = []
     resumed, again = improve_by_best(*given, progress=lambda done, _: told.append(done), checkpoint=checkpoint)
-    assert told[:2] == [64, 7] and again == curve, "the candidates are drawn again, what was learnt is not"
+    assert told[0] == 7 and again == curve, "nothing is drawn or learnt again"
     assert all(torch.equal(p, o) for p, o in zip(parameters(resumed), parameters(whole), strict=True))
 
 

@@ -38,6 +38,10 @@ class Checkpoint:
         """The place of one loop among several."""
         return replace(self, path=self.path / name, every=every or self.every)
 
+    def beside(self, name: str) -> Checkpoint:
+        """A place next to this one, for what its loop learns from."""
+        return replace(self, path=self.path.with_name(f"{self.path.name}-{name}"))
+
     def save(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Keep tensors and JSON-able values, in place of what was kept before. The first process writes."""
         if distributed.rank() == 0:

@@ -49,7 +49,8 @@ def improve_by_best(
     if not config.epochs:
         return policy, []
     check_prompts(policy, prompts)
-    liked = Answered(prompts, _choose(policy, q, prompts, config, seed, progress))
+    kept = checkpoint and checkpoint.beside("chosen")
+    liked = Answered(prompts, _choose(policy, q, prompts, config, seed, progress, kept))
     student = policy.trainable_copy()
     steps = step_count(len(liked), config.batch_size, config.epochs)
     usual = sum(map(len, liked.responses)) / step_count(len(liked), config.batch_size, 1.0)
@@ -72,13 +73,21 @@ def _choose(
     config: BestOfNConfig,
     seed: int,
     progress: Progress | None,
+    checkpoint: Checkpoint | None,
 ) -> list[tuple[int, ...]]:
-    """The response to each prompt that Q likes best; the candidates of a block of prompts are held at a time."""
+    """The response to each prompt that Q likes best; the candidates of a block of prompts are held at a time.
+
+    After each block what was chosen so far is kept: drawing is the longer part of the pass.
+    """
     surer = policy.at(config.temperature * policy.settings.temperature)
     rng, n = np.random.default_rng(seed), config.samples
     chosen: list[tuple[int, ...]] = []
     low, high = np.inf, -np.inf
-    for begin in range(0, len(prompts), PROMPTS):
+    if checkpoint and (found := checkpoint.load()):
+        tensors, values = found
+        chosen = [tuple(part.tolist()) for part in tensors["tokens"].split(tensors["lengths"].tolist())]
+        low, high, rng.bit_generator.state = values["low"], values["high"], values["generator"]
+    for begin in range(len(chosen), len(prompts), PROMPTS):
         block = prompts[begin : begin + PROMPTS]
         responses = surer.respond(block, rng, samples=n)
         candidates = [single(k, block[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
@@ -88,6 +97,12 @@ def _choose(
         low, high = min(low, float(worth.min())), max(high, float(worth.max()))
         winners = best(worth, responses.finished.reshape(-1, n))
         chosen += [responses.tokens[k * n + j] for k, j in enumerate(winners)]
+        if checkpoint:
+            tensors = {
+                "tokens": torch.tensor([token for response in chosen for token in response]),
+                "lengths": torch.tensor([len(response) for response in chosen]),
+            }
+            checkpoint.save(tensors, {"low": low, "high": high, "generator": rng.bit_generator.state})
         if progress:
             progress(len(chosen), len(prompts))
     if high - low <= 1e-6 * max(abs(low), abs(high)):
