@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -234,8 +235,14 @@ def _show_closing(test: dict[str, Any]) -> None:
     )
 
 
+def _stopped(number: int, _: object) -> None:
+    """As after Ctrl-C, so that what was started, such as Prefect's temporary server, is stopped too."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Run the command line; an error that a user can mend is one line on standard error and its own exit code."""
+    signal.signal(signal.SIGTERM, _stopped)
     try:
         app()
     except IterativePPOError as error:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import socket
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -38,6 +42,25 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     script = "import sys, flows.command_line; print([m for m in ('torch', 'mlflow', 'dvc') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_stopped_run_takes_its_server_with_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flows.command_line", "run", "--set", "simulator.corpus_conversations=60"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr
+        lines = takewhile(lambda line: "fine-tuning" not in line, run.stderr)
+        port = next(int(found[1]) for line in lines if (found := re.search(r"server on http://127.0.0.1:(\d+)", line)))
+        assert all("Traceback" not in line for line in lines), "it has begun to train"
+        assert reachable(port)
+        run.send_signal(signal.SIGTERM)
+        told = run.stderr.read()
+    assert run.returncode == 128 + signal.SIGTERM, told
+    assert not reachable(port)
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
