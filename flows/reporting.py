@@ -33,7 +33,8 @@ def status_lines(config: Config) -> Iterator[str]:
         yield _round_line(record)
         if distance := record.get("distance"):
             nats = distance.get("held_out_nats_a_token", float("nan"))
-            yield f"the champion, cloned from the log, is {nats:.2f} nats a token from it on held-out conversations"
+            first = "cloned from the log" if distance.get("cloned", 1.0) else "the base model as it is"
+            yield f"the first policy, {first}, is {nats:.2f} nats a token from the log on held-out conversations"
 
 
 def _round_line(record: Mapping[str, Any]) -> str:

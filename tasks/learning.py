@@ -377,7 +377,7 @@ def behaviour_log_probs(policy: LanguagePolicy, current: Round) -> np.ndarray:
 
 
 def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:
-    """How near a cloned policy is to the log it was cloned from: nats a token and a response, on held-out actions."""
+    """How near the first policy is to the log, `cloned` from it or not: nats on held-out actions."""
     inputs = {"policy": content_hash(policy.path), "md5": dataset.md5}
 
     def work(draft: Path) -> Mapping[str, float]:
@@ -390,7 +390,7 @@ def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, fold
             score, lengths = pi.score(current.encoded), np.zeros(current.encoded.rows)
             for span in (s for sequence in current.encoded.sequences for s in sequence.spans):
                 lengths[span.row] = span.end - span.start
-        metrics = {}
+        metrics = {"cloned": float(_tunes(config))}
         for name, part in (("fit", current.fit), ("held_out", ~current.fit)):
             rows = np.flatnonzero(part & np.isfinite(score))
             if len(rows):

@@ -110,8 +110,9 @@ def _facts(one: RoundRecord) -> Iterator[str]:
         yield f"The logged suggestions were worth {worth} of the policy's own (effective sample size)"
     if "held_out_nats_a_token" in one.distance:
         nats = words.number(one.distance["held_out_nats_a_token"], 2)
-        yield f"The first policy was cloned from a log: {nats} nats a token on held-out actions"
-        yield "The success in the log is of those who wrote it: how well their clone does, only customers can tell"
+        made = "was cloned from a log" if one.distance.get("cloned", 1.0) else "is a base model, beside a log"
+        yield f"The first policy {made}: {nats} nats a token on held-out actions"
+        yield "The success in the log is of those who wrote it: how well the first policy does, only customers can tell"
     if one.origins:
         found = (f"{words.count(count)} {words.origin(origin)}" for origin, count in one.origins.items())
         yield f"Outcomes of its conversations: {', '.join(found)}"
