@@ -45,10 +45,10 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
     """One method and seed, round by round from where it stopped."""
     torch.set_num_threads(1)  # cells run side by side, and threads that outnumber the cores are far slower than one
     config = configuration(method, seed)
-    folder, shared = cell_path(method, seed), SHARED.get(method)
-    if shared is not None:
+    folder, shared = cell_path(method, seed), SHARED.get(method, -1)
+    if method in SHARED:
         run_cell(OURS, seed, shared)
-    for number in range(0 if shared is None else shared + 1, rounds + 1):
+    for number in range(shared + 1, rounds + 1):
         place = folder / f"{number}"
         if (place / "result.json").exists():
             _greedily(config, number, place)

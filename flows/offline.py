@@ -15,10 +15,10 @@ from iterative_ppo.files import write_json
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import conversations
 from tasks import experiments, registry, rounds, tracking
-from tasks.datasets import IMPORT, Dataset, arrived, round_folder, take_up
+from tasks.datasets import Dataset, arrived, round_folder, take_up
 from tasks.learning import PolicyVersion
 from tasks.state import NightState, load_state, only_one, save_state
-from tasks.traffic import LOGGED, for_cloning, import_logs
+from tasks.traffic import IMPORT, LOGGED, for_cloning, import_logs
 
 
 @flow(name="offline-round", flow_run_name="offline round")

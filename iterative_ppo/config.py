@@ -201,9 +201,14 @@ class PolicyConfig(Frozen):
     abstain: str
     """The response that means: no suggestion."""
 
+    @property
+    def fine_tuned(self) -> bool:
+        """Whether pi_0 is made from a corpus; else it is the base model as it is."""
+        return self.init == "sft"
+
     @model_validator(mode="after")
     def _something_to_prompt(self) -> PolicyConfig:
-        if self.init == "prompt" and self.base_model is None:
+        if not self.fine_tuned and self.base_model is None:
             raise ValueError(
                 "init: prompt needs a base_model; a tiny model with fresh weights must be fine-tuned (sft)"
             )

@@ -15,7 +15,6 @@ from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.labels import weighted
 
 LOGGED = "logged"
-IMPORT = "import.json"
 
 
 @dataclass(frozen=True)

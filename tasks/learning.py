@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from iterative_ppo.config import Config, PolicyConfig
+from iterative_ppo.config import Config
 from iterative_ppo.errors import SourceError, TrainingError
 from iterative_ppo.files import content_hash, fingerprint, read_json
 from iterative_ppo.mdp import turn_table
@@ -25,22 +25,17 @@ from tasks.progress import progress
 from tasks.q_report import write_q_report
 from tasks.round_data import champion_round, other_rounds, read_prompts, token_folder, write_prompts
 from tasks.stage import Stage, made_with, run_stage
+from tasks.suitability import cut_by_limits, tell_of_rates
 
 if TYPE_CHECKING:
     from iterative_ppo.learning.jobs import Evaluation
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.policy_evaluation import Round
     from iterative_ppo.learning.q_model import QModel
-    from iterative_ppo.mdp.rendering import Encoded
 
 _LOG = logging.getLogger(__name__)
 PROMPTS = "prompts.parquet"
 IMPROVING = "improving"
-TINY_WEIGHTS = 20_000_000
-HIGHEST_RATE = 3e-4
-"""The highest learning rate that is usual for a pretrained model, of adapters; a tenth of it for all weights."""
-TOLD_SHARE = 0.02
-"""Of a corpus, above which a person is told that the policy's limits cut it."""
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
     "policy": {"lora", "save"},
@@ -96,7 +91,7 @@ def initial_policy_stage(
         from iterative_ppo.learning.tiny import build_policy
         from tasks.training_bar import TrainingBar
 
-        tunes = _tunes(config)
+        tunes = config.policy.fine_tuned
         if tunes and not corpus:
             raise SourceError(f"{source}: no conversation to fine-tune the first policy on")
         metrics: dict[str, float] = {}
@@ -106,9 +101,9 @@ def initial_policy_stage(
                 policy = build_policy(corpus, config.policy, config.seed, config.runtime.device)
             else:
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
-                _check_rates(config, sum(weight.numel() for weight in policy.model.parameters()))
+                tell_of_rates(config, sum(weight.numel() for weight in policy.model.parameters()))
             encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
-            metrics |= _cut_by_limits(encoded[: len(corpus)], config.policy)
+            metrics |= cut_by_limits(encoded[: len(corpus)], config.policy)
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
             if tunes:
                 with progress("fine-tuning pi_0") as report:
@@ -124,61 +119,6 @@ def initial_policy_stage(
         return {**metrics, "truncated_turns": sum(cut for _, cut in encoded)}
 
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
-
-
-def _check_rates(config: Config, weights: int) -> None:
-    """Tell of learning rates that are for tiny models, where the base model is none."""
-    values = config.model_dump(include={"q": True, "improve": True} | ({"supervised": True} if _tunes(config) else {}))
-    high = [f"{name} = {rate:g}" for name, rate in _rates(values) if rate > HIGHEST_RATE]
-    if weights > TINY_WEIGHTS and high:
-        _LOG.warning(
-            "policy.base_model has %.0f million weights, and learning rates are those of tiny models, which would undo "
-            "what it knows: %s; see configs/pretrained.yaml",
-            weights / 1e6,
-            ", ".join(high),
-        )
-
-
-def _tunes(config: Config) -> bool:
-    return config.policy.init == "sft"
-
-
-def _rates(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _rates(value, f"{at}{name}.")
-        elif name.endswith("learning_rate"):
-            yield f"{at}{name}", float(value)
-
-
-def _cut_by_limits(encoded: Sequence[tuple[Sequence[Encoded], int]], limits: PolicyConfig) -> dict[str, float]:
-    """Shares of the corpus: suggestions it could not say whole, conversations whose beginning it forgets."""
-    spans = (span for sequences, _ in encoded for sequence in sequences for span in sequence.spans)
-    lengths = np.array([span.end - span.start for span in spans if span.trains], dtype=np.int64)
-    if not len(lengths):
-        return {}
-    found = {
-        "longer_suggestions": float((lengths > limits.max_response_tokens).mean()),
-        "longer_conversations": float(np.mean([cut > 0 for _, cut in encoded])),
-    }
-    if found["longer_suggestions"] > TOLD_SHARE:
-        _LOG.warning(
-            "%.0f %% of the corpus's %d suggestions are longer than policy.max_response_tokens = %d, so the policy "
-            "will be cut short where it means to say the like; 99 %% of them have at most %d tokens: set it to that",
-            100 * found["longer_suggestions"],
-            len(lengths),
-            limits.max_response_tokens,
-            int(np.quantile(lengths, 0.99, method="higher")),
-        )
-    if found["longer_conversations"] > TOLD_SHARE:
-        _LOG.warning(
-            "%.0f %% of the corpus's %d conversations are longer than policy.max_prompt_tokens = %d, so the policy "
-            "does not see how they began; raise it as far as memory, time and the model's context allow",
-            100 * found["longer_conversations"],
-            len(encoded),
-            limits.max_prompt_tokens,
-        )
-    return found
 
 
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:
@@ -223,7 +163,7 @@ def fit_q_stage(
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.worker import do
 
-        check_unfinished(config, policy, dataset, folder)
+        _check_unfinished(config, policy, dataset, folder)
         with computing(config.runtime), token_folder(draft) as tokens:
             current, facts, others = _rounds(config, policy, dataset, replay, tokens)
             start = previous_q if config.q.warm_start else None
@@ -348,7 +288,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
     return stage
 
 
-def check_unfinished(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> None:
+def _check_unfinished(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> None:
     """Raise StoreError where the round's improvement was begun otherwise, before its Q is fitted for nothing."""
     if (folder / IMPROVING).exists():
         from iterative_ppo.learning.checkpoint import check_settings
@@ -390,7 +330,7 @@ def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, fold
             score, lengths = pi.score(current.encoded), np.zeros(current.encoded.rows)
             for span in (s for sequence in current.encoded.sequences for s in sequence.spans):
                 lengths[span.row] = span.end - span.start
-        metrics = {"cloned": float(_tunes(config))}
+        metrics = {"cloned": float(config.policy.fine_tuned)}
         for name, part in (("fit", current.fit), ("held_out", ~current.fit)):
             rows = np.flatnonzero(part & np.isfinite(score))
             if len(rows):

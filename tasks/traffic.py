@@ -62,7 +62,7 @@ def first_corpus(config: Config) -> tuple[list[Conversation], str, list[Conversa
     if config.source.simulated:
         return scripted_corpus(config), "scripted", copying_lessons(config)
     kind = config.source.kind
-    if config.policy.init == "sft":
+    if config.policy.fine_tuned:
         raise ConfigError(
             f"no champion yet, and at night source.kind {kind} brings no corpus to fine-tune one on; begin with `ippo "
             f"run --source {kind} --path LOG`, or set policy.init to prompt and policy.base_model to a model that talks"
@@ -135,6 +135,10 @@ def to_rows(config: Config, talks: Sequence[Conversation]) -> pd.DataFrame:
 def outcome_of(talks: Sequence[Conversation]) -> Arm:
     """Successes among conversations."""
     return Arm(sum(sum(talk.turns[-1].outcomes) > 0 for talk in talks), len(talks))
+
+
+IMPORT = "import.json"
+"""Of a round's folder: what its import came to, for the report."""
 
 
 @dataclass(frozen=True)

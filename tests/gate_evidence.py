@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from iterative_ppo.config import load_config
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.evaluation.certificate import Certificate
 from iterative_ppo.evaluation.evidence import OfflineEvidence
@@ -9,6 +10,12 @@ from iterative_ppo.evaluation.non_inferiority import Guardrail, proportion
 from iterative_ppo.evaluation.ope import Estimate
 from iterative_ppo.evaluation.weights import Support
 
+UNGUARDED = {
+    f"gate.guardrails.{name}.{key}": value
+    for name in load_config().gate.guardrails
+    for key, value in (("margin", 1000.0), ("limit", None))
+}
+"""Settings under which no guardrail can break."""
 SUPPORT = Support(known=900, effective=600.0, largest=0.01, mean=1.0)
 CERTIFICATE = Certificate(0.03, 0.01, 0.05, SUPPORT, conversations=200, left_out=0, refusal=None)
 ESTIMATE = Estimate("doubly_robust_gain", 0.04, 0.01, 0.07, SUPPORT, left_out=0, refusal=None)

@@ -562,7 +562,7 @@ def test_pi_0_is_the_base_model_or_a_tuned_one(plain_llama: Path, talks: list[Co
 def test_rates_of_tiny_models_are_told_of_where_the_base_model_is_none(
     plain_llama: Path, talks: list[Conversation], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    from tasks import learning
+    from tasks import learning, suitability
 
     def told(path: Path | None, name: str, **changes: Any) -> str:
         limits = {"policy.max_prompt_tokens": 600, "policy.max_response_tokens": 40, "q.corpus_epochs": 0.0}
@@ -572,7 +572,7 @@ def test_rates_of_tiny_models_are_told_of_where_the_base_model_is_none(
         return caplog.text
 
     assert "learning rates" not in told(None, "tiny")
-    monkeypatch.setattr(learning, "TINY_WEIGHTS", 100)
+    monkeypatch.setattr(suitability, "TINY_WEIGHTS", 100)
     found = told(None, "large")
     assert "q.learning_rate = 0.002" in found and "improve.ppo.learning_rate = 0.0005" in found
     assert "supervised" not in found, "nothing is fine-tuned"

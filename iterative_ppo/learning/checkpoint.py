@@ -85,9 +85,9 @@ def take_up(path: Path, key: str, settings: Mapping[str, Any], given: Mapping[st
 
     Raises StoreError, naming the folder and what differs.
     """
-    check_settings(path, settings, given)
     if _begun(path).get("key") == key:
         return Checkpoint(path, key)
+    check_settings(path, settings, given)
     if _unfinished(path):
         _LOG.warning("%s: an unfinished improvement of other data, or of another policy or Q; it begins anew", path)
     shutil.rmtree(path, ignore_errors=True)

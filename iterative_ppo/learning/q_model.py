@@ -31,7 +31,7 @@ from iterative_ppo.errors import ConfigError, ModelError, StoreError, did_you_me
 from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning import branching
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
-from iterative_ppo.learning.forward import last_hidden
+from iterative_ppo.learning.forward import backbone, last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.loading import alike, holds
 from iterative_ppo.learning.objective import head_range, head_weights
@@ -134,7 +134,7 @@ class QModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: Any = value_class(config)(config)
-        model.base_model.load_state_dict(source.backbone_state())
+        backbone(model).load_state_dict(source.backbone_state())
         return cls(model.to(source.model.device), settings, source.pad)
 
     @classmethod
@@ -163,7 +163,7 @@ class QModel:
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """Weights of the network without its heads."""
-        state: dict[str, torch.Tensor] = self.model.base_model.state_dict()
+        state: dict[str, torch.Tensor] = backbone(self.model).state_dict()
         return state
 
     def reweighted(self, outcomes: Mapping[str, float]) -> QModel:
