@@ -39,8 +39,10 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
 
 @app.command()
 def run(
-    source: Annotated[str | None, typer.Option(help="renovation (the simulator), star, craigslist or table.")] = None,
-    path: Annotated[Path | None, typer.Option(help="File or folder of logs, for a source that reads logs.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="renovation (simulated), environment, star, craigslist or table.")
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="File or folder of logs; of an environment, module:name.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Largest number of rounds.")] = None,
     params: Params = None,
     sets: Sets = None,
@@ -69,7 +71,11 @@ def _ready(config: Config) -> None:
     """What would stop a run in its first second is said before a server starts."""
     from tasks.state import load_state, only_one
 
-    if not config.source.simulated:
+    if config.source.simulated:
+        from tasks.traffic import environment
+
+        environment(config)
+    else:
         if config.source.path is None:
             raise ConfigError(f"source {config.source.kind!r} reads logs: name their file or folder with --path")
         if not config.source.path.exists():

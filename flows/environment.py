@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 from iterative_ppo.errors import IterativePPOError
@@ -27,11 +28,16 @@ QUIET = {
 
 
 def prepare() -> None:
-    """Set what the user has not set. Call before importing Prefect, MLflow, DVC or transformers."""
+    """Set what the user has not set, and find modules of the working folder.
+
+    Call before importing Prefect, MLflow, DVC or transformers.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_traceback)
+    if "" not in sys.path:
+        sys.path.append("")  # modules of the user's own, named in a setting, lie in the working folder
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
 

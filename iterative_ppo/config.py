@@ -68,15 +68,15 @@ class TrackingConfig(Frozen):
 
 
 class SourceConfig(Frozen):
-    kind: Literal["renovation", "star", "craigslist", "table"]
+    kind: Literal["renovation", "environment", "star", "craigslist", "table"]
     """Where conversations come from."""
     path: Path | None
-    """File or folder of logs; the simulator needs none."""
+    """File or folder of logs; `module:name` of a simulator of one's own; the renovation business needs none."""
 
     @property
     def simulated(self) -> bool:
-        """Whether the customers are the simulator's; else they are a team's own."""
-        return self.kind == "renovation"
+        """Whether the customers are a simulator's; else they are a team's own."""
+        return self.kind in ("renovation", "environment")
 
 
 class SimulatorConfig(Frozen):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from iterative_ppo.config import Config
+from iterative_ppo.environments.own import Scripted, own_environment, script_of
 from iterative_ppo.environments.renovation import OUTCOMES, Renovation, Script, copying_curriculum
 from iterative_ppo.environments.rollout import Customer, collect, customers, serve
 from iterative_ppo.errors import ConfigError, SourceError
@@ -33,7 +34,9 @@ EXPLORATION = "exploration"
 
 
 def environment(config: Config) -> Environment:
-    """The simulator of `source.kind`. Raises ConfigError where the outcomes are not the simulator's."""
+    """The simulator of `source.kind`. Raises ConfigError where it is not there, or the outcomes are not its own."""
+    if config.source.kind == "environment":
+        return own_environment(None if config.source.path is None else str(config.source.path))
     if tuple(config.outcomes) != tuple(OUTCOMES):
         raise ConfigError(f"outcomes: the renovation simulator knows {list(OUTCOMES)}, got {list(config.outcomes)}")
     return Renovation(config.simulator.max_business_turns)
@@ -42,8 +45,9 @@ def environment(config: Config) -> Environment:
 def scripted_corpus(config: Config) -> list[Conversation]:
     """Conversations of a mediocre scripted agent, for fine-tuning pi_0."""
     s = config.simulator
-    agent = Script(s.corpus_skill, config.seed)
-    return collect(agent, environment(config), s.corpus_conversations, config.seed + 100, "script")
+    world = environment(config)
+    agent = Script(s.corpus_skill, config.seed) if isinstance(world, Renovation) else script_of(world, config.seed)
+    return collect(agent, world, s.corpus_conversations, config.seed + 100, "script")
 
 
 def copying_lessons(config: Config) -> list[Conversation]:
@@ -59,9 +63,11 @@ def first_corpus(config: Config) -> tuple[list[Conversation], str, list[Conversa
 
     Raises ConfigError where only the simulator could give one, and the customers are a team's own.
     """
-    if config.source.simulated:
-        return scripted_corpus(config), "scripted", copying_lessons(config)
     kind = config.source.kind
+    if kind == "renovation":
+        return scripted_corpus(config), "scripted", copying_lessons(config)
+    if kind == "environment" and (config.policy.fine_tuned or isinstance(environment(config), Scripted)):
+        return scripted_corpus(config), f"scripted, {config.source.path}", []
     if config.policy.fine_tuned:
         raise ConfigError(
             f"no champion yet, and at night source.kind {kind} brings no corpus to fine-tune one on; begin with `ippo "

@@ -6,7 +6,6 @@ which are paired by state, and the conversations of an A/B test's arms, which ar
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, quantile
 from iterative_ppo.mdp.returns import ACCEPTANCE
+from iterative_ppo.references import imported
 
 LEAST_UNITS = 10
 """Below this the spread between conversations is itself too uncertain for a bound."""
@@ -108,17 +108,14 @@ def _guarded(
 
 def measure_of(name: str, function: str) -> Measure:
     """A measure of ours by name, or one of the user's own. Raises ConfigError where there is none."""
-    where, (module, colon, attribute) = f"gate.guardrails.{name}.function", function.partition(":")
-    if not colon:
+    where = f"gate.guardrails.{name}.function"
+    if ":" not in function:
         if function not in MEASURES:
             known = [*MEASURES, CALIBRATION]
             hint = did_you_mean(function, known)
             raise ConfigError(f"{where}: {function!r} is none of {', '.join(known)}{hint}; your own is module:function")
         return MEASURES[function]
-    try:
-        return Measure(getattr(importlib.import_module(module), attribute))
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{where}: {function!r} cannot be imported ({error}); is it on PYTHONPATH?") from None
+    return Measure(imported(function, where))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,52 @@
+"""A simulated business of the user's own, for the pipeline to run on: any object with a few methods."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from iterative_ppo.environments.rollout import Environment, Sampler
+from iterative_ppo.errors import ConfigError
+from iterative_ppo.references import imported
+
+SETTING = "source.path"
+
+
+@runtime_checkable
+class Scripted(Protocol):
+    """An environment that also knows who can write the corpus that pi_0 is fine-tuned on."""
+
+    def script(self, seed: int) -> Sampler: ...
+
+
+def own_environment(reference: str | None) -> Environment:
+    """The environment that `module:name` makes: a class or function without arguments, or the object itself.
+
+    Its `start(conversations, seed)` returns sessions, each with `turns`, `closed`, `state` and `step(suggestion)`
+    (rollout.Session); `business_of(k)` says whose conversation the k-th is; `script(seed)` (Scripted) is wanted where
+    pi_0 is fine-tuned. The same seed must give the same customers, whoever answers them.
+
+    Raises ConfigError where there is none, or it lacks a method.
+    """
+    if reference is None:
+        raise ConfigError(
+            f"{SETTING}: source.kind environment needs module:name of an environment of your own, got null"
+        )
+    found = imported(reference, SETTING)
+    made: Any = found() if callable(found) else found
+    for method in ("start", "business_of"):
+        if not callable(getattr(made, method, None)):
+            raise ConfigError(
+                f"{SETTING}: {reference} has no method {method!r}; iterative_ppo/environments/own.py says more"
+            )
+    environment: Environment = made
+    return environment
+
+
+def script_of(environment: Environment, seed: int) -> Sampler:
+    """Who writes its corpus. Raises ConfigError where nobody does."""
+    if not isinstance(environment, Scripted):
+        raise ConfigError(
+            f"{SETTING}: {type(environment).__name__} has no script(seed) to write a corpus to fine-tune pi_0 on; "
+            "add it, or set policy.init to prompt and policy.base_model to a model that talks"
+        )
+    return environment.script(seed)

@@ -1,0 +1,104 @@
+"""A simulated business of the user's own: from a module in the working folder through a whole round."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import flower_shop
+import pytest
+from gate_evidence import UNGUARDED
+from test_command_line import ippo, refused
+
+from iterative_ppo.config import Config, load_config
+from iterative_ppo.environments.own import own_environment
+from iterative_ppo.environments.rollout import collect
+from iterative_ppo.errors import ConfigError
+from iterative_ppo.mdp import turn_table
+from tasks.state import load_state
+from tasks.traffic import first_corpus
+
+NAMED = {"order": 1.0, "large": 0.5}
+SMALL = {
+    "outcomes": NAMED,
+    "data.outcome_high": 1.5,
+    "simulator.corpus_conversations": 80,
+    "simulator.conversations": 80,
+    "abtest.conversations": 80,
+    "rounds.max_rounds": 1,
+    "rounds.final_conversations": 40,
+    "policy.hidden_size": 16,
+    "policy.heads": 2,
+    "policy.layers": 1,
+    "policy.tokenizer": "word",
+    "supervised.epochs": 20.0,
+    "q.epochs": 1.0,
+    "improve.ppo.episodes": 64,
+    "improve.best_of_n.epochs": 1.0,
+    "improve.best_of_n.samples": 2,
+    **UNGUARDED,
+}
+
+
+def config_of(reference: str | None, **changes: object) -> Config:
+    return load_config(None, {"source.kind": "environment", "source.path": reference, "outcomes": NAMED} | changes)
+
+
+def test_a_round_on_a_module_of_the_working_folder(tmp_path: Path) -> None:
+    shutil.copy(flower_shop.__file__, tmp_path / "my_shop.py")
+    sets = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    done = ippo(tmp_path, "run", "--source", "environment", "--path", "my_shop:Florist", *sets)
+    assert done.returncode == 0, done.stderr
+    assert load_state(tmp_path / "data").phase == "finished"
+    turns = turn_table.read(tmp_path / "data" / "turns" / "round=0000", NAMED)
+    assert turns["conversation_id"].nunique() == SMALL["simulator.conversations"]
+    assert set(turns["business_id"]) == {"florist"}
+    assert set(turns["outcome"]) <= {0.0, 1.0, 1.5}
+    assert (tmp_path / "report.html").exists()
+
+
+def test_its_script_writes_the_corpus() -> None:
+    corpus, name, lessons = first_corpus(config_of("flower_shop:Florist", **{"simulator.corpus_conversations": 30}))
+    assert len(corpus) == 30 and "flower_shop:Florist" in name and not lessons
+    said = {turn.suggestion.text for talk in corpus for turn in talk.turns if turn.suggestion}
+    assert said == {flower_shop.ASK, flower_shop.OFFER, flower_shop.CHAT}
+
+
+def test_without_a_script_pi_0_is_a_base_model_as_it_is() -> None:
+    with pytest.raises(ConfigError, match=r"source.path: Unscripted has no script\(seed\).*policy.init to prompt"):
+        first_corpus(config_of("flower_shop:Unscripted"))
+    as_it_is = {"policy.init": "prompt", "policy.base_model": "somewhere"}
+    assert first_corpus(config_of("flower_shop:Unscripted", **as_it_is)) == ([], "base model", [])
+
+
+def test_an_instance_or_a_function_serves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_shop, "shop", flower_shop.Florist(), raising=False)
+    monkeypatch.setattr(flower_shop, "made", partial(flower_shop.Florist), raising=False)
+    talks = [
+        collect(flower_shop.Apprentice(0), own_environment(f"flower_shop:{name}"), 20, 3, "x")
+        for name in ("shop", "made", "Florist")
+    ]
+    assert talks[0] == talks[1] == talks[2]
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        (None, "needs module:name"),
+        ("flower_shop", "expected module:name"),
+        ("flower_shop:Nursery", "cannot be imported"),
+        ("no_such_shop:Florist", "no_such_shop.*PYTHONPATH"),
+        (":Florist", "cannot be imported"),
+        ("flower_shop:Closed", "has no method 'start'"),
+    ],
+)
+def test_what_is_no_environment_is_named(reference: str | None, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^source.path: .*{words}"):
+        own_environment(reference)
+
+
+def test_it_is_refused_before_a_server_starts(tmp_path: Path) -> None:
+    done = ippo(tmp_path, "run", "--source", "environment", "--path", "no_such_shop:Florist")
+    refused(done, 2, "source.path", "no_such_shop")
