@@ -26,7 +26,6 @@ from tasks.progress import progress
 
 if TYPE_CHECKING:
     from iterative_ppo.environments.rollout import Environment
-    from iterative_ppo.sources import SetAside
 
 
 EXPLORATION = "exploration"
@@ -193,18 +192,10 @@ def read_logs(config: Config) -> Imported:
     if not log.conversations:
         raise SourceError(f"{source}: no usable conversation; see {quarantine}")
     talks = [talk if talk.policy_version else replace(talk, policy_version=LOGGED) for talk in log.conversations]
-    return Imported(name, talks, Counter(_kind_of_reason(one) for one in log.set_aside), quarantine)
+    return Imported(name, talks, Counter(one.kind for one in log.set_aside), quarantine)
 
 
 def for_cloning(config: Config, talks: Sequence[Conversation]) -> list[Conversation]:
     """The fit part of a log: what pi_0 is cloned from, so that the evidence part stays unseen by it too."""
     share, split_by = config.data.evidence_share, config.data.split_by
     return [talk for talk in talks if turn_table.part_of_conversation(talk, share, split_by) == "fit"]
-
-
-def _kind_of_reason(aside: SetAside) -> str:
-    """A reason without its row and what was found there, for counting."""
-    if aside.still_open:
-        return "open: not closed yet"
-    problem = (aside.reason.partition(": ")[2] or aside.reason).partition(", found")[0].partition(": expected")[0]
-    return f"{aside.field}: {problem}" if aside.field else problem

@@ -524,6 +524,7 @@ def test_table_counts_open_conversations(table: Callable[..., ImportedLog]) -> N
     assert [aside.conversation_id for aside in log.set_aside] == ["open", "timeless"]
     assert all(aside.still_open and aside.reason.startswith("open: ") for aside in log.set_aside)
     assert "log.jsonl, row 2, field 'timestamp'" in log.set_aside[0].reason
+    assert {aside.kind for aside in log.set_aside} == {"open: not closed yet"}
 
 
 def test_rows_of_a_conversation_come_in_any_order(table: Callable[..., ImportedLog]) -> None:
@@ -540,6 +541,14 @@ def test_a_torn_line_of_a_file_from_windows_is_told_as_any_other(tmp_path: Path)
     reasons = [aside.reason.partition("row ")[2] for aside in log.set_aside]
     assert reasons[0].startswith("3: expected one JSON object a line, found Unterminated string")
     assert reasons[1] == "4: expected one JSON object a line, found [1]"
+    assert {aside.kind for aside in log.set_aside} == {"expected one JSON object a line"}
+
+
+def test_reasons_are_counted_without_what_was_found(table: Callable[..., ImportedLog]) -> None:
+    bad = [record(3 + k, conversation_id=f"from-{3 + k}") for k in range(2)]
+    assert {aside.kind for aside in table(*GOOD, *bad).set_aside} == {
+        "turn: must count 1, 2, 3, ... without gap or repeat"
+    }
 
 
 @pytest.mark.parametrize(

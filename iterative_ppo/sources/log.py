@@ -18,18 +18,30 @@ OPEN = "open: "
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A conversation that is not imported. `row` counts from 1: an event, a dialogue or a record, by source."""
+    """A conversation that is not imported. `row` counts from 1: an event, a dialogue or a record, by source.
+
+    `reason` is the problem with its place in one sentence.
+    """
 
     conversation_id: str | None
     file: Path
     row: int | None
     field: str | None
+    problem: str
     reason: str
 
     @property
     def still_open(self) -> bool:
         """Whether nothing is wrong with it: it has no outcome yet, and a later import may take it."""
-        return self.reason.startswith(OPEN)
+        return self.problem.startswith(OPEN)
+
+    @property
+    def kind(self) -> str:
+        """Its field and problem without what was found there, for counting."""
+        if self.still_open:
+            return f"{OPEN}not closed yet"
+        what = self.problem.partition(", found")[0].partition(": expected")[0]
+        return f"{self.field}: {what}" if self.field else what
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,7 @@ def set_aside(conversation_id: str | None, file: Path, bad: BadDialogueError) ->
     name = "" if bad.field is None else f", field {bad.field!r}"
     place = f"{file}{row}{name}"
     reason = f"{bad.problem} ({place})" if bad.problem.startswith(OPEN) else f"{place}: {bad.problem}"
-    return SetAside(conversation_id, file, bad.row, bad.field, reason)
+    return SetAside(conversation_id, file, bad.row, bad.field, bad.problem, reason)
 
 
 def collect(dialogues: Iterable[RawDialogue], id_field: str, convert: Callable[[Any], Conversation]) -> ImportedLog:

@@ -100,7 +100,8 @@ def _read(files: Iterable[Path]) -> tuple[list[RawDialogue], list[SetAside]]:
         try:
             raws.append(RawDialogue(file, None, read_json(file)))
         except SourceError as error:
-            unreadable.append(SetAside(file.stem, file, None, None, str(error)))
+            reason = str(error)
+            unreadable.append(SetAside(file.stem, file, None, None, reason.partition(": ")[2], reason))
     return raws, unreadable
 
 
