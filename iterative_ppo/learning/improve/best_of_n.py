@@ -8,6 +8,8 @@ projection onto the network is maximum likelihood, as in MPO (Abdolmaleki et al.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -49,8 +51,7 @@ def improve_by_best(
     if not config.epochs:
         return policy, []
     check_prompts(policy, prompts)
-    kept = checkpoint and checkpoint.beside("chosen")
-    liked = Answered(prompts, _choose(policy, q, prompts, config, seed, progress, kept))
+    liked = Answered(prompts, _choose(policy, q, prompts, config, seed, progress, checkpoint))
     student = policy.trainable_copy()
     steps = step_count(len(liked), config.batch_size, config.epochs)
     usual = sum(map(len, liked.responses)) / step_count(len(liked), config.batch_size, 1.0)
@@ -77,34 +78,60 @@ def _choose(
 ) -> list[tuple[int, ...]]:
     """The response to each prompt that Q likes best; the candidates of a block of prompts are held at a time.
 
-    After each block what was chosen so far is kept: drawing is the longer part of the pass.
+    What was chosen for a block is kept: drawing is the longer part of the pass.
     """
-    surer = policy.at(config.temperature * policy.settings.temperature)
-    rng, n = np.random.default_rng(seed), config.samples
+    surer, rng = policy.at(config.temperature * policy.settings.temperature), np.random.default_rng(seed)
     chosen: list[tuple[int, ...]] = []
     low, high = np.inf, -np.inf
-    if checkpoint and (found := checkpoint.load()):
-        tensors, values = found
-        chosen = [tuple(part.tolist()) for part in tensors["tokens"].split(tensors["lengths"].tolist())]
-        low, high, rng.bit_generator.state = values["low"], values["high"], values["generator"]
-    for begin in range(len(chosen), len(prompts), PROMPTS):
-        block = prompts[begin : begin + PROMPTS]
-        responses = surer.respond(block, rng, samples=n)
-        candidates = [single(k, block[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
-        worth = np.array([values[-1] for values in q.running_values(candidates)]).reshape(-1, n)
-        if not np.isfinite(worth).all():
-            raise TrainingError("Q gave a reward that is not a number; the round is rejected")
-        low, high = min(low, float(worth.min())), max(high, float(worth.max()))
-        winners = best(worth, responses.finished.reshape(-1, n))
-        chosen += [responses.tokens[k * n + j] for k, j in enumerate(winners)]
-        if checkpoint:
-            tensors = {
-                "tokens": torch.tensor([token for response in chosen for token in response]),
-                "lengths": torch.tensor([len(response) for response in chosen]),
-            }
-            checkpoint.save(tensors, {"low": low, "high": high, "generator": rng.bit_generator.state})
-        if progress:
-            progress(len(chosen), len(prompts))
+    for number, begin in enumerate(range(0, len(prompts), PROMPTS)):
+        kept = checkpoint and checkpoint.beside(f"chosen-{number}")
+        block = kept and _kept_block(kept, rng)
+        if not block:
+            block = _chosen_block(surer, q, prompts[begin : begin + PROMPTS], config.samples, rng)
+            if kept:
+                _keep(kept, block, rng)
+            if progress:
+                progress(begin + len(block.responses), len(prompts))
+        chosen += block.responses
+        low, high = min(low, block.low), max(high, block.high)
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
     return chosen
+
+
+@dataclass(frozen=True)
+class Block:
+    """The chosen responses to some prompts, and the least and the greatest Q of all their candidates."""
+
+    responses: list[tuple[int, ...]]
+    low: float
+    high: float
+
+
+def _chosen_block(surer: LanguagePolicy, q: RewardModel, prompts: Prompts, n: int, rng: np.random.Generator) -> Block:
+    responses = surer.respond(prompts, rng, samples=n)
+    candidates = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
+    worth = np.array([values[-1] for values in q.running_values(candidates)]).reshape(-1, n)
+    if not np.isfinite(worth).all():
+        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+    winners = best(worth, responses.finished.reshape(-1, n))
+    return Block([responses.tokens[k * n + j] for k, j in enumerate(winners)], float(worth.min()), float(worth.max()))
+
+
+def _keep(place: Checkpoint, block: Block, rng: np.random.Generator) -> None:
+    tensors = {
+        "tokens": torch.tensor([token for response in block.responses for token in response]),
+        "lengths": torch.tensor([len(response) for response in block.responses]),
+    }
+    place.save(tensors, {"low": block.low, "high": block.high, "generator": rng.bit_generator.state})
+
+
+def _kept_block(place: Checkpoint, rng: np.random.Generator) -> Block | None:
+    """What was kept of a block, the generator then set to where it was after it."""
+    found = place.load()
+    if not found:
+        return None
+    tensors, values = found
+    rng.bit_generator.state = values["generator"]
+    responses = [tuple(part.tolist()) for part in tensors["tokens"].split(tensors["lengths"].tolist())]
+    return Block(responses, values["low"], values["high"])
