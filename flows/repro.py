@@ -13,7 +13,7 @@ from tasks import gating, labels, learning, validation
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, Prompts
 from tasks.stage import Stage, load_stage, run_stage
-from tasks.traffic import LOGGED, first_corpus, for_cloning, read_logs, simulate, to_rows
+from tasks.traffic import LOGGED, first_corpus, for_cloning, read_logs, simulate, to_rows, version_of_environment
 
 PI_0 = 0
 
@@ -58,8 +58,10 @@ def _champion(config: Config) -> PolicyVersion:
 def _collect(config: Config) -> Stage:
     champion = _champion(config)
     inputs = {"policy": content_hash(champion.path), "simulator": config.simulator.model_dump(), "seed": config.seed}
-    if (log := config.source.path) is not None and not config.source.simulated:
-        inputs["log"] = content_hash(log)
+    if config.source.simulated:
+        inputs["environment"] = version_of_environment(config)
+    elif config.source.path is not None:
+        inputs["log"] = content_hash(config.source.path)
 
     def work(draft: Path) -> dict[str, float]:
         if config.source.simulated:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.environments.own import Scripted, own_environment, script_of
+from iterative_ppo.environments.own import Scripted, own_environment, script_of, version_of
 from iterative_ppo.environments.renovation import OUTCOMES, Renovation, Script, copying_curriculum
 from iterative_ppo.environments.rollout import Customer, collect, customers, serve
 from iterative_ppo.errors import ConfigError, SourceError
@@ -41,6 +41,13 @@ def environment(config: Config) -> Environment:
     return Renovation(config.simulator.max_business_turns)
 
 
+def version_of_environment(config: Config) -> str:
+    """The simulator of `source.kind`, for what depends on it; of one's own with a hash of its file."""
+    environment(config)
+    own = config.source.path if config.source.kind == "environment" else None
+    return version_of(str(own)) if own else config.source.kind
+
+
 def scripted_corpus(config: Config) -> list[Conversation]:
     """Conversations of a mediocre scripted agent, for fine-tuning pi_0."""
     s = config.simulator
@@ -66,7 +73,7 @@ def first_corpus(config: Config) -> tuple[list[Conversation], str, list[Conversa
     if kind == "renovation":
         return scripted_corpus(config), "scripted", copying_lessons(config)
     if kind == "environment" and (config.policy.fine_tuned or isinstance(environment(config), Scripted)):
-        return scripted_corpus(config), f"scripted, {config.source.path}", []
+        return scripted_corpus(config), f"scripted, {version_of_environment(config)}", []
     if config.policy.fine_tuned:
         raise ConfigError(
             f"no champion yet, and at night source.kind {kind} brings no corpus to fine-tune one on; begin with `ippo "

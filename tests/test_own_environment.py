@@ -16,6 +16,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.own import own_environment
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import ConfigError
+from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
 from tasks.state import load_state
 from tasks.traffic import first_corpus
@@ -61,7 +62,8 @@ def test_a_round_on_a_module_of_the_working_folder(tmp_path: Path) -> None:
 
 def test_its_script_writes_the_corpus() -> None:
     corpus, name, lessons = first_corpus(config_of("flower_shop:Florist", **{"simulator.corpus_conversations": 30}))
-    assert len(corpus) == 30 and "flower_shop:Florist" in name and not lessons
+    assert len(corpus) == 30 and not lessons
+    assert name == f"scripted, flower_shop:Florist {content_hash(Path(flower_shop.__file__))}"
     said = {turn.suggestion.text for talk in corpus for turn in talk.turns if turn.suggestion}
     assert said == {flower_shop.ASK, flower_shop.OFFER, flower_shop.CHAT}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from iterative_ppo.environments.rollout import Environment, Sampler
 from iterative_ppo.errors import ConfigError
+from iterative_ppo.files import content_hash
 from iterative_ppo.references import imported
 
 SETTING = "source.path"
@@ -40,6 +43,12 @@ def own_environment(reference: str | None) -> Environment:
             )
     environment: Environment = made
     return environment
+
+
+def version_of(reference: str) -> str:
+    """`module:name` with a hash of the module's file, so that what was made by another version is known."""
+    file = getattr(sys.modules.get(reference.partition(":")[0]), "__file__", None)
+    return f"{reference} {content_hash(Path(file))}" if file else reference
 
 
 def script_of(environment: Environment, seed: int) -> Sampler:
