@@ -72,9 +72,9 @@ def _ready(config: Config) -> None:
     from tasks.state import load_state, only_one
 
     if config.source.simulated:
-        from tasks.traffic import environment
+        from tasks.tryout import try_out
 
-        environment(config)
+        try_out(config)
     else:
         if config.source.path is None:
             raise ConfigError(f"source {config.source.kind!r} reads logs: name their file or folder with --path")

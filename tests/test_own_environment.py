@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import flower_shop
 import pytest
@@ -15,11 +16,13 @@ from test_command_line import ippo, refused
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.own import own_environment
 from iterative_ppo.environments.rollout import collect
-from iterative_ppo.errors import ConfigError
+from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.conversation import ABSTAIN, Suggestion, Turn
 from tasks.state import load_state
 from tasks.traffic import first_corpus
+from tasks.tryout import try_out
 
 NAMED = {"order": 1.0, "large": 0.5}
 SMALL = {
@@ -99,6 +102,51 @@ def test_an_instance_or_a_function_serves_too(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_no_environment_is_named(reference: str | None, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"^source.path: .*{words}"):
         own_environment(reference)
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> Config:
+    """The florist with some methods of an order, or of the shop, replaced."""
+    orders = {name: value for name, value in methods.items() if hasattr(flower_shop.Order, name)}
+    session = type("Order", (flower_shop.Order,), orders)
+    shop = {name: value for name, value in methods.items() if name not in orders}
+
+    def start(self: Any, conversations: int, seed: int) -> list[flower_shop.Order]:
+        return [session(order.rng) for order in flower_shop.Florist.start(self, conversations, seed)]
+
+    monkeypatch.setattr(flower_shop, "broken", type("Broken", (flower_shop.Florist,), {"start": start, **shop}), False)
+    return config_of("flower_shop:broken")
+
+
+def closing_with(turn: Turn) -> Any:
+    def step(self: flower_shop.Order, suggestion: Suggestion) -> None:
+        self.turns += [Turn(self.message, (0.0, 0.0), suggestion, "x", "verbatim"), turn]
+        self.closed = True
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ({"step": lambda self, suggestion: None}, "20 of 20 conversations are still open after 1000 turns"),
+        ({"step": lambda self, suggestion: 1 // 0}, r"ZeroDivisionError: .*test_own_environment.py, line \d+"),
+        ({"step": closing_with(Turn(None, (0.0,)))}, "1 outcomes, expected 2 .*order, large"),
+        ({"step": closing_with(Turn("Bye.", (0.0, 0.0)))}, "20 of 20 .*customer_message: must be null in a terminal"),
+        ({"step": closing_with(Turn(None, (0.0, 0.0), ABSTAIN))}, "suggestion_status: must be null"),
+        ({"start": lambda self, conversations, seed: []}, r"start\(20, seed\) returned 0 sessions"),
+        ({"script": lambda self: None}, "TypeError: .*takes 1 positional argument"),
+    ],
+)
+def test_what_is_wrong_with_it_is_told_before_anything_trains(
+    monkeypatch: pytest.MonkeyPatch, methods: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SourceError, match=words):
+        try_out(broken(monkeypatch, **methods))
+
+
+def test_a_sound_one_passes() -> None:
+    for name in ("Florist", "Unscripted"):
+        try_out(config_of(f"flower_shop:{name}"))
 
 
 def test_it_is_refused_before_a_server_starts(tmp_path: Path) -> None:

@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from iterative_ppo.errors import SourceError
 from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn
+
+MOST_TURNS = 1000
+"""No conversation is that long: an environment that has one open still would never come to an end."""
 
 
 class Session(Protocol):
@@ -38,9 +42,17 @@ class Sampler(Protocol):
 def play(
     policy: Sampler, sessions: Sequence[Session], seed: int, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Advance all sessions to their end; `progress` is told how many have closed so far."""
+    """Advance all sessions to their end; `progress` is told how many have closed so far.
+
+    Raises SourceError where some are still open after MOST_TURNS.
+    """
     turn = 0
     while open_ := [session for session in sessions if not session.closed]:
+        if turn == MOST_TURNS:
+            raise SourceError(
+                f"{len(open_)} of {len(sessions)} conversations are still open after {turn} turns; the environment "
+                "must close each one"
+            )
         if progress:
             progress(len(sessions) - len(open_))
         suggestions = policy.sample([session.state for session in open_], seed=seed * 1000 + turn)
