@@ -21,12 +21,12 @@ from benchmarks.methods import (
     COLLECTORS,
     EVALUATION,
     EXACT,
+    FORKS,
     LEARNERS,
     METHODS,
     OURS,
     ROUND,
     ROUNDS,
-    SHARED,
     WORK,
     cell_path,
     configuration,
@@ -45,10 +45,10 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
     """One method and seed, round by round from where it stopped."""
     torch.set_num_threads(1)  # cells run side by side, and threads that outnumber the cores are far slower than one
     config = configuration(method, seed)
-    folder, shared = cell_path(method, seed), SHARED.get(method, -1)
-    if method in SHARED:
-        run_cell(OURS, seed, shared)
-    for number in range(shared + 1, rounds + 1):
+    folder, forks = cell_path(method, seed), method in FORKS
+    if forks:
+        run_cell(OURS, seed, rounds - 1)
+    for number in range(int(forks), rounds + 1):
         place = folder / f"{number}"
         if (place / "result.json").exists():
             _greedily(config, number, place)
@@ -58,7 +58,7 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
             if number == 0:
                 _begin(config, method, draft)
             else:
-                begun = cell_path(OURS, seed) if number - 1 == shared else folder
+                begun = cell_path(OURS, seed) if forks else folder
                 _improve(config, method, begun / f"{number - 1}", number - 1, draft)
             trained = time.process_time()
             started = cell_path(OURS, seed) / "0" / "result.json"

@@ -15,7 +15,7 @@ ROUND, EVALUATION = 1500, 5000
 EXACT = (0, 3, 5)
 """Rounds after which success is measured on more conversations, and greedily."""
 OURS, TWICE = "iterative PPO", "iterative PPO, two policy iterations a round"
-LAST = "iterative PPO, two policy iterations in the third and last round"
+LAST = "iterative PPO, three policy iterations in the last round"
 CLONING, MYOPIC = "filtered behaviour cloning", "myopic: trained on acceptance"
 ONLINE, REFUEL = "trajectory RLOO, updated every 250 conversations", "REFUEL"
 LEARNERS: dict[str, Learner] = {
@@ -29,7 +29,7 @@ COLLECTORS: dict[str, Callable[[Any, int, Config, int], Any]] = {ONLINE: online_
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
     TWICE: {"improve.policy_iterations": 2},
-    LAST: {"improve.policy_iterations": 2},
+    LAST: {"improve.policy_iterations": 3},
     "best of n by Q, cloned": {"improve.ppo.episodes": 0},
     **{name: {} for name in LEARNERS},
     **{name: {} for name in COLLECTORS},
@@ -44,8 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 ROUNDS = {OURS: 5, MYOPIC: 1}
 """Rounds of those that do not make as many as asked for."""
-SHARED = {LAST: 2}
-"""Rounds that are ours, and not done again, of those that go on from there in their own way."""
+FORKS = {LAST}
+"""Those of which each round goes on from ours of the round before, as where it is the last one."""
 
 
 def configuration(method: str, seed: int) -> Config:
