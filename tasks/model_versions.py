@@ -139,6 +139,12 @@ def check_promotable(tracking: Tracking, number: int, rolled_back: Collection[in
         raise StoreError(f"{error}; {way_out}") from error
 
 
+def registered(tracking: Tracking, name: str) -> bool:
+    """Whether the store knows a model of that name, be it without versions."""
+    with plain_errors(f"model {name}"):
+        return bool(tracking.client.search_registered_models(f"name = '{name}'"))
+
+
 def versions(tracking: Tracking, name: str) -> list[Version]:
     """All versions, oldest first; none where nothing was registered."""
     with plain_errors(f"versions of {name}"):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from iterative_ppo.errors import StoreError
-from tasks.audit import MOVED, REFUSED, Standing, history, standing
-from tasks.model_versions import CHAMPION, POLICY, PREVIOUS, aliases, check_promotable, versions
+from tasks.audit import MOVED, REFUSED, Standing, audit_file, history, standing
+from tasks.mlflow_store import shown
+from tasks.model_versions import CHAMPION, POLICY, PREVIOUS, aliases, check_promotable, registered, versions
 from tasks.moves import Move, perform
 from tasks.tracking import Tracking
 
@@ -29,11 +30,17 @@ def undisturbed(tracking: Tracking, data_root: Path) -> bool:
 def take_up(tracking: Tracking, data_root: Path, noticed_by: str) -> Move | None:
     """Accept or refuse what was moved outside; None where nothing was. The caller holds the lock, no move is open.
 
-    Raises NothingLoads, with nothing changed, where no champion is left to go back to though some exist.
+    Raises NothingLoads, with nothing changed, where no champion is left to go back to though some exist, and StoreError
+    where the store has never heard of a policy though the trail tells of champions: it is another one.
     """
     if undisturbed(tracking, data_root):
         return None
     told = standing(history(data_root))
+    if told.line and not registered(tracking, POLICY):
+        raise StoreError(
+            f"{shown(tracking.uri)}: has no {POLICY}, but {audit_file(data_root)} tells of champion {told.champion}: is "
+            "it another store, by tracking.uri, MLFLOW_TRACKING_URI or the working folder? Name or restore the right one"
+        )
     asked = aliases(tracking, POLICY).get(CHAMPION)
     if asked is None:
         reason: str | None = f"the alias {CHAMPION} of {POLICY} was deleted"

@@ -16,7 +16,7 @@ from flows import champions, night
 from flows.abtest_views import lines, standing
 from flows.reporting import status_lines
 from flows.suggesting import answerer
-from iterative_ppo.config import Config, load_config
+from iterative_ppo.config import Config, TrackingConfig, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import StoreError
@@ -415,6 +415,20 @@ def test_a_test_without_a_champion_says_so(it: Night, told: Told) -> None:
     for version in (1, 2, 3):
         it.store.client.delete_model_version(POLICY, str(version))
     assert "was tested against 1, but there is no champion any more" in it.status
+
+
+def test_another_store_ends_no_test(it: Night, told: Told, tmp_path: Path) -> None:
+    """As by a misspelt MLFLOW_TRACKING_URI: nothing is written down, and with the right store the test goes on."""
+    before = (it.root / "audit.jsonl").read_bytes()
+    other = open_tracking(it.config.model_copy(update={"tracking": elsewhere(it.config, tmp_path)}))
+    with pytest.raises(StoreError, match=r"other.db: has no .*-policy, but .*audit.jsonl tells of champion 1"):
+        champions.settle(it.config, other, "status")
+    assert (it.root / "audit.jsonl").read_bytes() == before
+    assert it.step().phase == "test"
+
+
+def elsewhere(config: Config, folder: Path) -> TrackingConfig:
+    return config.tracking.model_copy(update={"uri": f"sqlite:///{folder / 'other.db'}", "artifacts": folder / "other"})
 
 
 def test_a_challenger_that_won_and_does_not_load_is_not_promoted(it: Night, told: Told) -> None:
