@@ -45,7 +45,7 @@ def _running(config: Config, state: NightState, tested: Experiment, now: datetim
     told = _told(config, state.round, tested)
     verdict = _verdict(config, state, tested, seen)
     arms = seen.arms if seen else (0, 0)
-    waiting = {name: getattr(seen, name, 0) for name in ("ramp", "maturing", "faulty")}
+    waiting = {name: getattr(seen, name, 0) for name in ("ramp", "maturing", "faulty", "strangers")}
     return {
         **told,
         "running": True,
@@ -120,6 +120,8 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
         )
         if waiting["faulty"]:
             yield f"left out, for they break the turn table's rules: {waiting['faulty']:,}"
+        if waiting["strangers"]:
+            yield f"left out, for their policy_version is of neither arm: {waiting['strangers']:,}"
         if told["verdict"] not in ("promote", "reject"):
             yield f"the challenger now meets {told['share']:.0%} of customers"
         yield _next(told)

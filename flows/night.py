@@ -18,11 +18,12 @@ from prefect.logging import get_run_logger
 from flows import champions
 from iterative_ppo.algorithm import policy_iteration_step
 from iterative_ppo.config import Config, load_config
+from iterative_ppo.errors import TurnTableError
 from iterative_ppo.evaluation.convergence import Convergence, RoundFigures, convergence
 from iterative_ppo.evaluation.gate import Decision, outcome_gate
 from iterative_ppo.files import write_json
 from tasks import approvals, experiments, looks, notify, registry, rounds, tracking, watch
-from tasks.datasets import Dataset, arm, arrived, closed, take_up, turns_folder
+from tasks.datasets import Dataset, arm, arrived, closed, take_up, trained_on_before, turns_folder
 from tasks.gating import figures_of
 from tasks.learning import PolicyVersion, Prompts
 from tasks.rounds import Candidate, QVersion, RoundContext
@@ -120,6 +121,11 @@ def await_conversations(config: Config, store: tracking.Tracking, state: NightSt
     """Freeze the round's dataset once enough conversations of the champion are here."""
     label = str(registry.champion(store))
     frame = arrived(config, state.round)
+    if frame is not None and (known := trained_on_before(config, frame["conversation_id"], state.round)) is not None:
+        raise TurnTableError(
+            f"conversation {known[0]!r} arrived again: it is in the dataset of round {known[1]}; take it out of "
+            f"rounds/{state.round:04d}/arrived"
+        )
     here = arm(frame, label).conversations if frame is not None else 0
     if here < config.simulator.conversations:
         wanted = config.simulator.conversations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.labels import weighted
 
+log = logging.getLogger("iterative_ppo.datasets")
 LOGGED = "logged"
 
 
@@ -51,16 +53,33 @@ def inbox(config: Config) -> Path:
 def take_up(config: Config, round_number: int) -> list[Path]:
     """Move what lies in the inbox to the round that gathers it (a rename each, so nothing is lost or taken twice).
 
-    Another file under a name that was taken before gets its content's hash for a second name.
+    Another file under a name that was taken before gets its content's hash for a second name. One that an earlier round
+    took already, to the letter, goes to quarantine instead. Hidden files are somebody's unfinished ones, and stay.
     """
     target = round_folder(config, round_number) / "arrived"
-    for file in sorted(inbox(config).glob("*.parquet")):
-        target.mkdir(parents=True, exist_ok=True)
-        place = target / file.name
-        if place.exists() and content_hash(place) != content_hash(file):
-            place = target / f"{file.stem}-{content_hash(file)}.parquet"
+    for file in _visible(inbox(config)):
+        content = content_hash(file)
+        if (taken := _taken_before(config, round_number, file, content)) is not None:
+            place = config.data.root / "quarantine" / "inbox" / f"{file.stem}-{content}.parquet"
+            log.warning("inbox: %s is %s once more; it is set aside as %s", file.name, taken, place)
+        else:
+            place = target / file.name
+            if place.exists() and content_hash(place) != content:
+                place = target / f"{file.stem}-{content}.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
-    return sorted(target.glob("*.parquet"))
+    return _visible(target)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.parquet") if file.is_file() and not file.name.startswith("."))
+
+
+def _taken_before(config: Config, round_number: int, file: Path, content: str) -> Path | None:
+    """What an earlier round took that is the same file, if any."""
+    size = file.stat().st_size
+    earlier = (one for number in range(round_number) for one in _visible(round_folder(config, number) / "arrived"))
+    return next((one for one in earlier if one.stat().st_size == size and content_hash(one) == content), None)
 
 
 def arrived(config: Config, round_number: int) -> pd.DataFrame | None:
@@ -76,6 +95,16 @@ def frozen_conversations(config: Config, round_number: int) -> list[str]:
     folder = turns_folder(config, round_number)
     found = pd.read_parquet(folder, columns=["conversation_id"]) if folder.exists() else None
     return [] if found is None else found["conversation_id"].astype(str).unique().tolist()
+
+
+def trained_on_before(config: Config, ids: Iterable[str], before: int) -> tuple[str, int] | None:
+    """A conversation that is in the dataset of a round before some round, and that round's number; None is good."""
+    wanted = set(ids)
+    for number in range(before):
+        for name in frozen_conversations(config, number):
+            if name in wanted:
+                return name, number
+    return None
 
 
 def write_once(path: Path, frame: pd.DataFrame, config: Config) -> Path:

@@ -8,6 +8,7 @@ simulator's, is ordered as it arrived, and all of it has matured.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -25,11 +26,12 @@ from iterative_ppo.evaluation.guardrails import Said, guarded
 from iterative_ppo.evaluation.inference import inference
 from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.ramp import Ramp
-from tasks.datasets import arrived, frozen_conversations
+from tasks.datasets import arrived, trained_on_before
 from tasks.labels import definition, judged
 from tasks.state import Experiment, NightState
 from tasks.turn_checks import sifted
 
+log = logging.getLogger("iterative_ppo.looks")
 HOUR = pd.Timedelta(hours=1)
 DESIGN = ("design", "conversations", "challenger_share", "looks", "mde", "ramp", "ramp_hours", "unit")
 PAIRED = "business_conversations"
@@ -64,7 +66,8 @@ class Evidence:
         history: the matured conversations of the ramp's last stage.
         turns: their rows of the turn table. ramp, maturing: conversations of the ramp's safety stages, and later ones
             that have not matured. faulty: conversations left out because they break the turn table's rules, as
-            validation will. pace: of all that began, once a day of timestamps tells it.
+            validation will. strangers: left out because they are of neither arm, nor led by a persona. pace: of all
+            that began, once a day of timestamps tells it.
     """
 
     history: History
@@ -72,6 +75,7 @@ class Evidence:
     ramp: int
     maturing: int
     faulty: int = 0
+    strangers: int = 0
     pace: Pace | None = None
 
     @property
@@ -154,6 +158,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
         return None
     frame = judged(frame, config)
     frame, faulty = _sound(frame, config, state)
+    strangers = _strangers(frame, tested)
     table = _conversations(frame, tested, config.data.outcome_window_hours)
     _check(table, config, state)
     times = _times(table, config, tested, now)
@@ -171,7 +176,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     )
     turns = frame[frame["conversation_id"].isin(chosen.index)]
     ramp, maturing = int((~times.last_stage).sum()), int((times.last_stage & ~due).sum())
-    return Evidence(history, turns, ramp, maturing, faulty, _pace(times, config, tested))
+    return Evidence(history, turns, ramp, maturing, faulty, strangers, _pace(times, config, tested))
 
 
 def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
@@ -229,6 +234,18 @@ def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd
     return table.assign(challenger=(table["version"] == str(tested.challenger)).astype(bool), success=success)
 
 
+def _strangers(frame: pd.DataFrame, tested: Experiment) -> int:
+    """Conversations of neither arm. A persona's are not meant for the test; others show that somebody logs amiss."""
+    plain = frame[frame["persona"].isna()]
+    ours = plain["policy_version"].isin([str(tested.champion), str(tested.challenger)])
+    others = plain[~plain["conversation_id"].isin(plain["conversation_id"][ours])]
+    if count := int(others["conversation_id"].nunique()):
+        pair = f"neither {tested.champion} nor {tested.challenger}"
+        versions = ", ".join(sorted(map(str, others["policy_version"].unique()))[:3])
+        log.warning("A/B test: %d conversations are of policy_version %s, %s; they are left out", count, versions, pair)
+    return count
+
+
 def _check(table: pd.DataFrame, config: Config, state: NightState) -> None:
     """Raises TurnTableError, naming a conversation, or ConfigError, where these are not a test's two arms."""
     role = table["challenger"].map({True: "challenger", False: "champion"})
@@ -239,11 +256,11 @@ def _check(table: pd.DataFrame, config: Config, state: NightState) -> None:
             f"A/B test: conversation {wrong.index[0]!r} of policy {one['version']} is labelled as of the "
             f"{one['arm']}'s arm; mend who serves or logs, then end the test with `ippo abtest --stop`"
         )
-    trained_on = table.index[table.index.isin(frozen_conversations(config, state.round))]
-    if len(trained_on):
+    if (trained_on := trained_on_before(config, table.index, state.gathering)) is not None:
+        name, number = trained_on
         raise TurnTableError(
-            f"A/B test: conversation {trained_on[0]!r} is in the dataset of round {state.round}, which trained the "
-            f"challenger: evidence of another data set; take it out of rounds/{state.gathering:04d}/arrived"
+            f"A/B test: conversation {name!r} is in the dataset of round {number}, which the challenger was trained "
+            f"on: evidence of another data set; take it out of rounds/{state.gathering:04d}/arrived"
         )
     champion, challenger = table[~table["challenger"]], table[table["challenger"]]
     if len(champion) and len(challenger):
@@ -281,7 +298,9 @@ class Times:
 
 
 def _times(table: pd.DataFrame, config: Config, tested: Experiment, now: datetime) -> Times:
-    """The clock is the newest time in the traffic, unless that is in the future: later traffic may not be here yet."""
+    """The clock is the newest time in the traffic that has been: later traffic may not be here yet, and a date in the
+    future is an error of who logs.
+    """
     if table["start"].isna().all():
         if config.abtest.ramp and not config.source.simulated:
             raise ConfigError(
@@ -291,7 +310,10 @@ def _times(table: pd.DataFrame, config: Config, tested: Experiment, now: datetim
         return Times(np.zeros(len(table)), np.ones(len(table), dtype=bool), 0.0, 0.0)
     start = pd.Timestamp(tested.started) if tested.started else table["start"].min()
     hours = ((table["start"] - start) / HOUR).to_numpy(dtype=float)
-    clock = (min(table["end"].max(), pd.Timestamp(now)) - start) / HOUR
+    ends = table["end"][table["end"] <= pd.Timestamp(now)]
+    if late := len(table) - len(ends):
+        log.warning("A/B test: %d conversations end after now, %s; see who logs", late, f"{now:%Y-%m-%d %H:%M}")
+    clock = ((ends.max() if len(ends) else pd.Timestamp(now)) - start) / HOUR
     return Times(hours, Ramp.of(config.abtest).evidence(hours), clock, maturity_hours(config))
 
 

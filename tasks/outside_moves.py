@@ -38,8 +38,8 @@ def take_up(tracking: Tracking, data_root: Path, noticed_by: str) -> Move | None
     told = standing(history(data_root))
     if told.line and not registered(tracking, POLICY):
         raise StoreError(
-            f"{shown(tracking.uri)}: has no {POLICY}, but {audit_file(data_root)} tells of champion {told.champion}: is "
-            "it another store, by tracking.uri, MLFLOW_TRACKING_URI or the working folder? Name or restore the right one"
+            f"{shown(tracking.uri)}: has no {POLICY}, but {audit_file(data_root)} tells of champion {told.champion}: "
+            "another store, by tracking.uri, MLFLOW_TRACKING_URI or the working folder? Name or restore the right one"
         )
     asked = aliases(tracking, POLICY).get(CHAMPION)
     if asked is None:

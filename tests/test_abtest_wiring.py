@@ -181,6 +181,25 @@ def test_a_few_conversations_that_break_the_tables_rules_are_left_out_and_counte
     assert "left out, for they break the turn table's rules: 1" in lines(standing(test.config, test.state, LATER))
 
 
+def test_conversations_of_neither_arm_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    test = Test(tmp_path)
+    test.arrive(
+        "all", arm(1, 5, 20, 0.0), arm(2, 5, 20, 0.0), [talk("lost", 10, True, 7.0)], [talk("new", 1, False, 1000.0)]
+    )
+    assert test.evidence().strangers == 1
+    assert "1 conversations are of policy_version 10, neither 1 nor 2" in caplog.text
+    assert "left out, for their policy_version is of neither arm: 1" in lines(standing(test.config, test.state, LATER))
+
+
+def test_one_date_in_the_future_does_not_set_the_clock(tmp_path: Path) -> None:
+    def matured(*more: Conversation) -> tuple[int, int]:
+        test = Test(tmp_path / str(len(more)))
+        test.arrive("all", arm(1, 5, 20, 0.0), arm(2, 5, 20, 0.0), [talk("new", 1, False, 10.0)], list(more))
+        return test.evidence().arms
+
+    assert matured(talk("odd", 1, False, 24.0 * 365 * 20)) == matured()
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 BOTH = (arm(1, 5, 20), arm(2, 5, 20))

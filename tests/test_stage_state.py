@@ -30,6 +30,7 @@ from tasks.datasets import (
     of_policy,
     round_folder,
     take_up,
+    trained_on_before,
     turns_folder,
     write_once,
 )
@@ -404,6 +405,31 @@ def test_a_repeated_delivery_is_taken_once(config: Config) -> None:
         take_up(config, 0)
     frame = arrived(config, 0)
     assert frame is not None and frame["conversation_id"].nunique() == 20
+
+
+def test_what_an_earlier_round_took_is_set_aside(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    content = deliver(config, "a", 0).read_bytes()
+    take_up(config, 0)
+    deliver(config, "again", 0)
+    deliver(config, "b", 1)
+    assert [file.name for file in take_up(config, 1)] == ["b.parquet"]
+    assert [file.read_bytes() for file in (config.data.root / "quarantine" / "inbox").iterdir()] == [content]
+    assert "again.parquet is" in caplog.text and not list(inbox(config).iterdir())
+
+
+def test_hidden_files_and_folders_stay_in_the_inbox(config: Config) -> None:
+    deliver(config, "a", 0).rename(inbox(config) / ".a.parquet")
+    (inbox(config) / "spark.parquet").mkdir()
+    assert take_up(config, 0) == []
+    assert sorted(place.name for place in inbox(config).iterdir()) == [".a.parquet", "spark.parquet"]
+
+
+def test_a_conversation_of_an_earlier_dataset_is_found(config: Config) -> None:
+    frame = turn_table.read(deliver(config, "a", 0), config.outcomes)
+    ids = frame["conversation_id"].unique().tolist()
+    write_once(turns_folder(config, 2) / "turns.parquet", frame, config)
+    assert trained_on_before(config, ids[3:4], 3) == (ids[3], 2)
+    assert trained_on_before(config, ids, 2) is None and trained_on_before(config, ["new"], 3) is None
 
 
 def test_a_conversation_that_arrives_in_two_files_is_an_error(config: Config) -> None:
