@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from flows import abtest_commands, registry_commands
+from flows.environment import check_prefect, mendable
 from flows.options import Params, Sets, configured
 from iterative_ppo.config import DEFAULTS, Config
-from iterative_ppo.errors import ConfigError, IterativePPOError, SourceError, StoreError
+from iterative_ppo.errors import ConfigError, SourceError
 
 app = typer.Typer(
     name="ippo",
@@ -80,6 +81,7 @@ def _ready(config: Config) -> None:
             raise ConfigError(f"source {config.source.kind!r} reads logs: name their file or folder with --path")
         if not config.source.path.exists():
             raise SourceError(f"{config.source.path}: no such file or folder")
+    check_prefect()
     with only_one(config.data.root):
         load_state(config.data.root)
 
@@ -128,15 +130,19 @@ def suggest(
     config, _, _ = configured(params, sets)
     from flows.suggesting import read_state, suggestion_for, time_of
 
-    state = read_state(sys.stdin.read() if str(conversation) == "-" else _text(conversation), str(conversation))
+    state = read_state(_text(conversation), str(conversation))
     started = time_of(began) if began else None
-    typer.echo(json.dumps(suggestion_for(config, state, alias, seed, unit, started), ensure_ascii=False))
+    suggested = json.dumps(suggestion_for(config, state, alias, seed, unit, started), ensure_ascii=False)
+    typer.echo(suggested.encode())  # JSON is UTF-8, whatever the locale
 
 
 def _text(path: Path) -> str:
+    """A file, or standard input for `-`, as UTF-8, whatever the locale."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}, byte {error.start}: expected UTF-8 text; convert it to UTF-8") from None
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 
@@ -204,6 +210,7 @@ def deploy(params: Params = None) -> None:
     """Register the nightly deployment of prefect.yaml on the server that PREFECT_API_URL names."""
     from flows.deployment import deploy_all
 
+    check_prefect()
     deploy_all(params)
 
 
@@ -251,14 +258,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stopped)
     try:
         app()
-    except IterativePPOError as error:
-        typer.echo(f"ippo: {error}", err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:  # a full disk, a folder that may not be written to
-        if error.filename is None:
+    except Exception as error:
+        told = mendable(error)
+        if told is None:
             raise
-        typer.echo(f"ippo: {error.filename}: {error.strerror}; make room or mend its permissions", err=True)
-        sys.exit(StoreError.exit_code)
+        typer.echo(f"ippo: {told}", err=True)
+        sys.exit(told.exit_code)
 
 
 if __name__ == "__main__":

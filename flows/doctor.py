@@ -9,8 +9,9 @@ from pathlib import Path
 
 import typer
 
+from flows.environment import check_prefect, mendable
 from iterative_ppo.config import Config
-from iterative_ppo.errors import IterativePPOError
+from iterative_ppo.errors import IterativePPOError, StoreError
 
 NEEDED = ("torch", "transformers", "trl", "prefect", "mlflow", "dvc", "great_expectations", "pandas", "statsmodels")
 FREE_GIGABYTES = 2
@@ -21,9 +22,12 @@ def examine(config: Config) -> bool:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("packages", _packages),
         ("disk", lambda: _disk(config)),
+        ("Prefect", check_prefect),
         ("MLflow store", lambda: _store(config)),
         ("champion", lambda: _champion(config)),
         ("state", lambda: _state(config)),
+        ("audit trail", lambda: _audit_trail(config)),
+        ("arrived", lambda: _arrived(config)),
         ("datasets", lambda: _datasets(config)),
     ]
     results = [_checked(name, check) for name, check in checks]
@@ -34,8 +38,8 @@ def _checked(name: str, check: Callable[[], str]) -> bool:
     try:
         typer.echo(f"ok    {name}: {check()}")
         return True
-    except IterativePPOError as error:
-        typer.echo(f"wrong {name}: {error}")
+    except (IterativePPOError, OSError) as error:
+        typer.echo(f"wrong {name}: {mendable(error) or error}")
         return False
 
 
@@ -68,10 +72,12 @@ def _store(config: Config) -> str:
 def _champion(config: Config) -> str:
     from iterative_ppo.learning.language_model import LanguagePolicy
     from tasks import registry, tracking
+    from tasks.outside_moves import check_store
 
     store = tracking.open_tracking(config)
     version = registry.champion(store)
     if version is None:
+        check_store(store, config.data.root)
         return "none yet; `ippo run` makes the first"
     LanguagePolicy.load(registry.fetch(store, registry.POLICY, version))
     return f"policy version {version} loads"
@@ -82,6 +88,37 @@ def _state(config: Config) -> str:
 
     state = load_state(config.data.root)
     return f"round {state.round}, phase {state.phase}"
+
+
+def _audit_trail(config: Config) -> str:
+    from tasks.audit import history
+
+    return f"{len(history(config.data.root))} records"
+
+
+def _arrived(config: Config) -> str:
+    """Files that a night reads, or will read, as turn tables; named besides: what no night takes out of the inbox."""
+    from tasks.datasets import inbox, tables_in
+
+    folders = [*sorted((config.data.root / "rounds").glob("*/arrived")), inbox(config)]
+    tables = [file for folder in folders for file in tables_in(folder)]
+    if wrong := [said for file in tables if (said := _unreadable(file, config))]:
+        raise StoreError(f"{'; '.join(wrong)}; move away, for example to {config.data.root / 'quarantine'}")
+    left = sorted(place.name for place in {*inbox(config).glob("*")} - {*tables})
+    told = f"; no night takes {', '.join(left)} in {inbox(config)}, only visible *.parquet files" if left else ""
+    return f"{len(tables)} files readable{told}"
+
+
+def _unreadable(file: Path, config: Config) -> str | None:
+    """What is wrong with a file as a turn table, if anything is; read in blocks, it may be larger than memory."""
+    from iterative_ppo.mdp.turn_table import blocks
+
+    try:
+        for _ in blocks(file, config.outcomes):
+            pass
+    except (IterativePPOError, OSError) as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def _datasets(config: Config) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from iterative_ppo.config import Config
 from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, State, Suggestion, Turn, adoption_of
+from iterative_ppo.sources.log import encodable, short
 
 if TYPE_CHECKING:
     from tasks.assignment import Assigned
@@ -19,7 +20,7 @@ def read_state(text: str, where: str) -> State:
     """A state from JSON. Raises SourceError naming the message and the field."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: not valid JSON ({error})") from None
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -34,24 +35,31 @@ def read_state(text: str, where: str) -> State:
             customer = None
     if customer is None:
         raise SourceError(f"{where}: the last message must be the customer's, there is nothing to answer")
-    context = value.get("context")
-    if context is not None and not isinstance(context, str):
-        raise SourceError(f"{where}: context: expected text, got {type(context).__name__}")
-    return State(tuple(turns), customer, context)
+    return State(tuple(turns), customer, _optional(value.get("context"), f"{where}: context"))
 
 
 def _said(message: Any, who: str, place: str) -> str:
     said = message.get(who) if isinstance(message, dict) else None
     if not isinstance(said, str):
         raise SourceError(f'{place}: expected {{"{who}": "text"}}, got {json.dumps(message)[:80]}')
+    return _encodable(said, f"{place}: {who}")
+
+
+def _optional(said: Any, place: str) -> str | None:
+    if said is not None and not isinstance(said, str):
+        raise SourceError(f"{place}: expected text, got {type(said).__name__}")
+    return _encodable(said, place) if said else said
+
+
+def _encodable(said: str, place: str) -> str:
+    if not encodable(said):
+        raise SourceError(f"{place}: expected text, found half a character in {short(said)}; send it whole")
     return said
 
 
 def _turn(customer: str, message: Any, place: str) -> Turn:
     sent = _said(message, "business", place)
-    suggested = message.get("suggestion")
-    if suggested is not None and not isinstance(suggested, str):
-        raise SourceError(f"{place}: suggestion: expected text, got {type(suggested).__name__}")
+    suggested = _optional(message.get("suggestion"), f"{place}: suggestion")
     action = MISSING if suggested is None else Suggestion(suggested, "suggested") if suggested else ABSTAIN
     adoption = adoption_of(suggested, sent, 0.6) if suggested else None
     return Turn(customer, (), action, sent, adoption)

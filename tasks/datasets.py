@@ -57,7 +57,7 @@ def take_up(config: Config, round_number: int) -> list[Path]:
     took already, to the letter, goes to quarantine instead. Hidden files are somebody's unfinished ones, and stay.
     """
     target = round_folder(config, round_number) / "arrived"
-    for file in _visible(inbox(config)):
+    for file in tables_in(inbox(config)):
         content = content_hash(file)
         if (taken := _taken_before(config, round_number, file, content)) is not None:
             place = config.data.root / "quarantine" / "inbox" / f"{file.stem}-{content}.parquet"
@@ -68,17 +68,18 @@ def take_up(config: Config, round_number: int) -> list[Path]:
                 place = target / f"{file.stem}-{content}.parquet"
         place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
-    return _visible(target)
+    return tables_in(target)
 
 
-def _visible(folder: Path) -> list[Path]:
+def tables_in(folder: Path) -> list[Path]:
+    """The files of a folder that a night takes for turn tables."""
     return sorted(file for file in folder.glob("*.parquet") if file.is_file() and not file.name.startswith("."))
 
 
 def _taken_before(config: Config, round_number: int, file: Path, content: str) -> Path | None:
     """What an earlier round took that is the same file, if any."""
     size = file.stat().st_size
-    earlier = (one for number in range(round_number) for one in _visible(round_folder(config, number) / "arrived"))
+    earlier = (one for number in range(round_number) for one in tables_in(round_folder(config, number) / "arrived"))
     return next((one for one in earlier if one.stat().st_size == size and content_hash(one) == content), None)
 
 

@@ -20,6 +20,7 @@ from iterative_ppo.evaluation.guardrails import Said, guarded
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.evaluation.ope import LoggedTurns, estimates
 from iterative_ppo.files import content_hash, write_json
+from iterative_ppo.learning.objective import outcome_range
 from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion
@@ -180,7 +181,7 @@ def logged_turns(
     turns = np.flatnonzero(~current.fit & ~current.last)
     values, sampled = q.evaluate(current.encoded), np.full(len(current.last), np.nan)
     sampled[rows] = sampled_q
-    myopic = config.improve.reward == "acceptance"
+    myopic, (low, high) = config.improve.reward == "acceptance", outcome_range(config)
     return LoggedTurns(
         last=current.last[turns + 1],
         reward=current.reward[turns],
@@ -189,8 +190,8 @@ def logged_turns(
         q=values.q[turns],
         sampled_q=sampled[turns],
         gamma=0.0 if myopic else config.gamma,
-        low=min(0.0, config.data.outcome_low),
-        high=max(1.0 if myopic else 0.0, config.data.outcome_high),
+        low=min(0.0, low),
+        high=max(1.0 if myopic else 0.0, high),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.environments.own import Scripted, own_environment, script_of, version_of
+from iterative_ppo.environments.own import Scripted, own_code, own_environment, script_of, version_of
 from iterative_ppo.environments.renovation import OUTCOMES, Renovation, Script, copying_curriculum
 from iterative_ppo.environments.rollout import Customer, collect, customers, serve
 from iterative_ppo.errors import ConfigError, SourceError
@@ -41,6 +42,11 @@ def environment(config: Config) -> Environment:
     return Renovation(config.simulator.max_business_turns)
 
 
+def _told_of(config: Config) -> AbstractContextManager[None]:
+    """Where code of the user's own may run."""
+    return own_code(str(config.source.path)) if config.source.kind == "environment" else nullcontext()
+
+
 def version_of_environment(config: Config) -> str:
     """The simulator of `source.kind`, for what depends on it; of one's own with a hash of its file."""
     environment(config)
@@ -53,7 +59,8 @@ def scripted_corpus(config: Config) -> list[Conversation]:
     s = config.simulator
     world = environment(config)
     agent = Script(s.corpus_skill, config.seed) if isinstance(world, Renovation) else script_of(world, config.seed)
-    return collect(agent, world, s.corpus_conversations, config.seed + 100, "script")
+    with _told_of(config):
+        return collect(agent, world, s.corpus_conversations, config.seed + 100, "script")
 
 
 def copying_lessons(config: Config) -> list[Conversation]:
@@ -84,7 +91,8 @@ def first_corpus(config: Config) -> tuple[list[Conversation], str, list[Conversa
 
 def simulate(config: Config, policy: PolicyVersion, conversations: int, seed: int) -> list[Conversation]:
     """Conversations of one registered policy with simulated customers."""
-    new = customers(environment(config), conversations, seed, f"{policy.version}-collect-{seed}")
+    with _told_of(config):
+        new = customers(environment(config), conversations, seed, f"{policy.version}-collect-{seed}")
     return _answered(config, policy, new, seed)
 
 
@@ -102,7 +110,9 @@ def deliver(
         who: answers the conversation, or the business (`abtest.unit`), of an id. policy: of a version.
     """
     met: dict[Assigned, list[Customer]] = {}
-    for one in customers(environment(config), conversations, seed, f"{name}-{seed}"):
+    with _told_of(config):
+        come = customers(environment(config), conversations, seed, f"{name}-{seed}")
+    for one in come:
         unit = one.business_id if config.abtest.unit == "business" else one.conversation_id
         met.setdefault(who(unit), []).append(one)
     talks = [
@@ -136,7 +146,8 @@ def _answered(
     with computing(config.runtime), progress(f"conversations of policy {policy.version}") as report:
         pi: LanguagePolicy = LanguagePolicy.load(policy.path, device=config.runtime.device)
         speaker = pi if persona is None else pi.led_by(config.exploration.personas[persona])
-        talks = serve(speaker, new, seed, str(policy.version), arm, lambda done: report(done, len(new)))
+        with _told_of(config):
+            talks = serve(speaker, new, seed, str(policy.version), arm, lambda done: report(done, len(new)))
     return [replace(talk, persona=persona) for talk in talks]
 
 

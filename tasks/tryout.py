@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 
 from iterative_ppo.config import Config
-from iterative_ppo.environments.own import Scripted
+from iterative_ppo.environments.own import Scripted, own_code, script_of
 from iterative_ppo.environments.rollout import Environment, Sampler, collect
-from iterative_ppo.errors import IterativePPOError, SourceError, TurnTableError
+from iterative_ppo.errors import SourceError, TurnTableError
 from iterative_ppo.mdp.conversation import ABSTAIN, State, Suggestion
+from tasks.audit import audit_file
 from tasks.traffic import environment, to_rows
 from tasks.turn_checks import sifted
 
@@ -34,28 +34,26 @@ def try_out(config: Config) -> None:
     if config.source.kind != "environment":
         return
     agents: list[Sampler] = [Stranger()]
-    try:
-        if isinstance(world, Scripted):
-            agents.append(world.script(config.seed))
+    with own_code(str(config.source.path)):
+        if isinstance(world, Scripted) or needs_a_corpus(config):
+            agents.append(script_of(world, config.seed))
         for agent in agents:
             _play(config, world, agent)
-    except TurnTableError as error:
-        raise SourceError(f"{config.source.path}: {error}") from None
-    except IterativePPOError:
-        raise
-    except Exception as error:  # the user's own code raises what it likes
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise SourceError(
-            f"{config.source.path}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}), in a first "
-            "conversation"
-        ) from error
+
+
+def needs_a_corpus(config: Config) -> bool:
+    """Whether pi_0 is still to be fine-tuned: no champion has been named yet."""
+    return config.policy.fine_tuned and not audit_file(config.data.root).exists()
 
 
 def _play(config: Config, world: Environment, agent: Sampler) -> None:
     talks = collect(agent, world, CONVERSATIONS, config.seed, "trial")
-    if len(talks) != CONVERSATIONS:
-        raise SourceError(f"{config.source.path}: start({CONVERSATIONS}, seed) returned {len(talks)} sessions")
-    _, faults = sifted(to_rows(config, talks), config.outcomes)
+    try:
+        _, faults = sifted(to_rows(config, talks), config.outcomes)
+    except TurnTableError as error:
+        raise SourceError(
+            f"{config.source.path}: {error}; its outcomes are named by --set 'outcomes={{...}}'"
+        ) from None
     for talk, fault in faults.items():
-        said = f"{len(faults)} of {CONVERSATIONS} first conversations are none, for example {talk}"
-        raise SourceError(f"{config.source.path}: {said}, {fault}")
+        count = f"{len(faults)} of the first {CONVERSATIONS} conversations break the rules"
+        raise SourceError(f"{config.source.path}: {count}, for example {talk}: {fault}")

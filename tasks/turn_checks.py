@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
+from iterative_ppo.learning.objective import outcome_range
 from iterative_ppo.mdp.conversation import ADOPTIONS, PARTS, SUGGESTION_STATUSES
 from iterative_ppo.mdp.labels import ORIGINS
 from iterative_ppo.mdp.turn_table import ORIGIN, conform, outcome_columns, turn_schema
@@ -49,7 +50,8 @@ def turn_suite(config: Config) -> ExpectationSuite:
         return {"meta": {"field": field, "must": words}, "notes": f"{field}: must {words}"}
 
     data, schema = config.data, turn_schema(config.outcomes)
-    outcomes = ["outcome", *outcome_columns(config.outcomes)]
+    ends = dict.fromkeys(outcome_columns(config.outcomes), (data.outcome_low, data.outcome_high))
+    ends["outcome"] = outcome_range(config)
     sets = {"suggestion_status": SUGGESTION_STATUSES, "adoption": ADOPTIONS, "part": PARTS}
     expectations: list[Any] = [
         gxe.ExpectTableColumnsToMatchSet(column_set=schema.names, exact_match=False, **must("columns", "be complete")),
@@ -71,12 +73,9 @@ def turn_suite(config: Config) -> ExpectationSuite:
         ],
         *[
             gxe.ExpectColumnValuesToBeBetween(
-                column=c,
-                min_value=data.outcome_low,
-                max_value=data.outcome_high,
-                **must(c, f"be from {data.outcome_low:g} to {data.outcome_high:g}"),
+                column=c, min_value=low, max_value=high, **must(c, f"be from {low:g} to {high:g}")
             )
-            for c in outcomes
+            for c, (low, high) in ends.items()
         ],
         gxe.ExpectColumnValuesToMatchRegex(
             column=ORIGIN, regex=ORIGINS, **must(ORIGIN, "be reported, rule or classifier:<version>")

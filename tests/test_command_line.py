@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import time
 from itertools import takewhile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from flows import command_line, environment
 from flows.suggesting import read_state
-from iterative_ppo.errors import SourceError
+from iterative_ppo.errors import SourceError, StoreError
 
 
-def ippo(folder: Path, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.command_line", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, input=stdin, timeout=300, check=False)
+def ippo(folder: Path, *arguments: str, stdin: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    command, environment = [sys.executable, "-m", "flows.command_line", *arguments], {**os.environ, **variables}
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        input=stdin,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -133,6 +149,9 @@ def test_nobody_suggests_before_there_is_a_champion(tmp_path: Path) -> None:
         ('{"messages": [{"customer": "hi"}, {"business": "hello"}]}', "last message"),
         ('{"messages": [{"customer": "a"}, {"business": "b", "suggestion": 3}, {"customer": "c"}]}', "suggestion"),
         ('{"messages": [{"customer": "a"}], "context": 5}', "context"),
+        ('{"messages": [{"customer": "\\ud800 x"}]}', "message 1: customer: .* half a character"),
+        ('{"messages": [{"customer": "a"}], "context": "\\udfff"}', "context: .* half a character"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_conversation_that_is_none_says_where(text: str, words: str) -> None:
@@ -163,3 +182,80 @@ def test_a_conversation_in_json_becomes_a_state() -> None:
 def test_a_run_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
     refused(ippo(tmp_path, "run", "--source", "star"), 2, "star", "--path")
     refused(ippo(tmp_path, "run", "--source", "star", "--path", "nowhere"), 3, "nowhere")
+
+
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_a_prefect_server_that_is_down_is_one_line(tmp_path: Path, command: str) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{taken.getsockname()[1]}/api"
+        done = ippo(tmp_path, command, PREFECT_API_URL=f"http://me:secret@{place}")
+    refused(done, 8, "PREFECT_API_URL", place, "prefect server start", "unset")
+    assert "secret" not in done.stderr
+
+
+def test_a_prefect_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.setattr(environment, "REACH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/api"
+        begun = time.monotonic()
+        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(StoreError, match="no Prefect server"):
+            environment.check_prefect()
+    assert time.monotonic() - begun < 5
+
+
+def test_a_prefect_home_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    home = str(tmp_path / "file" / "home")
+    refused(ippo(tmp_path, "run", PREFECT_HOME=home, PREFECT_API_URL=""), 8, home, "PREFECT_HOME")
+
+
+def test_standard_input_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    posix = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    talk = json.dumps({"messages": [{"customer": "schön"}, {"business": "schön"}]}, ensure_ascii=False)
+    refused(ippo(tmp_path, "suggest", "-", stdin=talk, **posix), 3, "last message")
+    refused(ippo(tmp_path, "suggest", "-", stdin="\udcff", **posix), 3, "-, byte 0", "UTF-8")
+
+
+def wrapped() -> RuntimeError:
+    """As a library does that wraps what the database said."""
+    error = RuntimeError("Flow run failed")
+    error.__cause__ = sqlite3.OperationalError("database or disk is full")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device: data.root, tracking.uri"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded: data.root"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system: data.root"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "data/state.json"), "data/state.json: No space left"),
+        (wrapped(), "database or disk is full: data.root"),
+        (RuntimeError("Failed to reach API at http://there/api/"), "PREFECT_API_URL is http://there/api/, and no"),
+        (
+            RuntimeError("Timed out while attempting to connect to ephemeral Prefect API server. It exited."),
+            "temporary server did not start",
+        ),
+    ],
+)
+def test_what_a_disk_or_a_server_did_is_one_line(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command_line, "app", Mock(side_effect=error))
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 8
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command_line, "app", Mock(side_effect=ConnectionResetError("by whom?")))
+    with pytest.raises(ConnectionResetError):
+        command_line.main()

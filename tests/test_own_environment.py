@@ -27,7 +27,6 @@ from tasks.tryout import try_out
 NAMED = {"order": 1.0, "large": 0.5}
 SMALL = {
     "outcomes": NAMED,
-    "data.outcome_high": 1.5,
     "simulator.corpus_conversations": 80,
     "simulator.conversations": 80,
     "abtest.conversations": 80,
@@ -72,8 +71,9 @@ def test_its_script_writes_the_corpus() -> None:
 
 
 def test_without_a_script_pi_0_is_a_base_model_as_it_is() -> None:
-    with pytest.raises(ConfigError, match=r"source.path: Unscripted has no script\(seed\).*policy.init to prompt"):
-        first_corpus(config_of("flower_shop:Unscripted"))
+    for begins in (try_out, first_corpus):
+        with pytest.raises(ConfigError, match=r"source.path: Unscripted has no script\(seed\).*policy.init to prompt"):
+            begins(config_of("flower_shop:Unscripted", **{"data.root": "nowhere"}))
     as_it_is = {"policy.init": "prompt", "policy.base_model": "somewhere"}
     assert first_corpus(config_of("flower_shop:Unscripted", **as_it_is)) == ([], "base model", [])
 
@@ -92,11 +92,12 @@ def test_an_instance_or_a_function_serves_too(monkeypatch: pytest.MonkeyPatch) -
     ("reference", "words"),
     [
         (None, "needs module:name"),
-        ("flower_shop", "expected module:name"),
+        ("flower_shop", "expected module:name, found"),
         ("flower_shop:Nursery", "cannot be imported"),
         ("no_such_shop:Florist", "no_such_shop.*PYTHONPATH"),
-        (":Florist", "cannot be imported"),
+        (":Florist", "expected module:name, found"),
         ("flower_shop:Closed", "has no method 'start'"),
+        ("flower_shop:Order", r"cannot be made without arguments: TypeError: .*missing 1 required .*'rng'"),
     ],
 )
 def test_what_is_no_environment_is_named(reference: str | None, words: str) -> None:
@@ -131,10 +132,17 @@ def closing_with(turn: Turn) -> Any:
         ({"step": lambda self, suggestion: None}, "20 of 20 conversations are still open after 1000 turns"),
         ({"step": lambda self, suggestion: 1 // 0}, r"ZeroDivisionError: .*test_own_environment.py, line \d+"),
         ({"step": closing_with(Turn(None, (0.0,)))}, "1 outcomes, expected 2 .*order, large"),
-        ({"step": closing_with(Turn("Bye.", (0.0, 0.0)))}, "20 of 20 .*customer_message: must be null in a terminal"),
+        (
+            {"step": closing_with(Turn("Bye.", (0.0, 0.0)))},
+            "20 of the first 20 .*customer_message: must be null in a terminal",
+        ),
         ({"step": closing_with(Turn(None, (0.0, 0.0), ABSTAIN))}, "suggestion_status: must be null"),
         ({"start": lambda self, conversations, seed: []}, r"start\(20, seed\) returned 0 sessions"),
         ({"script": lambda self: None}, "TypeError: .*takes 1 positional argument"),
+        (
+            {"__init__": lambda self, rng: vars(self).update(rng=rng, turns=[], closed=True)},
+            "20 of 20 .*without a turn",
+        ),
     ],
 )
 def test_what_is_wrong_with_it_is_told_before_anything_trains(
@@ -144,9 +152,25 @@ def test_what_is_wrong_with_it_is_told_before_anything_trains(
         try_out(broken(monkeypatch, **methods))
 
 
+def test_what_goes_wrong_later_is_told_with_its_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = broken(monkeypatch, step=lambda self, suggestion: {}["price"])
+    with pytest.raises(SourceError, match=r"^flower_shop:broken: KeyError: 'price' \(.*test_own_environment.py, line"):
+        first_corpus(config)
+
+
+def test_a_module_that_fails_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "typo_shop.py").write_text("x = 1\ndef f(:\n")
+    (tmp_path / "failing_shop.py").write_text("x = 1\nx / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"typo_shop:X' cannot be imported: SyntaxError: .*line 2"):
+        own_environment("typo_shop:X")
+    with pytest.raises(ConfigError, match=r"ZeroDivisionError: .*\(.*failing_shop.py, line 2\)"):
+        own_environment("failing_shop:X")
+
+
 def test_a_sound_one_passes() -> None:
-    for name in ("Florist", "Unscripted"):
-        try_out(config_of(f"flower_shop:{name}"))
+    try_out(config_of("flower_shop:Florist"))
+    try_out(config_of("flower_shop:Unscripted", **{"policy.init": "prompt", "policy.base_model": "somewhere"}))
 
 
 def test_it_is_refused_before_a_server_starts(tmp_path: Path) -> None:

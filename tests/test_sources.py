@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from iterative_ppo.config import Config, load_config
@@ -610,6 +612,78 @@ def test_table_csv_tells_null_from_empty(tmp_path: Path) -> None:
     assert "expected 7 columns, found 4" in aside.reason
 
 
+HEADER = "conversation_id,turn,customer_message,suggestion,business_message,outcome"
+
+
+def csv_log(folder: Path, *lines: str, end: str = "\n") -> ImportedLog:
+    (folder / "log.csv").write_bytes(end.join([HEADER, *lines, ""]).encode())
+    log = import_table(folder / "log.csv", ONE, CONFIG.data)
+    check_invariants(log)
+    return log
+
+
+def csv_talk(name: str, message: str = "hi") -> list[str]:
+    return [f"{name},1,{message},s,s,0", f"{name},2,,,,1"]
+
+
+def test_table_refuses_a_csv_with_a_quote_that_is_open_at_the_end(tmp_path: Path) -> None:
+    lines = [line for k in range(20) for line in csv_talk(f"t{k}", '"one,\ntwo"')]
+    lines[38] = lines[38].replace('"one,\ntwo"', '"one')
+    with pytest.raises(SourceError, match=r"log\.csv, row 39 \(line 59\), field 'customer_message': expected a clos"):
+        csv_log(tmp_path, *lines)
+    with pytest.raises(SourceError, match=r"no readable row; the first problem: .*row 1, .*a quote that is opened"):
+        csv_log(tmp_path, 'a,1,"hi,s,s,0', 'b,1,"hello,s,s,0')
+    with pytest.raises(SourceError, match=r"row 2 \(line 3\), field 'conversation_id'"):
+        csv_log(tmp_path, csv_talk("a")[0], '"a,2,,,,1', *csv_talk("b"))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("opens", "between", "closes", "lost"),
+    [
+        ("hi", 3, '"hello,s,s,0', {"t1", "t2", "t3", "t4", "t5"}),  # the columns fit again
+        ("hi", 0, '"hello,s,s,0', {"t1", "t2"}),  # no whole row in the quotes
+        ("hi", 0, 'hi,"s, t",s,0', {"t1", "t2"}),
+        ("hi", 2, '"hello, you",s,s,0', {"t1", "t2", "t3", "t4"}),  # a good quote closes: too many columns
+        ("hi", 0, '5" wide,s,s,0', {"t1", "t2"}),
+        ("hi", 1, '"one\ntwo",s,s,0', {"t1", "t2", "t3"}),  # too few columns, and the id is all there is
+        ("hi, you", 1, '"hello,s,s,0', {"t1", "t2", "t3"}),
+        ("x" * 140_000, 1, '"hello,s,s,0', {"t1", "t2", "t3"}),  # longer than the csv module takes
+    ],
+)
+def test_table_names_the_conversations_that_a_stray_quote_swallows(
+    tmp_path: Path, opens: str, between: int, closes: str, lost: set[str], end: str
+) -> None:
+    swallowed = [line for k in range(between) for line in csv_talk(f"t{k + 2}")]
+    first, closing, rest = csv_talk("t1", f'"{opens}'), f"t{between + 2},1,{closes}", csv_talk(f"t{between + 2}")[1]
+    rows = [*csv_talk("t0"), first[1], first[0], *swallowed, closing, rest, *csv_talk("end")]
+    log = csv_log(tmp_path, *rows, end=end)
+    assert [talk.conversation_id for talk in log.conversations] == ["t0", "end"]
+    named = [aside for aside in log.set_aside if aside.conversation_id in lost]
+    assert {aside.conversation_id for aside in named} == lost
+    assert len(named) == len(lost)
+    assert {(aside.row, aside.field) for aside in named} == {(4, "customer_message")}
+    assert {aside.kind for aside in named} == {"customer_message: a quote that is opened and not closed?"}
+    assert "log.csv, row 4, field 'customer_message': a quote" in named[0].reason
+    assert f"found {len(swallowed) + 1} more lines in its quotes" in named[0].reason
+
+
+def test_table_keeps_messages_of_several_lines_in_csv(tmp_path: Path) -> None:
+    """With commas, quotes, numbers and all but a row of the log in them."""
+    told = [
+        "a,\nb,2,c",
+        "1,2,3,4,5,6\nx,y,1,2,3,4",
+        'he said ""no, 1"",\n5,1',
+        "\n\n",
+        "x\nb,1,s,s,0\nb,1,hi,s,s,0,0\nb,one,hi,s,s,0\n",
+    ]
+    lines = [line for k, words in enumerate(told) for line in csv_talk(f"t{k}", f'"{words}"')]
+    log = csv_log(tmp_path, *lines, 't9,1,5" wide,s,"s"" ",0', "t9,2,,,,1")
+    assert not log.set_aside
+    heard = [talk.turns[0].customer_message for talk in log.conversations]
+    assert heard == [*(words.replace('""', '"') for words in told), '5" wide']
+
+
 def test_table_reads_a_folder_and_its_own_turn_table(tmp_path: Path) -> None:
     source = tmp_path / "log"
     source.mkdir()
@@ -625,11 +699,55 @@ def test_table_reads_a_folder_and_its_own_turn_table(tmp_path: Path) -> None:
     assert [talk.turns for talk in again.conversations] == [talk.turns for talk in log.conversations]
 
 
+def test_files_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = "\n".join(json.dumps(row) for row in GOOD)
+    for name in ("a.JSONL", ".hid.jsonl", "._a.jsonl", "README.md", "b.jsonl.gz", "sub/deep/c.csv", "docs/d.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(good)
+    assert only(import_table(tmp_path, ONE, CONFIG.data)).conversation_id == "good"
+    assert [record.name for record in caplog.records] == ["iterative_ppo.sources.log"]
+    assert "not read: b.jsonl.gz, sub/; only files" in caplog.text
+    (tmp_path / "a.JSONL").unlink()
+    found = r"there are none; found README\.md, b\.jsonl\.gz, docs/, sub/; unpack"
+    with pytest.raises(SourceError, match=found):
+        import_table(tmp_path, ONE, CONFIG.data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [(pa.timestamp("us"), 2**62, "date value out of range"), (pa.timestamp("us", "Mars/Phobos"), 5, "Mars/Phobos")],
+)
+def test_table_refuses_a_time_that_python_cannot_hold(tmp_path: Path, kind: Any, value: int, words: str) -> None:
+    frame = pa.Table.from_pylist([record(), paid()]).append_column("timestamp", pa.array([None, value], kind))
+    pq.write_table(frame, tmp_path / "log.parquet")
+    with pytest.raises(SourceError, match=rf"log\.parquet, row 2, field 'timestamp': expected a timestamp.*{words}"):
+        import_table(tmp_path, ONE, CONFIG.data)
+
+
+@pytest.mark.parametrize(
+    ("weight", "outcome", "good"),
+    [(1.0, 1, True), (0.5, 1, True), (0.5, 0.5, True), (0.5, 0, False), (1.0, None, True)],
+)
+def test_table_refuses_an_outcome_that_contradicts_the_named_one(
+    table: Callable[..., ImportedLog], weight: float, outcome: Any, good: bool
+) -> None:
+    rows = [record(outcome_purchase=None), paid(outcome_purchase=1, outcome=outcome)]
+    log = table(*({**row, "outcome_purchase": row["outcome"]} for row in GOOD), *rows, outcomes={"purchase": weight})
+    assert len(log.conversations) == 1 + good
+    for aside in log.set_aside:
+        assert (aside.conversation_id, aside.row, aside.field) == ("a", 4, "outcome")
+        assert "contradicts outcome_purchase: expected 1, found 0" in aside.reason
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"suggestion": "absent", "sugestion": "x"}, r"'suggestion' is missing \(did you mean 'sugestion'\?\)"),
         ({"adoptoin": "edited"}, r"unknown column 'adoptoin' \(did you mean 'adoption'\?\)"),
+        ({"TIMESTAMP": None}, r"unknown column 'TIMESTAMP' \(did you mean 'timestamp'\?\); rename it"),
+        ({"Customer_Id": "x"}, r"unknown column 'Customer_Id' \(did you mean 'customer_id'\?\); rename it"),
+        ({"turn": "absent", "TURN": 1}, r"unknown column 'TURN' \(did you mean 'turn'\?\); rename it"),
+        ({"OUTCOME": 1, "outcome": "absent"}, r"unknown column 'OUTCOME' \(did you mean 'outcome'\?\); rename it"),
         ({"outcome": "absent", "outcome_contact": 1}, r"expected a column 'outcome_purchase' or 'outcome'"),
     ],
 )
@@ -647,6 +765,8 @@ def test_table_names_the_nearest_column(table: Callable[..., ImportedLog], chang
         ("log.jsonl", b'{"a": "\xff"}', "byte 7: expected UTF-8"),
         ("log.csv", b"conversation_id,turn\n", "no readable row"),
         ("log.csv", b"a,a\n1,2\n", "same name"),
+        ("log.csv", b"conversation_id;turn\na;1\n", r"one column with ';' in it: expected commas; convert"),
+        ("log.csv", b"conversation_id\tturn\na\t1\n", r"one column with '\\t' in it: expected commas; convert"),
         ("log.csv", b"a,b\n1,\xe9\n", "byte 6: expected UTF-8"),
         ("log.parquet", b"PAR1 cut", "expected a Parquet file"),
         ("log.parquet", b"", "expected a Parquet file"),

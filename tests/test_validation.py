@@ -144,8 +144,8 @@ BREAKS = [
     set_at("behaviour_logprob", 0, -np.inf, "be finite and at most 0"),
     set_at("behaviour_logprob", 2, -1.0, "be null where suggestion_status is missing"),
     set_at("behaviour_logprob", 3, -1.0, "be null in a terminal row"),
-    set_at("outcome", 3, 1.5, "be from 0 to 1 (found 1.5)"),
-    set_at("outcome", 3, np.inf, "be from 0 to 1"),
+    set_at("outcome", 3, 1.5, "be from -0.5 to 1 (found 1.5)"),
+    set_at("outcome", 3, np.inf, "be from -0.5 to 1"),
     set_at("outcome_purchase", 3, -1.0, "be from 0 to 1"),
     Break("weights", "outcome", 3, other_weight, says="be the weighted sum of the named outcomes"),
     Break("outcome early", "outcome", 1, outcome_early, says="be 0 before the terminal row"),
@@ -183,6 +183,14 @@ def verdict(config: Config) -> Verdict:
     returning = table(config, buys("returning"))
     frame = pd.concat([returning.iloc[:2], *frames, returning.iloc[2:]], ignore_index=True)
     return Verdict(frame, validate(frame, config))
+
+
+def test_outcomes_that_come_together_may_be_worth_more_than_each(config: Config) -> None:
+    both = config.model_copy(update={"outcomes": {"purchase": 1.0, "rating": 0.5}})
+    talk = buys("both")
+    last = replace(talk.turns[-1], outcomes=(1.0, 1.0))
+    checked = validate(table(both, replace(talk, turns=(*talk.turns[:-1], last))), both)
+    assert checked.good["outcome"].max() == 1.5 and checked.bad.empty
 
 
 @pytest.mark.parametrize("number", range(len(BREAKS)), ids=NAMES)

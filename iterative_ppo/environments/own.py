@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from iterative_ppo.environments.rollout import Environment, Sampler
-from iterative_ppo.errors import ConfigError
+from iterative_ppo.errors import ConfigError, IterativePPOError, SourceError
 from iterative_ppo.files import content_hash
-from iterative_ppo.references import imported
+from iterative_ppo.references import failure, imported
 
 SETTING = "source.path"
 
@@ -35,14 +37,28 @@ def own_environment(reference: str | None) -> Environment:
             f"{SETTING}: source.kind environment needs module:name of an environment of your own, got null"
         )
     found = imported(reference, SETTING)
-    made: Any = found() if callable(found) else found
+    try:
+        made: Any = found() if callable(found) else found
+    except Exception as error:  # the user's own code raises what it likes
+        raise ConfigError(f"{SETTING}: {reference} cannot be made without arguments: {failure(error)}") from error
     for method in ("start", "business_of"):
         if not callable(getattr(made, method, None)):
             raise ConfigError(
-                f"{SETTING}: {reference} has no method {method!r}; iterative_ppo/environments/own.py says more"
+                f'{SETTING}: {reference} has no method {method!r}; see "A simulator of your own" in docs/operations.md'
             )
     environment: Environment = made
     return environment
+
+
+@contextmanager
+def own_code(reference: str) -> Iterator[None]:
+    """For a block in which the environment's own code runs: what that raises is a SourceError with its line."""
+    try:
+        yield
+    except IterativePPOError:
+        raise
+    except Exception as error:  # the user's own code raises what it likes
+        raise SourceError(f"{reference}: {failure(error)}") from error
 
 
 def version_of(reference: str) -> str:

@@ -73,8 +73,13 @@ class Customer:
 
 
 def customers(environment: Environment, conversations: int, seed: int, prefix: str) -> list[Customer]:
-    """New customers in the order in which they come; `prefix` begins the ids of their conversations."""
+    """New customers in the order in which they come; `prefix` begins the ids of their conversations.
+
+    Raises SourceError where the environment starts another number of conversations.
+    """
     sessions = environment.start(conversations, seed)
+    if len(sessions) != conversations:
+        raise SourceError(f"the environment's start({conversations}, seed) returned {len(sessions)} sessions")
     return [Customer(f"{prefix}-{k:06d}", environment.business_of(k), one) for k, one in enumerate(sessions)]
 
 
@@ -86,8 +91,13 @@ def serve(
     arm: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Conversation]:
-    """Let `policy` answer some customers, and log what happened."""
+    """Let `policy` answer some customers, and log what happened.
+
+    Raises SourceError where a conversation never ends, or ends before it begins.
+    """
     play(policy, [one.session for one in served], seed, progress)
+    if empty := [one.conversation_id for one in served if not one.session.turns]:
+        raise SourceError(f"{len(empty)} of {len(served)} conversations are closed without a turn, such as {empty[0]}")
     return [
         Conversation(
             conversation_id=one.conversation_id,

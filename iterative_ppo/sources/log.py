@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,25 @@ from iterative_ppo.errors import SourceError
 from iterative_ppo.mdp.conversation import Adoption, Conversation, Suggestion, Turn
 
 OPEN = "open: "
+DATA = {
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".parquet",
+    ".tsv",
+    ".xls",
+    ".xlsx",
+    ".7z",
+    ".bz2",
+    ".gz",
+    ".tar",
+    ".zip",
+    ".zst",
+}
+"""How files end that may hold conversations, whether or not an importer reads them."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +245,32 @@ def read_json(path: Path) -> Any:
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
-    """The files of a folder with one of these suffixes, in name order. Raises SourceError where there are none."""
+    """The files of a folder with one of these suffixes, in name order, but for those whose name starts with a dot.
+
+    What else there seems to be data, a subfolder with such files too, is named in a warning. Raises SourceError where
+    there are none.
+    """
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "there is nothing"
         raise SourceError(f"{folder}: expected a folder, {found}; check source.path")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and file.is_file())
+    there = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [file for file in there if file.suffix.lower() in suffixes and file.is_file()]
     if not files:
-        raise SourceError(f"{folder}: expected files that end in {' or '.join(suffixes)}, there are none")
+        instead = f"; found {_names(there)}; unpack or convert these, or name the subfolder" if there else ""
+        raise SourceError(f"{folder}: expected files that end in {' or '.join(suffixes)}, there are none{instead}")
+    left = [entry for entry in sorted({*there} - {*files}) if _seems_data(entry)]
+    if left:
+        ends = ", ".join(suffixes)
+        _LOG.warning("%s: not read: %s; only files directly in it that end in %s are", folder, _names(left), ends)
     return files
+
+
+def _seems_data(entry: Path) -> bool:
+    if entry.is_dir():
+        return any(file.suffix.lower() in DATA and not file.name.startswith(".") for file in entry.rglob("*"))
+    return entry.suffix.lower() in DATA
+
+
+def _names(entries: Sequence[Path]) -> str:
+    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -98,11 +98,19 @@ def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tupl
         if column not in row.values:
             raise refused(row, column, "missing; write null where there is nothing")
     found = tuple(number(row, column) or 0.0 for column in columns)
-    total = sum(weight * value for weight, value in zip(outcomes.values(), found, strict=True))
-    for column, value in [*zip(columns, found, strict=True), ("outcome", total)]:
+    for column, value in zip(columns, found, strict=True):
         if not data.outcome_low <= value <= data.outcome_high:
             raise refused(row, column, f"expected {data.outcome_low:g} to {data.outcome_high:g}, found {value:g}")
+    if len(columns) == 1:
+        _check_outcome(row, columns[0], found[0], *outcomes.values())
     return found
+
+
+def _check_outcome(row: Row, column: str, found: float, weight: float) -> None:
+    """Column `outcome` beside that of the one outcome says the same, weighted or not."""
+    said = None if column == "outcome" else number(row, "outcome")
+    if said is not None and not any(math.isclose(said, value, abs_tol=1e-6) for value in (found, weight * found)):
+        raise refused(row, "outcome", f"contradicts {column}: expected {found:g}, found {said:g}; leave one out")
 
 
 def _outcome_columns(row: Row, outcomes: Mapping[str, float]) -> list[str]:

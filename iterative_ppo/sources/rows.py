@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from io import BytesIO
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pyarrow import csv as arrow_csv
 
 from iterative_ppo.errors import SourceError, did_you_mean
 from iterative_ppo.sources.log import BadDialogueError, SetAside, files_in, read_text, set_aside, short
+from iterative_ppo.sources.quotes import fields_of, long_records, swallowed
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 NEARLY = 0.85
@@ -73,31 +73,53 @@ def _reader(file: Path) -> Any:
 
 
 def _check_columns(file: Path, columns: list[str], required: list[str], optional: list[str]) -> None:
+    unknown = [name for name in columns if name not in {*required, *optional}]
+    _check_spelling(file, unknown, {*required, *optional} - {*columns}, 1.0)
     for name in required:
         if name not in columns:
-            others = [column for column in columns if column not in {*required, *optional}]
-            raise SourceError(f"{file}: column {name!r} is missing{did_you_mean(name, others)}; found {columns}")
-    unused = [name for name in optional if name not in columns]
-    for name in columns:
-        near = get_close_matches(name, unused, n=1, cutoff=NEARLY)
-        if near and name not in {*required, *optional}:
-            raise SourceError(f"{file}: unknown column {name!r} (did you mean {near[0]!r}?); rename it")
+            raise SourceError(f"{file}: column {name!r} is missing{did_you_mean(name, unknown)}; found {columns}")
+    _check_spelling(file, unknown, {*optional} - {*columns}, NEARLY)
+
+
+def _check_spelling(file: Path, unknown: Iterable[str], absent: Iterable[str], likeness: float) -> None:
+    """Refuse an unknown column that is, in upper or lower case, as like to an absent one as that; 1 is the same."""
+    folded = {name.casefold(): name for name in absent}
+    for name in unknown:
+        near = get_close_matches(name.strip().casefold(), folded, n=1, cutoff=likeness)
+        if near:
+            raise SourceError(f"{file}: unknown column {name!r} (did you mean {folded[near[0]]!r}?); rename it")
 
 
 def _read_parquet(file: Path, log: Rows) -> None:
     try:
-        records = pq.read_table(file, partitioning=None).to_pylist()
+        table = pq.read_table(file, partitioning=None)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{file}: expected a Parquet file, {_first_line(error)}; write it again") from None
+    columns = [_values(file, name, column) for name, column in zip(table.column_names, table.columns, strict=True)]
+    records = (dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True))
     log.rows.extend(Row(file, number, record) for number, record in enumerate(records, start=1))
+
+
+def _values(file: Path, name: str, column: pa.ChunkedArray) -> list[Any]:
+    values: list[Any] = []
+    try:
+        for value in column:
+            values.append(value.as_py())
+    except (ValueError, OverflowError, LookupError) as error:  # a time that Python cannot hold, an unknown zone
+        place = f"{file}, row {len(values) + 1}, field {name!r}"
+        problem = f"expected a {column.type} that Python can hold, found {_first_line(error)}"
+        raise SourceError(f"{place}: {problem}; mend it and write the file again") from None
+    return values
 
 
 def _read_csv(file: Path, log: Rows) -> None:
     """Nothing between two commas is null, two quotes between them are the empty text."""
     text = read_text(file)
-    header = next(csv.reader(text.lstrip().splitlines()[:1]))
+    header = fields_of(text.lstrip().splitlines()[0])
+    _check_delimiter(file, header)
     if len(set(header)) < len(header):
         raise SourceError(f"{file}: two columns have the same name; found {header}")
+    long = long_records(file, text, header)
     bad: dict[int, arrow_csv.InvalidRow] = {}
 
     def skip(row: arrow_csv.InvalidRow) -> str:
@@ -118,13 +140,22 @@ def _read_csv(file: Path, log: Rows) -> None:
         )
     except pa.ArrowException as error:
         raise SourceError(f"{file}: expected CSV with a header, {_first_line(error)}") from None
+    lost = {number: swallowed(file, number, lines, header, number in bad) for number, lines in long.items()}
     numbers = (number for number in count(1) if number not in bad)
-    log.rows.extend(Row(file, number, record) for number, record in zip(numbers, table.to_pylist(), strict=False))
+    records = zip(numbers, table.to_pylist(), strict=False)
+    log.rows.extend(Row(file, number, record) for number, record in records if not lost.get(number))
+    log.unreadable.extend(chain.from_iterable(lost.values()))
     log.unreadable.extend(_unreadable_csv(file, number, header, row) for number, row in bad.items())
 
 
+def _check_delimiter(file: Path, header: list[str]) -> None:
+    other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+    if other:
+        raise SourceError(f"{file}: the header has one column with {other!r} in it: expected commas; convert the file")
+
+
 def _unreadable_csv(file: Path, number: int, header: list[str], row: arrow_csv.InvalidRow) -> SetAside:
-    found = dict(zip(header, next(csv.reader([row.text]), []), strict=False))
+    found = dict(zip(header, fields_of(row.text), strict=False))
     problem = f"expected {row.expected_columns} columns, found {row.actual_columns}"
     return set_aside(found.get("conversation_id"), file, BadDialogueError(problem, row=number))
 
