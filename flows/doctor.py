@@ -72,12 +72,12 @@ def _store(config: Config) -> str:
 def _champion(config: Config) -> str:
     from iterative_ppo.learning.language_model import LanguagePolicy
     from tasks import registry, tracking
-    from tasks.outside_moves import check_store
+    from tasks.outside_moves import told_of
 
     store = tracking.open_tracking(config)
     version = registry.champion(store)
     if version is None:
-        check_store(store, config.data.root)
+        told_of(store, config.data.root)  # raises where it is another store
         return "none yet; `ippo run` makes the first"
     LanguagePolicy.load(registry.fetch(store, registry.POLICY, version))
     return f"policy version {version} loads"

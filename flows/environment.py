@@ -91,20 +91,20 @@ def _reach(url: str) -> None:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    from tasks.mlflow_store import shown
-
     with (
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
         get_client(httpx_settings={"timeout": REACH_SECONDS}, sync_client=True) as client,
     ):
         if isinstance(client.api_healthcheck(), httpx.TransportError):
-            raise _no_server(shown(url))
+            raise _no_server(url)
 
 
 def _no_server(url: str) -> StoreError:
+    from tasks.mlflow_store import shown
+
     return StoreError(
-        f"PREFECT_API_URL is {url}, and no Prefect server answers there; start it (`prefect server start`) or unset "
-        "PREFECT_API_URL"
+        f"PREFECT_API_URL is {shown(url)}, and no Prefect server answers there; start it (`prefect server start`) or "
+        "unset PREFECT_API_URL"
     )
 
 

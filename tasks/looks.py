@@ -219,7 +219,7 @@ def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd
 
     It is its first answerer's, which is whom it was assigned to. What a persona led began before the test.
     """
-    kept = frame[frame["policy_version"].isin([str(tested.champion), str(tested.challenger)]) & frame["persona"].isna()]
+    kept = frame[_of_either_arm(frame, tested) & frame["persona"].isna()]
     grouped = kept.groupby("conversation_id", sort=False)
     table = grouped.agg(
         version=("policy_version", "first"),
@@ -234,11 +234,15 @@ def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd
     return table.assign(challenger=(table["version"] == str(tested.challenger)).astype(bool), success=success)
 
 
+def _of_either_arm(frame: pd.DataFrame, tested: Experiment) -> pd.Series:
+    """(N,) bool: rows that the test's champion or challenger answered."""
+    return frame["policy_version"].isin([str(tested.champion), str(tested.challenger)])
+
+
 def _strangers(frame: pd.DataFrame, tested: Experiment) -> int:
     """Conversations of neither arm. A persona's are not meant for the test; others show that somebody logs amiss."""
     plain = frame[frame["persona"].isna()]
-    ours = plain["policy_version"].isin([str(tested.champion), str(tested.challenger)])
-    others = plain[~plain["conversation_id"].isin(plain["conversation_id"][ours])]
+    others = plain[~plain["conversation_id"].isin(plain["conversation_id"][_of_either_arm(plain, tested)])]
     if count := int(others["conversation_id"].nunique()):
         pair = f"neither {tested.champion} nor {tested.challenger}"
         versions = ", ".join(sorted(map(str, others["policy_version"].unique()))[:3])

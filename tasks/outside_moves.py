@@ -35,8 +35,7 @@ def take_up(tracking: Tracking, data_root: Path, noticed_by: str) -> Move | None
     """
     if undisturbed(tracking, data_root):
         return None
-    told = standing(history(data_root))
-    check_store(tracking, data_root)
+    told = told_of(tracking, data_root)
     asked = aliases(tracking, POLICY).get(CHAMPION)
     if asked is None:
         reason: str | None = f"the alias {CHAMPION} of {POLICY} was deleted"
@@ -51,14 +50,15 @@ def take_up(tracking: Tracking, data_root: Path, noticed_by: str) -> Move | None
     return perform(tracking, data_root, {**refusal, "reason": reasons, "noticed_by": noticed_by})
 
 
-def check_store(tracking: Tracking, data_root: Path) -> None:
-    """Raises StoreError where the store has never heard of a policy though the trail tells of champions."""
+def told_of(tracking: Tracking, data_root: Path) -> Standing:
+    """What the trail tells. Raises StoreError where that is of champions, and the store has never heard of a policy."""
     told = standing(history(data_root))
     if told.line and not registered(tracking, POLICY):
         raise StoreError(
             f"{shown(tracking.uri)}: has no {POLICY}, but {audit_file(data_root)} tells of champion {told.champion}: "
             "another store, by tracking.uri, MLFLOW_TRACKING_URI or the working folder? Name or restore the right one"
         )
+    return told
 
 
 def last_good(tracking: Tracking, line: tuple[int, ...], told: Standing) -> tuple[int | None, list[str]]:

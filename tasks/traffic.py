@@ -49,7 +49,6 @@ def _told_of(config: Config) -> AbstractContextManager[None]:
 
 def version_of_environment(config: Config) -> str:
     """The simulator of `source.kind`, for what depends on it; of one's own with a hash of its file."""
-    environment(config)
     own = config.source.path if config.source.kind == "environment" else None
     return version_of(str(own)) if own else config.source.kind
 

@@ -63,7 +63,8 @@ def own_code(reference: str) -> Iterator[None]:
 
 def version_of(reference: str) -> str:
     """`module:name` with a hash of the module's file, so that what was made by another version is known."""
-    file = getattr(sys.modules.get(reference.partition(":")[0]), "__file__", None)
+    imported(reference, SETTING)
+    file = getattr(sys.modules[reference.partition(":")[0]], "__file__", None)
     return f"{reference} {content_hash(Path(file))}" if file else reference
 
 
