@@ -73,7 +73,7 @@ def fit_q(
 
     The result's `report` says how many turns it was fitted on, how many lack a behaviour log-prob, and their effective
     sample size. Raises TrainingError where the outcomes are all equal or the log does not support the estimator,
-    TurnTableError where a log-prob is above 0.
+    TurnTableError where a log-prob is above 0 or infinite.
     """
     estimator, settings = estimator_of(config.q), QSettings.of(config)
     rounds = [current] if estimator.own_only else [current, *replay]
@@ -119,32 +119,39 @@ def _logged(encoded: EncodedTable) -> np.ndarray:
 
 
 def log_ratios(policy: LanguagePolicy, data: Round) -> np.ndarray:
-    """(N,) log rho_i over whole responses, NaN where the behaviour's log-prob is unknown.
+    """(N,) log rho_i over whole responses: NaN where the behaviour's log-prob is unknown, -inf where pi never says it.
 
-    Raises TurnTableError where one is above 0.
+    Raises TurnTableError where a logged one is above 0, or -inf: what was said had a probability.
     """
     if data.behaviour is None:
         return np.full(len(data.last), np.nan)
-    if (above := np.flatnonzero(data.behaviour > LOGPROB_ROUNDING)).size:
+    wrong = np.flatnonzero((data.behaviour > LOGPROB_ROUNDING) | np.isneginf(data.behaviour))
+    if wrong.size:
         raise TurnTableError(
-            f"row {above[0]}: behaviour_logprob is {data.behaviour[above[0]]:g}, expected at most 0 "
-            f"({above.size} such rows); log probabilities are natural logarithms, summed over a response's tokens"
+            f"row {wrong[0]}: behaviour_logprob is {data.behaviour[wrong[0]]:g}, expected finite and at most 0 "
+            f"({wrong.size} such rows); log probabilities are natural logarithms, summed over a response's tokens"
         )
     return policy.score(data.encoded) - data.behaviour
 
 
 def effective_size(log_ratio: np.ndarray) -> float:
-    """(sum rho)^2 / sum rho^2 over rows with a known ratio (Kish): how many rows of pi's own they are worth."""
-    known = log_ratio[np.isfinite(log_ratio)]
-    rho = np.exp(known - known.max()) if len(known) else np.zeros(1)
-    return float(rho.sum() ** 2 / max((rho**2).sum(), 1e-300))
+    """(sum rho)^2 / sum rho^2 over rows with a known ratio (Kish): how many rows of pi's own they are worth.
+
+    What pi never says, log ratio -inf, is worth nothing.
+    """
+    known = log_ratio[~np.isnan(log_ratio)]
+    top = known.max(initial=-np.inf)
+    if np.isneginf(top):
+        return 0.0
+    rho = np.exp(known - top)
+    return float(rho.sum() ** 2 / (rho**2).sum())
 
 
 def checked(data: Transitions, estimator: Estimator, effective_size_floor: float, outcomes: int) -> dict[str, float]:
     """Figures of what is to be fitted. Raises TrainingError, with the figure and a remedy, where it teaches no Q^pi."""
     rows = data.fit & data.logged
     mine = rows if estimator.off_policy else rows & data.own
-    known = rows & np.isfinite(data.log_ratio)
+    known = rows & ~np.isnan(data.log_ratio)
     figures = {"fit_turns": float(rows.sum())}
     if mine.any():
         constant = np.ptp(data.returns[mine], axis=0) == 0

@@ -21,7 +21,8 @@ class Transitions:
     Attributes:
         reward: (N, H) r_i. returns: (N, H) G_i. last: (N,) last rows of conversations, which are terminal.
         own: (N,) rows of pi's own conversations. fit: (N,) rows that may be learnt from. logged: (N,) with an action.
-        log_ratio: (N,) log rho_i = log pi(a_i | s_i) - log b(a_i | s_i), NaN where not known.
+        log_ratio: (N,) log rho_i = log pi(a_i | s_i) - log b(a_i | s_i), NaN where not known, -inf where pi never
+            says it.
     """
 
     reward: np.ndarray
