@@ -262,7 +262,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
 
         checkpoint = take_up(folder / IMPROVING, fingerprint(inputs), *_begun_with(config, policy, prompts.dataset))
         with computing(config.runtime), token_folder(draft) as held:
-            current, behaviour = _behaviour(config, policy, prompts.dataset, held)
+            current, behaviour, figures = _behaviour(config, policy, prompts.dataset, held)
             states = Beginnings.whole(held / "prompts", read_prompts(prompts.path / PROMPTS))
             if config.credit.assigner != "outcome":
                 current = stored_credit(current, q_path.parent, config)
@@ -281,7 +281,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
                 config.q.effective_size_floor,
             )
         last = {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}
-        return last | result.report
+        return figures | last | result.report
 
     stage = run_stage(folder / "improved", inputs, work)
     shutil.rmtree(folder / IMPROVING, ignore_errors=True)
@@ -302,18 +302,36 @@ def _begun_with(config: Config, policy: PolicyVersion, dataset: Dataset) -> tupl
     return settings, {"policy": content_hash(policy.path), "md5": dataset.md5}
 
 
-def _behaviour(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> tuple[Round, np.ndarray]:
+def _behaviour(
+    config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path
+) -> tuple[Round, np.ndarray, dict[str, float]]:
+    """The champion's conversations, what the logged pass takes for their log-probs, and how many turns have none."""
     from iterative_ppo.learning.language_model import LanguagePolicy
 
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
-    current, _ = champion_round(pi, policy.label, dataset, config, folder)
-    return current, behaviour_log_probs(pi, current)
+    current, facts = champion_round(pi, policy.label, dataset, config, folder)
+    if not config.improve.logged.epochs:
+        return current, np.full(len(current.last), np.nan), {}
+    behaviour = behaviour_log_probs(pi, current, cloned=config.policy.fine_tuned and dataset.round_number == 0)
+    rows = current.fit & turn_table.actions(facts)
+    without = int((rows & np.isnan(behaviour)).sum())
+    if without:
+        _LOG.warning(
+            "%s of %s logged suggestions have no behaviour_logprob, so the logged pass learns nothing from them; log "
+            "it when sampling, or set improve.logged.epochs to 0",
+            f"{without:,}",
+            f"{rows.sum():,}",
+        )
+    return current, behaviour, {"logged_turns_without_logprob": float(without)}
 
 
-def behaviour_log_probs(policy: LanguagePolicy, current: Round) -> np.ndarray:
-    """(N,) as logged when sampled; where a log knows none at all, those of the policy that was cloned from it."""
-    logged = current.behaviour
-    return logged if logged is not None and np.isfinite(logged).any() else policy.score(current.encoded)
+def behaviour_log_probs(policy: LanguagePolicy, current: Round, cloned: bool) -> np.ndarray:
+    """(N,) as logged when sampled, NaN where not; of a log that knows none, those of the policy `cloned` from it.
+
+    What stands in so tells the logged pass where the policy began, and nothing of who wrote the log.
+    """
+    logged = np.full(len(current.last), np.nan) if current.behaviour is None else current.behaviour
+    return policy.score(current.encoded) if cloned and np.isnan(logged).all() else logged
 
 
 def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:

@@ -508,17 +508,18 @@ def test_ppo_follows_the_logged_pass_and_is_kept_near_the_reference_of_the_confi
 
 @pytest.fixture
 def iterated(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> Callable[..., Any]:
-    """An improvement of the tiny policy, from conversations whose log-probs are its own."""
+    """An improvement of the tiny policy, from conversations whose log-probs are its own, and `logged` or not."""
 
-    def improved(**changes: Any) -> Any:
+    def improved(logged: bool = True, **changes: Any) -> Any:
         usual = {"improve.logged.epochs": 0.0, "improve.best_of_n.epochs": 1.0, "improve.best_of_n.samples": 2}
         usual |= {"improve.q_iterations": 2, "q.epochs": 1.0, "q.samples": 2, "q.effective_size_floor": 1.0}
         config = config_with(**usual | changes)
         data = round_of(tiny_policy, to_frame(scripted, OUTCOMES, 0.3), config)
-        data = replace(data, behaviour=tiny_policy.score(data.encoded))
+        own = tiny_policy.score(data.encoded)
+        data = replace(data, behaviour=own if logged else np.full(len(own), np.nan))
         q = QModel.from_policy(tiny_policy, QSettings.of(config), seed=0)
         prompts = prompts_of(data.encoded.sequences, np.flatnonzero(data.fit))
-        return improve_policy(tiny_policy, data, data.behaviour, q, prompts, config, seed=0)
+        return improve_policy(tiny_policy, data, own, q, prompts, config, seed=0)
 
     return improved
 
@@ -543,6 +544,13 @@ def test_a_second_policy_iteration_is_against_q_of_the_student(
     assert twice.curves["ppo"][0] == once.curves["ppo"][0]
     assert abs(twice.curves["ppo"][1]["kl_to_champion"]) > 1e-3 > abs(twice.curves["ppo"][1]["kl_to_reference"])
     assert twice.report["policy_iterations"] == 2.0 and twice.report["iteration_2_fit_effective_size"] > 0
+
+
+def test_a_later_q_knows_only_the_log_probs_that_were_logged(iterated: Callable[..., Any]) -> None:
+    """What stands in for them in the logged pass tells nothing of who wrote the conversations."""
+    made = iterated(logged=False, **{"improve.policy_iterations": 2})
+    assert made.report["iteration_2_fit_turns_without_logprob"] == made.report["iteration_2_fit_turns"] > 0
+    assert "iteration_2_fit_effective_size" not in made.report
 
 
 def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(iterated: Callable[..., Any]) -> None:

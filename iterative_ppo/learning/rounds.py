@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ def improve_policy(
     then has LEFT_OUT, which iteration that was.
 
     Args:
-        behaviour: (N,) log-probs of the logged actions as sampled, NaN where unknown.
+        behaviour: (N,) log-probs of the logged actions that the logged pass goes by, NaN in rows it may not learn from;
+            later Qs know those of `current` alone.
         checkpoint: where a killed improvement goes on from.
 
     Raises TrainingError where the logged pass or a later Q would learn from other rewards than Q was fitted to, and
@@ -158,7 +159,7 @@ def improve_policy(
     for number in range(1, 1 + iterations):
         if number > 1:
             try:
-                q = _q_of_student(student, replace(current, behaviour=behaviour), config, q, progress)
+                q = _q_of_student(student, current, config, q, progress)
             except SupportError:
                 report[LEFT_OUT] = float(number)
                 break
