@@ -67,7 +67,7 @@ class Prompts:
 def initial_policy_stage(
     config: Config, corpus: list[Conversation], source: str, lessons: Sequence[Conversation] = ()
 ) -> Stage:
-    """Line 1: pi_0, the base model as it is or fine-tuned on a corpus; and, from its outcomes, a Q to start from.
+    """Line 1: pi_0, the base model as it is or fine-tuned on a corpus, and a Q of the corpus to start from.
 
     Args:
         lessons: more to fine-tune on, whose outcomes mean nothing.
@@ -115,7 +115,9 @@ def initial_policy_stage(
             if config.q.corpus_epochs and corpus:
                 frame = turn_table.to_frame(corpus, config.outcomes, config.data.evidence_share, config.data.split_by)
                 with progress("a first Q from the corpus") as report:
-                    corpus_q(policy, round_of(policy, frame, config), config, report).save(draft / "q")
+                    first = corpus_q(policy, round_of(policy, frame, config), config, report)
+                if first is not None:
+                    first.save(draft / "q")
         return {**metrics, "truncated_turns": sum(cut for _, cut in encoded)}
 
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)

@@ -207,8 +207,8 @@ def test_what_one_process_refuses_is_said_as_if_it_were_done_here(
 ) -> None:
     from dataclasses import replace
 
-    flat = replace(played, returns=np.ones_like(played.returns))
-    with pytest.raises(TrainingError, match="returns are 1: no outcome differs"):
+    flat = replace(played, reward=np.zeros_like(played.reward))
+    with pytest.raises(TrainingError, match="outcomes are 0: no outcome differs"):
         finished(Evaluation(config_of(runtime__processes=2), saved, None, flat, ()), tmp_path / "flat")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(TrainingError, match="a training process ended with exit code"):

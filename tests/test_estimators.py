@@ -321,13 +321,27 @@ def test_a_log_of_nothing_that_the_policy_says_is_refused_and_not_taken_for_one_
 def test_outcomes_that_are_all_equal_are_refused(target: str) -> None:
     data = chain_data()
     flat = replace(data, reward=0 * data.reward, returns=0 * data.returns)
-    with pytest.raises(TrainingError, match=r"all \d+ returns are 0: no outcome differs"):
+    with pytest.raises(TrainingError, match="all 300 conversations' outcomes are 0: no outcome differs"):
         checked(flat, estimator(target), 1.0, 1)
     held = replace(data, fit=data.returns.max(axis=1) == 0)
     with pytest.raises(TrainingError, match="no outcome differs"):
         checked(held, estimator(target), 1.0, 1)
-    both = replace(data, returns=np.concatenate([data.returns, 0 * data.returns], axis=1))
+    both = replace(data, reward=np.concatenate([data.reward, 0 * data.reward], axis=1))
     assert checked(both, estimator(target), 1.0, 2)["fit_constant_outcomes"] == 1, "one of two: reported"
+
+
+def test_successes_that_differ_by_length_alone_are_refused_and_turns_paid_by_themselves_are_not() -> None:
+    data = chain_data()
+    reward = np.append(data.last[1:], False).astype(float)[:, None]
+    won = replace(data, reward=reward, returns=discounted_returns(reward, data.last, GAMMA))
+    assert np.ptp(won.returns[won.logged]) > 0.1
+    for target in TARGETS:
+        with pytest.raises(TrainingError, match="all 300 conversations' outcomes are 1: no outcome differs"):
+            checked(won, estimator(target), 1.0, 1)
+    assert checked(won, estimator("monte_carlo"), 1.0, 1, by_turn=True)["fit_constant_outcomes"] == 0
+    alike = replace(won, returns=np.full_like(won.returns, 0.5))
+    with pytest.raises(TrainingError, match=rf"all {won.logged.sum()} returns of turns are 0.5"):
+        checked(alike, estimator("monte_carlo"), 1.0, 1, by_turn=True)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------

@@ -460,9 +460,23 @@ def test_a_round_holds_outcome_returns_and_parts(tiny_policy: LanguagePolicy, sc
 def test_the_corpus_q_is_fitted_on_the_fit_part(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
     data, config = a_round(tiny_policy, scripted), config_with(**{"q.corpus_epochs": 0.5})
     forged = replace(data, returns=np.where(data.fit, data.returns, 1 - data.returns))
-    q = weights(corpus_q(tiny_policy, data, config))
-    assert equal(weights(corpus_q(tiny_policy, forged, config)), q)
-    assert not equal(q, weights(new_q(tiny_policy)))
+    one, other = corpus_q(tiny_policy, data, config), corpus_q(tiny_policy, forged, config)
+    assert one is not None and other is not None
+    assert equal(weights(one), weights(other))
+    assert not equal(weights(one), weights(new_q(tiny_policy)))
+
+
+@pytest.mark.parametrize("assigner", ["outcome", "norm_itpo"])
+def test_a_corpus_whose_outcomes_are_all_equal_gives_no_q_and_stops_nothing(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], caplog: pytest.LogCaptureFixture, assigner: str
+) -> None:
+    data = a_round(tiny_policy, scripted)
+    lost = replace(data, reward=0 * data.reward, returns=0 * data.returns)
+    assert corpus_q(tiny_policy, lost, config_with(**{"credit.assigner": assigner})) is None
+    conversations = int((data.fit & data.last).sum())
+    assert (
+        f"no Q to start from, round 0's starts anew: all {conversations} conversations' outcomes are 0" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("target", ["monte_carlo", "one_step"])

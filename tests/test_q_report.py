@@ -138,7 +138,10 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
         ({"held_out_conversations": 0.0, "held_out_successes": 0.0}, "no conversation is held out"),
         ({"held_out_conversations": 7.0, "held_out_successes": 7.0}, "all 7 held-out conversations reached a positive"),
         ({"fit_turns": 4000.0, "fit_turns_without_logprob": 1200.0}, "1,200 of 4,000 logged suggestions have no behav"),
-        ({"fit_turns": 40.0, "fit_constant_outcomes": 1.0}, "1 named outcome is the same in all 40 turns"),
+        (
+            {"fit_turns": 40.0, "fit_constant_outcomes": 1.0},
+            "1 named outcome is the same in the conversations of all 40 turns",
+        ),
     ],
 )
 def test_every_doubt_names_its_figure_and_a_remedy(figures: dict[str, float], said: str) -> None:

@@ -17,8 +17,8 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
     if constant := int(figures.get("fit_constant_outcomes", 0)):
         what = "1 named outcome is" if constant == 1 else f"{constant} named outcomes are"
         yield (
-            f"{what} the same in all {turns:,} turns that Q was fitted to, so Q learnt a constant; collect more "
-            "conversations, or check how outcomes are labelled"
+            f"{what} the same in the conversations of all {turns:,} turns that Q was fitted to, so Q learnt at most "
+            "how soon it comes; collect more conversations, or check how outcomes are labelled"
         )
 
 

@@ -78,7 +78,8 @@ def fit_q(
     estimator, settings = estimator_of(config.q), QSettings.of(config)
     rounds = [current] if estimator.own_only else [current, *replay]
     data = transitions(policy, rounds, estimator, settings)
-    report = checked(data, estimator, config.q.effective_size_floor, len(settings.outcomes))
+    by_turn = current.assigner != "outcome" or config.improve.reward == "acceptance"
+    report = checked(data, estimator, config.q.effective_size_floor, len(settings.outcomes), by_turn)
     weights = bootstrap_weights(data.last, settings, config.seed)
     log = Log(policy, [r.encoded for r in rounds], config.q, config.seed, weights, progress)
     q = _first(None if config.q.target == "lstd_q" else start, policy, settings, config.seed)
@@ -147,18 +148,31 @@ def effective_size(log_ratio: np.ndarray) -> float:
     return float(rho.sum() ** 2 / (rho**2).sum())
 
 
-def checked(data: Transitions, estimator: Estimator, effective_size_floor: float, outcomes: int) -> dict[str, float]:
-    """Figures of what is to be fitted. Raises TrainingError, with the figure and a remedy, where it teaches no Q^pi."""
+def checked(
+    data: Transitions, estimator: Estimator, effective_size_floor: float, outcomes: int, by_turn: bool = False
+) -> dict[str, float]:
+    """Figures of what is to be fitted. Raises TrainingError, with the figure and a remedy, where it teaches no Q^pi.
+
+    Outcomes are compared by conversation and without discount: where all are equal, returns differ by length alone, and
+    Q would learn how soon a conversation ends.
+
+    Args:
+        outcomes: heads of one member. by_turn: whether turns are paid each by itself (a credit assigner's rewards,
+            acceptance), so that their returns are what must differ.
+    """
     rows = data.fit & data.logged
     mine = rows if estimator.off_policy else rows & data.own
     known = rows & ~np.isnan(data.log_ratio)
     figures = {"fit_turns": float(rows.sum())}
     if mine.any():
-        constant = np.ptp(data.returns[mine], axis=0) == 0
+        told = data.returns[mine] if by_turn else data.outcomes[np.unique(data.conversation[mine])]
+        constant = np.ptp(told, axis=0) <= 1e-9 * np.abs(told).max(axis=0)
         if constant.all():
+            what = "returns of turns" if by_turn else "conversations' outcomes"
+            found = ", ".join(f"{value:g}" for value in told[0, :outcomes])
             raise TrainingError(
-                f"all {mine.sum()} returns are {data.returns[mine][0, 0]:g}: no outcome differs, so Q has nothing to "
-                "learn; collect more conversations, or check how outcomes are labelled"
+                f"all {len(told)} {what} are {found}: no outcome differs, so Q has nothing to learn but how soon they "
+                "come; collect more conversations, until some end otherwise, or check how outcomes are labelled"
             )
         figures["fit_constant_outcomes"] = float(constant[:outcomes].sum())
     if not estimator.off_policy:

@@ -43,6 +43,16 @@ class Transitions:
         return np.where((self.fit & self.own)[:, None], values, np.nan)
 
     @property
+    def conversation(self) -> np.ndarray:
+        """(N,) number of each row's conversation, 0 to C - 1."""
+        return np.cumsum(self.last) - self.last
+
+    @property
+    def outcomes(self) -> np.ndarray:
+        """(C, H) what each conversation's rewards sum to, without discount."""
+        return np.stack([np.bincount(self.conversation, column) for column in self.reward.T], axis=1)
+
+    @property
     def behaviour_returns(self) -> np.ndarray:
         """(N, H) returns of every policy's rows: of the behaviour's Q, where an off-policy estimator starts."""
         return self.of_fit(discounted_returns(self.reward, self.last, self.gamma))
