@@ -17,13 +17,13 @@ from iterative_ppo.evaluation.degeneration import repeated_ngrams
 from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain
 from iterative_ppo.evaluation.gate import Decision, offline_gate
 from iterative_ppo.evaluation.guardrails import Said, guarded
-from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.evaluation.ope import LoggedTurns, estimates
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.learning.objective import outcome_range
 from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion
+from tasks.q_report import judged
 from tasks.round_data import champion_round, conversations_of, token_folder
 from tasks.stage import Stage, load_stage, run_stage
 
@@ -119,11 +119,9 @@ def gather(
             modelled = logged_turns(new, own, current, rows, sampled, config)
     speakers = Speakers(old, new, before, after)
     stage = load_stage(q_stage)
-    calibration = stage.read("calibration.json")
     said = _said(old, before, group[rows], np.zeros(before.own.size))
     said_now = _said(new, after, group[rows], (after.own - after.other).ravel())
-    if calibration:
-        said_now = replace(said_now, calibration=Calibration(**calibration))
+    said_now = replace(said_now, calibration=judged(q_stage))
     low, high = paired_gain(before.q.mean(axis=1), after.q.mean(axis=1), group[rows])
     evidence = OfflineEvidence(
         states=len(rows),

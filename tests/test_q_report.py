@@ -17,7 +17,7 @@ import torch
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.doubts import doubts
-from iterative_ppo.evaluation.metrics import auc, calibration, r_squared
+from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, fit_q
@@ -31,7 +31,7 @@ from iterative_ppo.report.page import render
 from iterative_ppo.report.record import RunRecord
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, fit_q_stage
-from tasks.q_report import forecast, outcome_report, q_report, write_q_report
+from tasks.q_report import forecast, judged, outcome_report, q_report, write_q_report
 
 torch.set_num_threads(1)
 BOTH = {"purchase": 1.0, "contact": 0.5}
@@ -115,6 +115,26 @@ def test_the_forecast_is_held_against_the_undiscounted_outcome(fitted: Fitted) -
         count = np.array(one.count)
         assert np.array(one.observed) @ count / count.sum() == pytest.approx(ends.mean())
     assert said["isotonic"].predicted != said["as_it_is"].predicted
+
+
+def test_what_is_judged_is_the_calibrated_forecast_of_the_outcome_and_not_of_discounted_returns(
+    fitted: Fitted, tmp_path: Path
+) -> None:
+    metrics = write_q_report(fitted.q, fitted.data, fitted.frame, tmp_path)
+    said, bins = forecast(fitted.q, fitted.data, fitted.frame), read_json(tmp_path / "calibration.json")
+    assert judged(tmp_path) == said["isotonic"]
+    assert metrics["calibration_error"] == said["isotonic"].error
+    assert metrics["calibration_error_by_chance_95"] == said["isotonic"].chance_95
+    assert metrics["discounted_calibration_error"] == bins["error"] != said["isotonic"].error
+    (tmp_path / "forecast.json").unlink()
+    assert judged(tmp_path) == Calibration(**bins)
+
+
+def test_of_turns_that_are_paid_by_themselves_there_is_no_ending_to_forecast(fitted: Fitted, tmp_path: Path) -> None:
+    myopic = replace(fitted.data, returns=fitted.data.reward)
+    metrics = write_q_report(fitted.q, myopic, fitted.frame, tmp_path)
+    assert not (tmp_path / "forecast.json").exists() and "discounted_calibration_error" not in metrics
+    assert metrics["calibration_error"] == read_json(tmp_path / "calibration.json")["error"]
 
 
 def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
