@@ -37,8 +37,11 @@ def write_q_report(q: QModel, current: Round, frame: pd.DataFrame, folder: Path)
     write_json(folder / CALIBRATION, bins)
     if each := outcome_report(q, current, frame):
         write_json(folder / OUTCOMES, each)
+        metrics |= {f"held_out_successes_{name}": one["metrics"]["held_out_successes"] for name, one in each.items()}
     myopic = np.array_equal(current.returns, current.reward)  # Q then knows of no ending
-    if current.assigner == "outcome" and not myopic and (said := forecast(q, current, frame)):
+    said = forecast(q, current, frame) if current.assigner == "outcome" and not myopic else None
+    metrics["forecast_untold"] = float(said is not None and not said)
+    if said:
         write_json(folder / FORECAST, {name: asdict(one) for name, one in said.items()})
         metrics |= {f"forecast_error_{name}": one.error for name, one in said.items()}
         metrics["forecast_error_by_chance_95"] = said["as_it_is"].chance_95
@@ -93,6 +96,7 @@ def outcome_report(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, 
         returns, won = current.outcome_returns[held, k], _ending(frame, outcome_columns([name])[0])[held] > 0
         bins = _reliability(values.q[held, k], returns, ids, (q.settings.low, q.settings.high))
         figures = _fit(values.q[held, k], values.v[held, k], returns, won, bins)
+        figures["held_out_successes"] = float(len(np.unique(ids[won])))
         known = {key: value for key, value in figures.items() if np.isfinite(value)}
         found[name] = {"weight": weight, "metrics": known, "calibration": asdict(bins)}
     return found

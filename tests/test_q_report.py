@@ -117,6 +117,23 @@ def test_the_forecast_is_held_against_the_undiscounted_outcome(fitted: Fitted) -
     assert said["isotonic"].predicted != said["as_it_is"].predicted
 
 
+def test_a_named_outcome_of_one_class_and_a_forecast_that_cannot_be_told_are_doubted(
+    fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = ~fitted.data.fit
+    frame = fitted.frame.assign(outcome_contact=fitted.frame["outcome_contact"].mask(held, 0.0))
+    metrics = write_q_report(fitted.q, fitted.data, frame, tmp_path)
+    conversations = frame["conversation_id"][held].nunique()
+    assert f"0 of {conversations} held-out conversations reached outcome 'contact'" in caplog.text
+    assert metrics["held_out_successes_contact"] == metrics["forecast_untold"] == 0
+    talks = frame["conversation_id"][held].unique()
+    kept = frame["conversation_id"].isin(talks[:3]).to_numpy() | fitted.data.fit
+    few = replace(fitted.data, fit=~(held & kept))
+    won = frame.assign(outcome=np.where(frame["conversation_id"] == talks[0], 1.0, 0.0))
+    metrics = write_q_report(fitted.q, few, won, tmp_path)
+    assert metrics["forecast_untold"] == 1 and "1 of 3 held-out conversations reached a positive" in caplog.text
+
+
 def test_what_is_judged_is_the_calibrated_forecast_of_the_outcome_and_not_of_discounted_returns(
     fitted: Fitted, tmp_path: Path
 ) -> None:
@@ -157,6 +174,14 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     [
         ({"held_out_conversations": 0.0, "held_out_successes": 0.0}, "no conversation is held out"),
         ({"held_out_conversations": 7.0, "held_out_successes": 7.0}, "all 7 held-out conversations reached a positive"),
+        (
+            {"held_out_conversations": 70.0, "held_out_successes": 1.0, "forecast_untold": 1.0},
+            "1 of 70 held-out conversations reached a positive outcome, too few to hold Q against",
+        ),
+        (
+            {"held_out_conversations": 70.0, "held_out_successes": 30.0, "held_out_successes_contact": 70.0},
+            "70 of 70 held-out conversations reached outcome 'contact': the AUC of its Q cannot be told",
+        ),
         ({"fit_turns": 4000.0, "fit_turns_without_logprob": 1200.0}, "1,200 of 4,000 logged suggestions have no behav"),
         (
             {"fit_turns": 40.0, "fit_constant_outcomes": 1.0},
