@@ -318,6 +318,20 @@ def test_a_log_of_nothing_that_the_policy_says_is_refused_and_not_taken_for_one_
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_a_log_with_nothing_to_fit_is_refused(target: str) -> None:
+    data = chain_data()
+    for nothing in (replace(data, fit=~data.logged), replace(data, logged=0 * data.logged > 0)):
+        with pytest.raises(
+            TrainingError, match=rf"none of {nothing.logged.sum()} logged suggestions is in the fit part"
+        ):
+            checked(nothing, estimator(target), 1.0, 1)
+    others = replace(data, own=~data.logged)
+    if target in (*ON_POLICY, "one_step"):
+        with pytest.raises(TrainingError, match="in the fit part of the policy's own: Q has nothing to be fitted to"):
+            checked(others, estimator(target), 1.0, 1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_outcomes_that_are_all_equal_are_refused(target: str) -> None:
     data = chain_data()
     flat = replace(data, reward=0 * data.reward, returns=0 * data.returns)

@@ -164,17 +164,13 @@ def checked(
     mine = rows if estimator.off_policy else rows & data.own
     known = rows & ~np.isnan(data.log_ratio)
     figures = {"fit_turns": float(rows.sum())}
-    if mine.any():
-        told = data.returns[mine] if by_turn else data.outcomes[np.unique(data.conversation[mine])]
-        constant = np.ptp(told, axis=0) <= 1e-9 * np.abs(told).max(axis=0)
-        if constant.all():
-            what = "returns of turns" if by_turn else "conversations' outcomes"
-            found = ", ".join(f"{value:g}" for value in told[0, :outcomes])
-            raise TrainingError(
-                f"all {len(told)} {what} are {found}: no outcome differs, so Q has nothing to learn but how soon they "
-                "come; collect more conversations, until some end otherwise, or check how outcomes are labelled"
-            )
-        figures["fit_constant_outcomes"] = float(constant[:outcomes].sum())
+    if not mine.any():
+        whose = "" if estimator.off_policy else " of the policy's own"
+        raise TrainingError(
+            f"none of {data.logged.sum()} logged suggestions is in the fit part{whose}: Q has nothing to be fitted to; "
+            "collect more conversations with logged suggestions, or lower data.evidence_share"
+        )
+    figures["fit_constant_outcomes"] = float(_alike(data, mine, outcomes, by_turn))
     if not estimator.off_policy:
         return figures
     figures["fit_turns_without_logprob"] = float(rows.sum() - known.sum())
@@ -192,6 +188,20 @@ def checked(
                 "policy, or set q.target to one_step"
             )
     return figures
+
+
+def _alike(data: Transitions, rows: np.ndarray, outcomes: int, by_turn: bool) -> int:
+    """How many heads of a member learn of nothing that differs in some rows. Raises TrainingError where all do."""
+    told = data.returns[rows] if by_turn else data.outcomes[np.unique(data.conversation[rows])]
+    constant = np.ptp(told, axis=0) <= 1e-9 * np.abs(told).max(axis=0)
+    if constant.all():
+        what = "returns of turns" if by_turn else "conversations' outcomes"
+        found = ", ".join(f"{value:g}" for value in told[0, :outcomes])
+        raise TrainingError(
+            f"all {len(told)} {what} are {found}: no outcome differs, so Q has nothing to learn but how soon they "
+            "come; collect more conversations, until some end otherwise, or check how outcomes are labelled"
+        )
+    return int(constant[:outcomes].sum())
 
 
 def bootstrap_weights(last: np.ndarray, settings: QSettings, seed: int) -> np.ndarray | None:
