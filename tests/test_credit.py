@@ -24,6 +24,7 @@ from iterative_ppo.learning.credit.stability import Watch, kendall_tau, rank_sta
 from iterative_ppo.learning.improve.episodes import prompts_of
 from iterative_ppo.learning.jobs import stored_credit
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.objective import head_range
 from iterative_ppo.learning.optimization import optimizer_for, take_step
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.q_model import QSettings
@@ -330,7 +331,7 @@ def test_a_round_lives_on_turn_rewards(
     again = evaluate_policy(tiny_policy, outcome, [], config, start)
     assert np.allclose(*(x.evaluate(current.encoded).q for x in (q, again)), equal_nan=True), "it credits by itself"
     assert again.report["objective_is_credited"] == 1.0
-    assert list(q.settings.outcomes) == ["credit"] and q.settings.low == (-1.0 if assigner == "itpo" else 0.0)
+    assert list(q.settings.outcomes) == ["credit"] and q.settings.low == (-2.0 if assigner == "itpo" else 0.0)
     prompts, behaviour = (
         prompts_of(current.encoded.sequences, np.flatnonzero(current.fit)),
         tiny_policy.score(current.encoded),
@@ -344,11 +345,19 @@ def test_a_round_lives_on_turn_rewards(
 
 def test_the_range_of_q_is_that_of_credited_returns() -> None:
     several: dict[str, Any] = {"outcomes": {"purchase": 2.0, "complaint": -0.5}}
-    expected = {"outcome": (0.0, 1.0), "norm_itpo": (-0.5, 2.0), "itpo": (-1.0, 1.0)}
+    expected = {"outcome": (0.0, 1.0), "norm_itpo": (-0.5, 2.0), "itpo": (-2.0, 2.0)}
     for assigner, ends in expected.items():
         settings = QSettings.of(config_of(assigner, **several))
         assert (settings.low, settings.high) == ends
         assert len(settings.outcomes) == (2 if assigner == "outcome" else 1)
+
+
+def test_discounted_itpo_returns_may_be_beyond_1_and_are_never_beyond_the_range() -> None:
+    """The worst case: what is to come is 1, then -1, then 0."""
+    ahead, last = np.array([1.0, -1.0, 0.0, 0.0]), np.array([False, False, False, True])
+    returns = discounted_returns(ahead - np.append(ahead[1:], 0.0), last, 0.5)
+    low, high = head_range(config_of("itpo"))
+    assert returns[0] == pytest.approx(2 - 0.5) and low < returns.min() < 0 and 1 < returns.max() < high
 
 
 def test_the_stages_say_what_the_objective_is_and_keep_the_turn_rewards(

@@ -72,8 +72,8 @@ def fit_q(
             policy's backbone, as lstd_q always does.
 
     The result's `report` says how many turns it was fitted on, how many lack a behaviour log-prob, and their effective
-    sample size. Raises TrainingError where the outcomes are all equal or the log does not support the estimator,
-    TurnTableError where a log-prob is above 0 or infinite.
+    sample size. Raises TrainingError where no row can be fitted, the outcomes are all equal or the log does not support
+    the estimator, TurnTableError where a log-prob is above 0 or infinite.
     """
     estimator, settings = estimator_of(config.q), QSettings.of(config)
     rounds = [current] if estimator.own_only else [current, *replay]
