@@ -533,6 +533,11 @@ class Config(Frozen):
     def _outcomes(self) -> Config:
         if not self.outcomes:
             raise ValueError("outcomes: name at least one outcome and its weight")
+        if not any(self.outcomes.values()):
+            raise ValueError(
+                f"outcomes: {', '.join(self.outcomes)} all weigh 0, so no conversation would be better than another; "
+                "give one of them a weight"
+            )
         if "origin" in self.outcomes:
             raise ValueError("outcomes: no outcome can be named 'origin'; that column says where labels come from")
         return self

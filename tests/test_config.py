@@ -179,6 +179,7 @@ WRONG = [
     ("data.evidence_share", "1.5"),
     ("outcomes", "purchase"),
     ("outcomes", "{}"),
+    ("outcomes", "{purchase: 0, contact: 0.0}"),
     ("outcomes", "{purchase: much}"),
     ("outcomes", "{purchase: .nan}"),
     ("outcomes", "{purchase: .inf}"),

@@ -447,6 +447,12 @@ def test_the_myopic_reward_looks_no_further_than_its_turn(
     assert equal(weights(one), weights(other)), "Monte Carlo of the turn's own reward, without replay"
 
 
+def test_acceptance_has_its_own_range_whatever_that_of_outcomes() -> None:
+    ends: dict[str, Any] = {"data.outcome_low": -100.0, "data.outcome_high": 100.0}
+    found = [QSettings.of(config_with(**ends, **{"improve.reward": name})) for name in ("acceptance", "outcome")]
+    assert [(one.low, one.high) for one in found] == [(0.0, 1.0), (-100.0, 100.0)]
+
+
 def test_a_round_holds_outcome_returns_and_parts(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
     frame = to_frame(scripted, OUTCOMES, 0.3)
     data = round_of(tiny_policy, frame, load_config())
