@@ -271,7 +271,7 @@ class QConfig(Frozen):
     corpus_epochs: float = Field(ge=0.0)
     """Passes over the corpus of pi_0 for the Q that round 0 starts from; 0 starts from the policy's backbone."""
     replay_rounds: int = Field(ge=0)
-    """Earlier rounds whose turns enter the fit of every estimator but monte_carlo, td_lambda and sarsa."""
+    """Earlier rounds whose turns enter the fit: of monte_carlo, td_lambda and sarsa only the policy's own."""
 
     @model_validator(mode="after")
     def _together(self) -> QConfig:

@@ -23,7 +23,7 @@ from tasks.exploration import coverage_metrics
 from tasks.labels import origin_metrics
 from tasks.progress import progress
 from tasks.q_report import write_q_report
-from tasks.round_data import champion_round, other_rounds, read_prompts, token_folder, write_prompts
+from tasks.round_data import champion_round, earlier_round, other_rounds, read_prompts, token_folder, write_prompts
 from tasks.stage import Stage, made_with, run_stage
 from tasks.suitability import cut_by_limits, tell_of_rates
 
@@ -214,7 +214,8 @@ def _rounds(
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
     current, facts = champion_round(pi, policy.label, dataset, config, folder)
     others = [other_rounds(pi, policy.label, d, config, folder) for d in (dataset, *replay)]
-    return current, facts, tuple(r for r in others if r)
+    earlier = [earlier_round(pi, policy.label, d, config, folder) for d in replay]
+    return current, facts, tuple(r for r in (*others, *earlier) if r)
 
 
 def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:

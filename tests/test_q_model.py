@@ -27,10 +27,13 @@ from iterative_ppo.learning.q_model import SETTINGS, QModel, QSettings
 from iterative_ppo.learning.regression import Regression, Targets, regress
 from iterative_ppo.learning.rounds import corpus_q, evaluate_policy, round_of
 from iterative_ppo.learning.tiny import build_policy
+from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, Turn
 from iterative_ppo.mdp.rendering import Encoded, Span, single
 from iterative_ppo.mdp.returns import acceptance_rewards, monte_carlo, one_step_targets
 from iterative_ppo.mdp.turn_table import actions, last_rows, to_frame
+from tasks.datasets import Dataset
+from tasks.learning import PolicyVersion, fit_q_stage
 
 torch.set_num_threads(1)
 
@@ -433,6 +436,41 @@ def test_earlier_rounds_enter_one_step_fits_alone(tiny_policy: LanguagePolicy, s
     assert equal(weights(fit_q(tiny_policy, data, [forged], config)), with_them), "their held-out part stays out"
     later = replace(earlier, returns=1 - earlier.returns)
     assert equal(weights(fit_q(tiny_policy, data, [later], config)), with_them), "V is this policy's alone"
+
+
+@pytest.mark.parametrize("target", ["monte_carlo", "one_step"])
+def test_earlier_conversations_of_the_policy_itself_tell_of_its_returns(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], target: str
+) -> None:
+    data, config = a_round(tiny_policy, scripted[:30]), config_with(**{"q.target": target})
+    earlier = replace(a_round(tiny_policy, scripted[30:]), own=True)
+    later = replace(earlier, returns=1 - earlier.returns)
+    one, other = (weights(fit_q(tiny_policy, data, [replay], config)) for replay in (earlier, later))
+    assert not equal(one, other)
+
+
+def test_what_the_champion_said_before_its_challenger_was_rejected_is_not_lost(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path
+) -> None:
+    """Round 0 is all its own, round 1 an A/B test that it won."""
+    tiny_policy.save(tmp_path / "policy")
+    talks = [replace(talk, policy_version="2" if k % 4 == 3 else "1") for k, talk in enumerate(scripted[:40])]
+    turns = []
+    for number, part in enumerate((talks[:20], talks[20:])):
+        kept = [talk for talk in part if number or talk.policy_version == "1"]
+        frame = to_frame(kept, OUTCOMES, 0.3)
+        turn_table.write(frame, tmp_path / "turns" / f"round={number:04d}" / "turns.parquet", OUTCOMES)
+        turns.append(int((actions(frame) & (frame["part"] == "fit")).sum()))
+    policy, dataset = PolicyVersion(1, tmp_path / "policy"), Dataset(1, tmp_path / "turns" / "round=0001", "md5")
+    for rounds, expected in ((0, turns[1]), (1, sum(turns))):
+        changes: dict[str, Any] = {
+            "data.root": tmp_path,
+            "q.replay_rounds": rounds,
+            "q.epochs": 0.5,
+            "q.value_epochs": 0.5,
+        }
+        stage = fit_q_stage(config_with(**changes), policy, dataset, tmp_path / f"with-{rounds}")
+        assert stage.metrics["fit_turns"] == expected
 
 
 def test_the_myopic_reward_looks_no_further_than_its_turn(

@@ -27,6 +27,7 @@ class Round:
         reward, returns: (N,) r_i and G_i of the weighted outcome. last: (N,) last rows. fit: (N,) not held out.
         behaviour: (N,) log b(a_i | s_i) as logged, NaN where unknown; None where no row knows it.
         assigner: what made `reward`, the outcome or a credit assigner.
+        own: of a round of replay, whether the policy itself collected it, as where its challenger was rejected since.
         outcome_rewards, outcome_returns: (N, K) the same of each named outcome, where Q has a head for each.
     """
 
@@ -39,6 +40,7 @@ class Round:
     outcome_rewards: np.ndarray | None = None
     outcome_returns: np.ndarray | None = None
     assigner: str = "outcome"
+    own: bool = False
 
     @property
     def head_rewards(self) -> np.ndarray:
@@ -67,7 +69,7 @@ def fit_q(
     """Line 5 of Algorithm 1: Q^pi from conversations of pi, and, where the estimator takes them, of other policies.
 
     Args:
-        replay: conversations of other policies.
+        replay: earlier conversations, of other policies or, where they say so, of the policy itself.
         start: the previous round's Q, for a warm start; of one with other heads the trunk alone. None starts from the
             policy's backbone, as lstd_q always does.
 
@@ -76,7 +78,7 @@ def fit_q(
     the estimator, TurnTableError where a log-prob is above 0 or infinite.
     """
     estimator, settings = estimator_of(config.q), QSettings.of(config)
-    rounds = [current] if estimator.own_only else [current, *replay]
+    rounds = [current, *(r for r in replay if r.own or not estimator.own_only)]
     data = transitions(policy, rounds, estimator, settings)
     by_turn = current.assigner != "outcome" or config.improve.reward == "acceptance"
     report = checked(data, estimator, config.q.effective_size_floor, len(settings.outcomes), by_turn)
@@ -97,14 +99,14 @@ def _first(start: QModel | None, policy: LanguagePolicy, settings: QSettings, se
 def transitions(
     policy: LanguagePolicy, rounds: Sequence[Round], estimator: Estimator, settings: QSettings
 ) -> Transitions:
-    """The rounds' turns, flat; the first round is the policy's own. Ratios where the estimator is off-policy."""
+    """The rounds' turns, flat; the first round is the policy's own in any case. Ratios for off-policy estimators."""
     members = settings.members + settings.judges
     ratios = [log_ratios(policy, r) if estimator.off_policy else np.full(len(r.last), np.nan) for r in rounds]
     return Transitions(
         reward=np.tile(np.concatenate([r.head_rewards for r in rounds]), (1, members)),
         returns=np.tile(np.concatenate([r.head_returns for r in rounds]), (1, members)),
         last=np.concatenate([r.last for r in rounds]),
-        own=np.concatenate([np.full(len(r.last), k == 0) for k, r in enumerate(rounds)]),
+        own=np.concatenate([np.full(len(r.last), k == 0 or r.own) for k, r in enumerate(rounds)]),
         fit=np.concatenate([r.fit for r in rounds]),
         logged=np.concatenate([_logged(r.encoded) for r in rounds]),
         log_ratio=np.concatenate(ratios),
