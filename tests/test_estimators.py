@@ -318,6 +318,21 @@ def test_a_log_of_nothing_that_the_policy_says_is_refused_and_not_taken_for_one_
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_conversations_longer_than_there_are_iterations_are_counted(target: str) -> None:
+    data = chain_data()
+    turns = np.bincount(np.cumsum(data.last) - data.last) - 1
+    usual = int(np.median(turns))
+    loss = "mse" if target == "lstd_q" else "bce"
+    bootstraps = estimator_of(load_config(overrides={"q.target": target, "q.iterations": usual, "q.loss": loss}).q)
+    report = checked(data, bootstraps, 10.0, 1)
+    if target in ("monte_carlo", "one_step", "lstd_q"):
+        assert "fit_share_beyond_iterations" not in report
+    else:
+        assert 0 < report["fit_share_beyond_iterations"] == (turns > usual).mean() < 0.5
+        assert report["fit_longest_conversation"] == turns.max()
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_log_with_nothing_to_fit_is_refused(target: str) -> None:
     data = chain_data()
     for nothing in (replace(data, fit=~data.logged), replace(data, logged=0 * data.logged > 0)):

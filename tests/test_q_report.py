@@ -167,6 +167,7 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     assert "raise data.evidence_share" in caplog.text
     assert np.isnan(metrics["auc"]) and not (tmp_path / "forecast.json").exists()
     assert list(doubts({"held_out_conversations": 9.0, "held_out_successes": 4.0, "fit_turns": 50.0})) == []
+    assert list(doubts({"fit_share_beyond_iterations": 0.05, "fit_longest_conversation": 31.0})) == []
 
 
 @pytest.mark.parametrize(
@@ -181,6 +182,10 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
         (
             {"held_out_conversations": 70.0, "held_out_successes": 30.0, "held_out_successes_contact": 70.0},
             "70 of 70 held-out conversations reached outcome 'contact': the AUC of its Q cannot be told",
+        ),
+        (
+            {"fit_share_beyond_iterations": 0.12, "fit_longest_conversation": 31.0},
+            "12% of the conversations that Q was fitted to have more turns than q.iterations, up to 31",
         ),
         ({"fit_turns": 4000.0, "fit_turns_without_logprob": 1200.0}, "1,200 of 4,000 logged suggestions have no behav"),
         (

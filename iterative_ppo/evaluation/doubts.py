@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+BEYOND = 0.05
+"""Share of conversations that may be longer than Q has iterations."""
+
 
 def doubts(figures: Mapping[str, float]) -> Iterator[str]:
     """Of what a fit reports (policy_evaluation.fit_q) and of Q on held-out conversations, by name."""
@@ -20,6 +23,13 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
         yield (
             f"{what} the same in the conversations of all {turns:,} turns that Q was fitted to, so Q learnt at most "
             "how soon it comes; collect more conversations, or check how outcomes are labelled"
+        )
+
+    if (share := figures.get("fit_share_beyond_iterations", 0.0)) > BEYOND:
+        yield (
+            f"{share:.0%} of the conversations that Q was fitted to have more turns than q.iterations, up to "
+            f"{int(figures['fit_longest_conversation']):,}: what Q says of their beginnings is partly of whoever led "
+            "them; set q.iterations to the usual length of a conversation"
         )
 
 

@@ -173,6 +173,10 @@ def checked(
             "collect more conversations with logged suggestions, or lower data.evidence_share"
         )
     figures["fit_constant_outcomes"] = float(_alike(data, mine, outcomes, by_turn))
+    if estimator.iterations is not None:
+        turns = np.bincount(data.conversation)[np.unique(data.conversation[mine])] - 1
+        figures["fit_longest_conversation"] = float(turns.max())
+        figures["fit_share_beyond_iterations"] = float((turns > estimator.iterations).mean())
     if not estimator.off_policy:
         return figures
     figures["fit_turns_without_logprob"] = float(rows.sum() - known.sum())

@@ -111,6 +111,10 @@ class Estimator(Protocol):
         """Whether it learns from pi's own conversations alone."""
 
     @property
+    def iterations(self) -> int | None:
+        """How often it is fitted to targets from itself, at least once a turn of a conversation; None where never."""
+
+    @property
     def needs_ratios(self) -> bool:
         """Whether it weighs rows by rho, and so needs the behaviour's log-probs."""
 
