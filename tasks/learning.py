@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ def initial_policy_stage(
         "seed": config.seed,
         "source": source,
         "conversations": len(corpus),
+        "corpus": _content(corpus),
+        "lessons": _content(lessons),
         "code": 1,
     } | _credit(config)
 
@@ -123,6 +126,14 @@ def initial_policy_stage(
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
 
 
+def _content(conversations: Sequence[Conversation]) -> str:
+    """A short hash of conversations, of which one at a time becomes text."""
+    digest = sha256()
+    for talk in conversations:
+        digest.update(repr(talk).encode())
+    return digest.hexdigest()[:16]
+
+
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:
     """Monte Carlo returns of every turn, as a table beside the dataset."""
     inputs = {"md5": dataset.md5, "gamma": config.gamma, "outcomes": config.outcomes}
@@ -153,6 +164,7 @@ def fit_q_stage(
         "reward": config.improve.reward,
         "gamma": config.gamma,
         "outcomes": config.outcomes,
+        "range": (config.data.outcome_low, config.data.outcome_high),
         "seed": config.seed,
         "policy": content_hash(policy.path),
         "md5": dataset.md5,

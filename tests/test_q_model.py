@@ -33,7 +33,7 @@ from iterative_ppo.mdp.rendering import Encoded, Span, single
 from iterative_ppo.mdp.returns import acceptance_rewards, monte_carlo, one_step_targets
 from iterative_ppo.mdp.turn_table import actions, last_rows, to_frame
 from tasks.datasets import Dataset
-from tasks.learning import PolicyVersion, fit_q_stage
+from tasks.learning import PolicyVersion, fit_q_stage, initial_policy_stage
 
 torch.set_num_threads(1)
 
@@ -521,6 +521,18 @@ def test_a_corpus_whose_outcomes_are_all_equal_gives_no_q_and_stops_nothing(
     assert (
         f"no Q to start from, round 0's starts anew: all {conversations} conversations' outcomes are 0" in caplog.text
     )
+
+
+def test_a_first_policy_is_made_anew_of_another_corpus_or_other_lessons_of_the_same_size(
+    tiny_config: Config, scripted: list[Conversation], tmp_path: Path
+) -> None:
+    parts: dict[str, dict[str, Any]] = {"data": {"root": tmp_path}, "supervised": {"epochs": 0.1}}
+    quick = {name: getattr(tiny_config, name).model_copy(update=part) for name, part in parts.items()}
+    config = tiny_config.model_copy(update=quick | {"q": tiny_config.q.model_copy(update={"corpus_epochs": 0.0})})
+    one, other, *lessons = scripted[:4], scripted[4:8], scripted[8:9], scripted[9:10]
+    given = [(one, lessons[0]), (one, lessons[0]), (other, lessons[0]), (other, lessons[1])]
+    made = [initial_policy_stage(config, corpus, "talks", more) for corpus, more in given]
+    assert [stage.done_before for stage in made] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("target", ["monte_carlo", "one_step"])

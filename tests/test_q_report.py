@@ -231,9 +231,11 @@ def test_new_weights_need_no_new_fit(
     assert read_json(second.path / "outcomes.json")["contact"]["weight"] == 3.0
     stage(outcomes=priced, **{"q.epochs": 1.0})
     assert len(fits) == 1, "anything else that is new is a new fit"
+    stage(outcomes=priced, **{"q.epochs": 1.0, "data.outcome_high": 2.0})
+    assert len(fits) == 2, "the range of outcomes is Q's"
     stage(outcomes=BOTH, **{"q.outcome_heads": False, "data.outcome_high": 1.5})
     stage(outcomes=priced, **{"q.outcome_heads": False, "data.outcome_low": -1.0, "data.outcome_high": 3.0})
-    assert len(fits) == 3, "one head for the weighted sum knows nothing of its parts"
+    assert len(fits) == 4, "one head for the weighted sum knows nothing of its parts"
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
