@@ -48,6 +48,10 @@ class TrainingError(IterativePPOError):
     exit_code = 7
 
 
+class Diverged(TrainingError):  # noqa: N818 (what happened)
+    """An update is not a number. Whoever set its rate says which setting that is."""
+
+
 class SupportError(TrainingError):
     """A log is too far from a policy to tell Q of it: the effective sample size is below the floor."""
 

@@ -20,6 +20,8 @@ from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePoli
 from iterative_ppo.learning.sequences import Beginnings, Prompts, prompt_lengths
 from iterative_ppo.mdp.rendering import Encoded, single
 
+SAME_REWARD = "Q gives all responses to a prompt the same reward: nothing to improve; the round is rejected"
+
 
 class RewardModel(Protocol):
     """The frozen Q, as improvement sees it."""
@@ -46,12 +48,14 @@ def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
 class Episodes:
     """Sampled responses, one sequence each.
 
-    Per episode (N,): Q, KL in both directions to the reference. Per token, in lists of (length,): log-probs as sampled
+    Per episode (N,): Q, KL in both directions to the reference. `spread` is the greatest difference that the tokens of
+    one response make to its running value. Per token, in lists of (length,): log-probs as sampled
     and of the reference, value, advantage as GAE left it, and the return that a critic learns.
     """
 
     table: EncodedTable
     q: np.ndarray
+    spread: float
     kl: np.ndarray
     reverse_kl: np.ndarray
     finished: np.ndarray
@@ -168,6 +172,7 @@ def roll_out(
     return Episodes(
         table,
         np.array([value[-1] for value in q_values]),
+        float(max(np.ptp(value) for value in q_values)),
         kl,
         reverse,
         responses.finished,

@@ -17,6 +17,7 @@ from iterative_ppo.learning.batching import Batch, EncodedTable, step_count, tra
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.ppo import clipped, surrogate
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.returns import discounted_returns
@@ -81,7 +82,6 @@ def improve_on_log(
         return -value.sum() / usual, {"clip_fraction": outside.sum() / usual}
 
     batches = training_batches(sequences, config.batch_size, config.epochs, policy.pad, np.random.default_rng(seed))
-    curve = train(student, batches, steps, objective, config.learning_rate, progress, checkpoint)
-    if not np.isfinite(curve[-1]["loss"]):
-        raise TrainingError("the logged pass diverged; lower improve.logged.learning_rate")
+    with set_by("improve.logged.learning_rate"):
+        curve = train(student, batches, steps, objective, config.learning_rate, progress, checkpoint)
     return student, curve
