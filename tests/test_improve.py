@@ -828,7 +828,7 @@ def test_patience_gives_what_the_judges_liked_best(bandit: LanguagePolicy, monke
     monkeypatch.setattr(QModel, "running_values", lambda self, s: leans_to(bandit, "maybe").running_values(s))
     student, curve = improve(bandit, q, [prompt(bandit)], ppo(episodes=2560, rollout=128, judge_patience=2), 0)
     assert [entry["judge"] for entry in curve] == pytest.approx([0.1, 0.3, 0.2, 0.2])
-    run = begin(bandit, q, ppo(episodes=2560, rollout=128), [128] * 20, 1.0, 0)
+    run = begin(bandit.trainable_copy(), q, ppo(episodes=2560, rollout=128), [128] * 20, 1.0, 0)
     advance(run, q, [prompt(bandit)], ppo(episodes=2560, rollout=128), 128, 1.0, 0, None)
     assert all(torch.equal(p, o) for p, o in zip(parameters(student), parameters(run.student), strict=True))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import SupportError, TrainingError, TurnTableError
+from iterative_ppo.errors import NothingToLearn, SupportError, TrainingError, TurnTableError
 from iterative_ppo.learning.batching import EncodedTable
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
@@ -149,7 +149,7 @@ def checked(data: Transitions, estimator: Estimator, effective_size_floor: float
     if mine.any():
         constant = np.ptp(data.returns[mine], axis=0) == 0
         if constant.all():
-            raise TrainingError(
+            raise NothingToLearn(
                 f"all {mine.sum()} returns are {data.returns[mine][0, 0]:g}: no outcome differs, so Q has nothing to "
                 "learn; collect more conversations, or check how outcomes are labelled"
             )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import BestOfNConfig
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import SAME_REWARD, RewardModel, check_prompts
@@ -95,7 +95,7 @@ def _choose(
         chosen += block.responses
         spread, largest = max(spread, block.spread), max(largest, block.largest)
     if spread <= 1e-6 * largest:
-        raise TrainingError(SAME_REWARD)
+        raise NothingToLearn(SAME_REWARD)
     return chosen
 
 
@@ -113,7 +113,7 @@ def _chosen_block(surer: LanguagePolicy, q: RewardModel, prompts: Prompts, n: in
     candidates = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
     worth = np.array([values[-1] for values in q.running_values(candidates)]).reshape(-1, n)
     if not np.isfinite(worth).all():
-        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+        raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
     winners = best(worth, responses.finished.reshape(-1, n))
     liked = [responses.tokens[k * n + j] for k, j in enumerate(winners)]
     return Block(liked, float(np.ptp(worth, axis=1).max()), float(np.abs(worth).max()))

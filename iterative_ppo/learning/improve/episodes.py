@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import ModelError, TrainingError
+from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
 from iterative_ppo.learning import loading, runtime
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
@@ -156,7 +156,7 @@ def roll_out(
     q_values = q.running_values(sequences)
     reward = response_rewards(q_values, responses.finished, scale, config.missing_eos_penalty)
     if not np.isfinite(reward).all():
-        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+        raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
     values = critic.running_values(sequences) if critic else [value / scale for value in q_values]
     old = token_log_probs(policy, table) if runtime.current().bfloat16 else responses.token_logprobs
     anchor = old if reference is None else token_log_probs(reference, table)

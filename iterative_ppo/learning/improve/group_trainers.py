@@ -20,7 +20,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import ImproveConfig
-from iterative_ppo.errors import ConfigError, TrainingError
+from iterative_ppo.errors import ConfigError, NothingToLearn, TrainingError
 from iterative_ppo.learning import distributed, runtime
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ def improve(
     rollout = config.group_rollout
     rollouts = c.episodes // rollout
     looks = rollouts + guarded(c)
-    run = begin(policy, q, c, [rollout] * rollouts, scale, seed)
+    run = begin(policy.trainable_copy(), q, c, [rollout] * rollouts, scale, seed)
     if checkpoint:
         run.load(checkpoint)
     drawn = np.random.default_rng(seed).integers(len(prompts), size=(looks, rollout // config.group.size))
@@ -130,11 +130,11 @@ class Groups:
         values = self.q.running_values(sequences)
         reward = response_rewards(values, finished, self.scale, self.config.ppo.missing_eos_penalty)
         if not np.isfinite(reward).all():
-            raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+            raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
         worth = np.array([value[-1] for value in values])
         spread = np.ptp(worth.reshape(-1, self.config.group.size), axis=1).max()
         if not self.run.curve and spread <= 1e-6 * np.abs(worth).max():
-            raise TrainingError(SAME_REWARD)
+            raise NothingToLearn(SAME_REWARD)
         self.run.curve.append(self._described(EncodedTable(sequences, len(sequences)), worth, finished))
         if not self.run.look(self.config.ppo):
             raise Spent

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import LoggedConfig
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.learning.batching import Batch, EncodedTable, step_count, trained_turns, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.ppo import clipped, surrogate
@@ -68,7 +68,7 @@ def improve_on_log(
         return policy, []
     spread = data.advantage[usable].std()
     if np.ptp(data.advantage[usable]) <= 1e-9 * np.abs(data.advantage[usable]).max():
-        raise TrainingError("all logged advantages are equal: nothing to learn from (are all outcomes the same?)")
+        raise NothingToLearn("all logged advantages are equal: nothing to learn from (are all outcomes the same?)")
     advantage = (data.advantage - data.advantage[usable].mean()) / spread
     student = policy.trainable_copy()
     usual = turns.sum() / step_count(len(sequences), config.batch_size, 1.0)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.learning.batching import Batch, training_batches
 from iterative_ppo.learning.checkpoint import (
     Checkpoint,
@@ -39,6 +39,7 @@ from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import descend, optimizer_for, set_by
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Prompts
+from iterative_ppo.learning.sharding import sharded
 from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.rendering import Encoded
 
@@ -149,21 +150,23 @@ def improve(
     check_prompts(policy, prompts)
     sizes = _rollouts(config.episodes, rollout_size or config.rollout)
     reference = reference or policy
-    run = begin(policy, q, config, sizes, scale, seed)
-    if checkpoint:
-        run.load(checkpoint)
-    looks = len(sizes) + guarded(config)  # what the last updates made of a guarded student is to be seen too
-    for k in range(len(run.curve), looks):
-        if spent(run.curve, config):
-            break
-        anchor = None if k == 0 and reference is policy else reference
-        size = sizes[min(k, len(sizes) - 1)]
-        advance(run, q, prompts, config, size, scale, seed, anchor, champion, learns=k < len(sizes))
-        if checkpoint and ((k + 1) % checkpoint.every == 0 or k + 1 == looks):
-            run.save(checkpoint)
-        if progress:
-            progress(k + 1, looks)
-    return run.result(), run.curve
+    student = policy.trainable_copy()
+    with sharded(student):
+        run = begin(student, q, config, sizes, scale, seed)
+        if checkpoint:
+            run.load(checkpoint)
+        looks = len(sizes) + guarded(config)  # what the last updates made of a guarded student is to be seen too
+        for k in range(len(run.curve), looks):
+            if spent(run.curve, config):
+                break
+            anchor = None if k == 0 and reference is policy else reference
+            size = sizes[min(k, len(sizes) - 1)]
+            advance(run, q, prompts, config, size, scale, seed, anchor, champion, learns=k < len(sizes))
+            if checkpoint and ((k + 1) % checkpoint.every == 0 or k + 1 == looks):
+                run.save(checkpoint)
+            if progress:
+                progress(k + 1, looks)
+        return run.result(), run.curve
 
 
 def _rollouts(episodes: int, size: int) -> list[int]:
@@ -172,9 +175,8 @@ def _rollouts(episodes: int, size: int) -> list[int]:
     return [size] * whole + [rest] * (rest > 0)
 
 
-def begin(policy: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: list[int], scale: float, seed: int) -> Run:
-    """A run on rollouts of these sizes, with the updates that they ask for still before it."""
-    student = policy.trainable_copy()
+def begin(student: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: list[int], scale: float, seed: int) -> Run:
+    """A run on rollouts of these sizes, with the updates that they ask for still before it; it changes the student."""
     steps = sum(config.epochs * -(-size // config.minibatch_size) for size in sizes)
     optimizer, schedule = optimizer_for(student.model, config.learning_rate, steps)
     critic = None
@@ -206,7 +208,7 @@ def advance(
     chosen = [prompts[i] for i in run.rng.integers(len(prompts), size=size)]
     episodes = roll_out(run.student, reference, q, chosen, config, scale, seed + 7919 * number, run.beta, run.critic)
     if number == 1 and min(np.ptp(episodes.q), episodes.spread) <= 1e-6 * np.abs(episodes.q).max():
-        raise TrainingError(SAME_REWARD)
+        raise NothingToLearn(SAME_REWARD)
     entry = _described(episodes, run, q, champion)
     run.curve.append(entry)
     goes_on = run.look(config) and learns
