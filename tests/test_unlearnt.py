@@ -1,4 +1,4 @@
-"""A night whose conversations teach nothing: the round is rejected with its reason, and the next has data of its own."""
+"""A night whose conversations teach nothing: its round is rejected with the reason, the next has data of its own."""
 
 from __future__ import annotations
 
@@ -70,11 +70,8 @@ def test_a_round_without_a_success_is_rejected_and_the_next_learns(server: None,
     assert registry.champion(tracking.open_tracking(config)) == 1
 
 
-def test_a_simulator_without_a_success_is_an_error(
-    server: None, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_simulator_without_a_success_is_an_error(server: None, overrides: dict[str, Any]) -> None:
     from flows.simulation import simulated_rounds
 
-    monkeypatch.setattr(Renovation, "business_of", Renovation.business_of)
     with pytest.raises(TrainingError, match="no outcome differs"):
         simulated_rounds(None, {**overrides, "simulator.max_business_turns": 1})

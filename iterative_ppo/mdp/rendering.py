@@ -232,7 +232,7 @@ def single(row: int, prompt: tuple[int, ...], response: tuple[int, ...], trains:
 
 
 def within(limit: int, row: int, prompt: tuple[int, ...], response: tuple[int, ...], trains: bool) -> Encoded:
-    """One turn as a sequence of at most `limit` tokens; a suggestion that is cut for it is nobody's, and never trains."""
+    """One turn as a sequence of at most `limit` tokens; a suggestion that is cut for it never trains."""
     room = limit - len(prompt)
     return single(row, prompt, response[:room], trains and len(response) <= room)
 
