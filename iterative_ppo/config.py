@@ -198,7 +198,7 @@ class PolicyConfig(Frozen):
     """Sampling temperature: part of the policy version."""
     max_prompt_tokens: int = Count
     max_response_tokens: int = Count
-    abstain: str
+    abstain: str = Field(min_length=1)
     """The response that means: no suggestion."""
 
     @property
@@ -330,17 +330,25 @@ class PPOConfig(Frozen):
     kl_target: float | None = Field(gt=0.0)
     """Nats a response from the reference that the coefficient adapts to; null keeps it fixed."""
     kl_budget: float | None = Field(gt=0.0)
-    """Nats a response from the champion at which PPO ends; null ends it at its episodes."""
+    """Nats a response that the result may be from the champion: PPO ends at a rollout that shows more, and gives the
+    policy of the rollout before. null sets no limit."""
     critic: Literal["q", "learned"]
     """q: the frozen Q's running value; learned: a copy of it that follows the returns."""
     critic_learning_rate: float = Rate
     judge_patience: int | None = Field(ge=1)
-    """Rollouts without a rise in the judges' eyes (q.judges) after which PPO ends; null never asks them."""
+    """Rollouts without a rise in the judges' eyes (q.judges) after which PPO ends, and gives the policy that they liked
+    best; null never asks them."""
     gae_lambda: float = Share
     missing_eos_penalty: float = Field(ge=0.0)
     """Taken from the reward of a response that reached the length limit."""
     reference: Literal["start", "champion"]
     """Whom the KL penalty keeps PPO near: the policy that it starts from, or the paper's pi_i."""
+
+    @model_validator(mode="after")
+    def _adaptable(self) -> PPOConfig:
+        if self.kl_target is not None and not self.kl_coefficient:
+            raise ValueError("kl_target adapts kl_coefficient by factors, and it is 0; set it above 0, such as 0.1")
+        return self
 
 
 class GroupConfig(Frozen):

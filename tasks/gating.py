@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import SupportError, TrainingError
+from iterative_ppo.errors import NothingToLearn, TrainingError
 from iterative_ppo.evaluation.certificate import certify
 from iterative_ppo.evaluation.degeneration import repeated_ngrams
 from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain
@@ -123,7 +123,7 @@ def gather(
                 sampled = speak(new, old, own, prompts, config.gate.samples, config.seed).q.mean(axis=1)
                 modelled = logged_turns(new, own, current, rows, sampled, config)
                 found = estimates(modelled, config.gate, config.seed, "fqe")
-            except SupportError as error:  # the logs cannot tell, the A/B test can
+            except NothingToLearn as error:  # the logs cannot tell, the A/B test can
                 found["fqe"] = untold("fqe", int(turns.last.sum()), str(error))
                 _LOG.warning("the challenger's own Q (gate.fqe) is refused, so the champion's stands in: %s", error)
     speakers = Speakers(old, new, before, after)

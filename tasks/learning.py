@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import SourceError, TrainingError
+from iterative_ppo.errors import SourceError, TrainingError, WorkerLost
 from iterative_ppo.files import content_hash, fingerprint, read_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
@@ -285,8 +285,9 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
                 job = Improving(config, policy.path, q_path, current, behaviour, states, checkpoint)
                 try:
                     result = do(job, draft, report)
-                except TrainingError:  # it would come again, and what it advises to change may be a setting
-                    checkpoint.clear()
+                except TrainingError as error:
+                    if not isinstance(error, WorkerLost):  # it would come again, and may advise to change a setting
+                        checkpoint.clear()
                     raise
         if number := result.report.get(LEFT_OUT):
             _LOG.warning(

@@ -45,8 +45,12 @@ def _rates(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float
 
 def cut_by_limits(encoded: Sequence[tuple[Sequence[Encoded], int]], limits: PolicyConfig) -> dict[str, float]:
     """Shares of the corpus: suggestions it could not say whole, conversations whose beginning it forgets."""
-    spans = (span for sequences, _ in encoded for sequence in sequences for span in sequence.spans)
-    lengths = np.array([span.end - span.start for span in spans if span.trains], dtype=np.int64)
+    spans = [span for sequences, _ in encoded for sequence in sequences for span in sequence.spans]
+    said = [(span.end - span.start, span.trains) for span in spans]
+    # one that does not train and is as long as that was cut; the stand-in of one that was not logged is short
+    lengths = np.array(
+        [n + (not trains) for n, trains in said if trains or n >= limits.max_response_tokens], dtype=np.int64
+    )
     if not len(lengths):
         return {}
     found = {

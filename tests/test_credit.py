@@ -174,7 +174,7 @@ def test_an_update_is_the_gradient_of_the_cross_entropy(tiny_policy: LanguagePol
     owner = torch.from_numpy(conversation_of(played)[batch.row[spans]])
     logit = torch.zeros(8).index_add(0, owner, config.beta * ratio)
     loss = F.binary_cross_entropy_with_logits(logit, torch.from_numpy(aim[:8]).float())
-    take_step(by_hand.model, loss, *optimizer_for(by_hand.model, config.learning_rate, 1))
+    take_step(loss, *optimizer_for(by_hand.model, config.learning_rate, 1))
     for phi, data in zip(starts, (played, apart(played)), strict=True):
         scored = Scored.of(tiny_policy, data, 8)
         assert fit(phi, scored, [members], aim, config) == [pytest.approx(loss.item(), abs=1e-5)]

@@ -372,9 +372,7 @@ def test_bfloat16_stays_near_float32_and_log_probs_are_float32(
         optimizer, schedule = optimizer_for(student.model, 0.01, 4)
         before = [p.detach().clone() for p in student.trainable_parameters()]
         for _ in range(2):
-            optimization.take_step(
-                student.model, -student.response_log_probs(batch, np.arange(2)).sum(), optimizer, schedule
-            )
+            optimization.take_step(-student.response_log_probs(batch, np.arange(2)).sum(), optimizer, schedule)
         assert any(not torch.equal(p, q) for p, q in zip(before, student.trainable_parameters(), strict=True))
         after = student.score(table)
         assert not np.array_equal(after, score, equal_nan=True), "a changed weight is not read from a stale cast"
@@ -450,7 +448,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_llama: Path, t
             return -log_p.sum() / count, {"share": (log_p < -6.0).float().sum() / count}
 
         with computing(runtime(micro_batch_tokens=tokens)):
-            figures = descend(student.model, batch, objective, optimizer, schedule)
+            figures = descend(batch, objective, optimizer, schedule)
         return {name: p.grad for name, p in student.model.named_parameters() if p.grad is not None}, figures
 
     (whole, figures), (parts, in_parts) = step(None), step(2 * widest)

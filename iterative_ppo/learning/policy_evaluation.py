@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import SupportError, TrainingError, TurnTableError
+from iterative_ppo.errors import NothingToLearn, SupportError, TrainingError, TurnTableError
 from iterative_ppo.learning.batching import EncodedTable
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
@@ -168,7 +168,7 @@ def checked(
     figures = {"fit_turns": float(rows.sum())}
     if not mine.any():
         whose = "" if estimator.off_policy else " of the policy's own"
-        raise TrainingError(
+        raise NothingToLearn(
             f"none of {data.logged.sum()} logged suggestions is in the fit part{whose}: Q has nothing to be fitted to; "
             "collect more conversations with logged suggestions, or lower data.evidence_share"
         )
@@ -197,13 +197,13 @@ def checked(
 
 
 def _alike(data: Transitions, rows: np.ndarray, outcomes: int, by_turn: bool) -> int:
-    """How many heads of a member learn of nothing that differs in some rows. Raises TrainingError where all do."""
+    """How many heads of a member learn of nothing that differs in some rows. Raises NothingToLearn where all do."""
     told = data.returns[rows] if by_turn else data.outcomes[np.unique(data.conversation[rows])]
     constant = np.ptp(told, axis=0) <= 1e-9 * np.abs(told).max(axis=0)
     if constant.all():
         what = "returns of turns" if by_turn else "conversations' outcomes"
         found = ", ".join(f"{value:g}" for value in told[0, :outcomes])
-        raise TrainingError(
+        raise NothingToLearn(
             f"all {len(told)} {what} are {found}: no outcome differs, so Q has nothing to learn but how soon they "
             "come; collect more conversations, until some end otherwise, or check how outcomes are labelled"
         )

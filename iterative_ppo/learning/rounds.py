@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config, ImproveConfig
-from iterative_ppo.errors import SupportError, TrainingError
+from iterative_ppo.errors import NothingToLearn, SupportError, TrainingError
 from iterative_ppo.learning.batching import encode
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit import credited
@@ -102,7 +102,7 @@ def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Pr
     try:
         data, by_turn = transitions(policy, [corpus], alone, settings), config.improve.reward == "acceptance"
         checked(data, alone, config.q.effective_size_floor, len(settings.outcomes), by_turn)
-    except TrainingError as error:
+    except NothingToLearn as error:
         _LOG.warning("the corpus of the first policy gives no Q to start from, round 0's starts anew: %s", error)
         return None
     corpus = credited(policy, corpus, [], config, progress).current

@@ -54,7 +54,8 @@ class Prompt:
 class Span:
     """Where a turn lies in a sequence: the response (with its end of sequence) is tokens[start:end].
 
-    V(s) is read at start - 1, Q(s, a) at end - 1. `trains` is False where the suggestion was not logged.
+    V(s) is read at start - 1, Q(s, a) at end - 1. `trains` is False where the suggestion was not logged, or is longer
+    than the policy could read.
     """
 
     row: int
@@ -217,7 +218,7 @@ class Renderer:
             truncated += prompt.truncated_turns
             action = _action_of(conversation.turns[i])
             pieces.append((first_row + i, prompt.tokens, self.response(action), action.status != "missing"))
-        return (shared(pieces, self.max_tokens) or [single(*piece) for piece in pieces]), truncated
+        return (shared(pieces, self.max_tokens) or [within(self.max_tokens, *piece) for piece in pieces]), truncated
 
 
 def _action_of(turn: Turn) -> Suggestion:
@@ -228,6 +229,12 @@ def _action_of(turn: Turn) -> Suggestion:
 def single(row: int, prompt: tuple[int, ...], response: tuple[int, ...], trains: bool) -> Encoded:
     """One turn as a sequence of its own."""
     return Encoded(prompt + response, (Span(row, len(prompt), len(prompt) + len(response), trains),))
+
+
+def within(limit: int, row: int, prompt: tuple[int, ...], response: tuple[int, ...], trains: bool) -> Encoded:
+    """One turn as a sequence of at most `limit` tokens; a suggestion that is cut for it never trains."""
+    room = limit - len(prompt)
+    return single(row, prompt, response[:room], trains and len(response) <= room)
 
 
 def shared(
