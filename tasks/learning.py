@@ -106,7 +106,8 @@ def initial_policy_stage(
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
                 tell_of_rates(config, sum(weight.numel() for weight in policy.model.parameters()))
             encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
-            metrics |= cut_by_limits(encoded[: len(corpus)], config.policy)
+            forgotten = [cut for _, cut in encoded]
+            metrics |= cut_by_limits(corpus, forgotten[: len(corpus)], policy.renderer, config.policy)
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
             if tunes:
                 with progress("fine-tuning pi_0") as report:
@@ -121,7 +122,7 @@ def initial_policy_stage(
                     first = corpus_q(policy, round_of(policy, frame, config), config, report)
                 if first is not None:
                     first.save(draft / "q")
-        return {**metrics, "truncated_turns": sum(cut for _, cut in encoded)}
+        return {**metrics, "truncated_turns": sum(forgotten)}
 
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
 

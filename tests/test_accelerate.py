@@ -172,9 +172,7 @@ def test_two_processes_improve_as_one_does(
     behaviour, q = tiny_policy.score(played.encoded), tmp_path / "q" / "model"
     parallel = {"runtime__processes": 2, "runtime__accelerate": str(ACCELERATE / accelerate) if accelerate else None}
     alone, together = (
-        finished(
-            Improving(config_of(**changes), saved, q, played, behaviour, prompts), tmp_path / f"{bool(changes)}"
-        )
+        finished(Improving(config_of(**changes), saved, q, played, behaviour, prompts), tmp_path / f"{bool(changes)}")
         for changes in ({}, parallel)
     )
     for name in ("logged", "ppo"):

@@ -304,9 +304,9 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
     data = a_round(tiny_policy, scripted)
     gradients: list[torch.Tensor] = []
 
-    def record(model: torch.nn.Module, batch: Any, objective: Any, *_: Any) -> dict[str, float]:
+    def record(batch: Any, objective: Any, optimizer: torch.optim.Optimizer, *_: Any) -> dict[str, float]:
         loss = objective(batch)[0]
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.param_groups[0]["params"])]))
         return {"loss": 0.0}
 
     monkeypatch.setattr("iterative_ppo.learning.regression.descend", record)

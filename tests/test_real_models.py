@@ -23,13 +23,13 @@ from iterative_ppo.learning.batching import EncodedTable, collate
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log
 from iterative_ppo.learning.improve.ppo import improve
-from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
 from iterative_ppo.learning.optimization import descend, optimizer_for, pieces
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.runtime import computing
 from iterative_ppo.learning.supervised import fine_tune
 from iterative_ppo.learning.tiny import messages
-from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.conversation import Conversation, Suggestion
 from iterative_ppo.mdp.rendering import Encoded, single
 
 torch.set_num_threads(1)
@@ -604,6 +604,22 @@ def test_a_limit_that_cuts_what_the_log_says_is_told_of(
     assert not caplog.text
     share(int(found[2]), prompt=20)
     assert re.search(r"conversations are longer than policy.max_prompt_tokens = 20", caplog.text)
+
+
+def test_a_suggestion_longer_than_the_context_is_left_out_of_what_trains(
+    talks: list[Conversation], tmp_path: Path
+) -> None:
+    path = save_model(tmp_path / "model", "gpt2", messages(talks), n_positions=64)
+    policy = LanguagePolicy.load(path, PolicySettings(0.9, 48, 16, "<|abstain|>"))
+    said = Suggestion(" ".join(["yes, of course we can"] * 40), "suggested")
+    turns = list(talks[0].turns)
+    turns[0] = replace(turns[0], suggestion=said)
+    sequences, _ = policy.renderer.encode(replace(talks[0], turns=tuple(turns)))
+    assert max(len(s.tokens) for s in sequences) <= 64
+    assert not sequences[0].spans[0].trains and any(s.spans[0].trains for s in sequences[1:])
+    score = policy.score(EncodedTable(sequences, len(turns)))
+    assert np.isnan(score[0]) and np.isfinite(score[1:]).any()
+    fine_tune(policy, sequences, load_config().supervised.model_copy(update={"epochs": 1.0}), seed=0)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

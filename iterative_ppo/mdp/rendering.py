@@ -85,7 +85,8 @@ class Renderer:
     `eos` ends a response: the token with which the chat template ends an assistant's turn, else the end of sequence.
     `ordinary` are the ids of tokens that are not special.
 
-    Raises ModelError where the tokenizer has no end of sequence, or its chat template fails on a plain conversation.
+    Raises ModelError where the tokenizer has no end of sequence or cannot spell `abstain`, or its chat template fails
+    on a plain conversation.
     """
 
     def __init__(
@@ -108,6 +109,12 @@ class Renderer:
         self.eos: int = self._end_of_turn() if tokenizer.chat_template else tokenizer.eos_token_id
         adds_first = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         self._first: tuple[int, ...] = (tokenizer.bos_token_id,) if adds_first else ()
+        written: Any = tokenizer.decode(list(self.ids(abstain)))
+        if abstain not in written:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: its tokens cannot spell policy.abstain {abstain!r}, and read it back as "
+                f"{written!r}; choose one in its alphabet"
+            )
 
     def _end_of_turn(self) -> int:
         """The special token after an assistant's message; some templates do not end it with the tokenizer's own."""
