@@ -324,13 +324,14 @@ def _behaviour(
 ) -> tuple[Round, np.ndarray, dict[str, float]]:
     """The champion's conversations, what the logged pass takes for their log-probs, and how many turns have none."""
     from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.policy_evaluation import logged_rows
 
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
-    current, facts = champion_round(pi, policy.label, dataset, config, folder)
+    current, _ = champion_round(pi, policy.label, dataset, config, folder)
     if not config.improve.logged.epochs:
         return current, np.full(len(current.last), np.nan), {}
     behaviour = behaviour_log_probs(pi, current, cloned=config.policy.fine_tuned and dataset.round_number == 0)
-    rows = current.fit & turn_table.actions(facts)
+    rows = current.fit & logged_rows(current.encoded)
     without = int((rows & np.isnan(behaviour)).sum())
     if without:
         _LOG.warning(

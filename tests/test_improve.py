@@ -476,7 +476,9 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
 
     def record(batch: Batch, objective: Objective, optimizer: torch.optim.Optimizer, *_: Any) -> dict[str, float]:
         loss, _figures = objective(batch)
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.param_groups[0]["params"])]))
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.param_groups[0]["params"])])
+        )
         return {"loss": 0.0}
 
     monkeypatch.setattr("iterative_ppo.learning.training.descend", record)

@@ -306,7 +306,9 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
 
     def record(batch: Any, objective: Any, optimizer: torch.optim.Optimizer, *_: Any) -> dict[str, float]:
         loss = objective(batch)[0]
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.param_groups[0]["params"])]))
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.param_groups[0]["params"])])
+        )
         return {"loss": 0.0}
 
     monkeypatch.setattr("iterative_ppo.learning.regression.descend", record)
@@ -367,7 +369,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_policy: LanguagePolicy, scri
     data, q = a_round(tiny_policy, scripted[:3]), new_q(tiny_policy)
     with torch.no_grad():
         next(q.model.parameters()).fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"loss of Q is nan; lower q\.learning_rate"):
+    with pytest.raises(TrainingError, match=r"gradient is nan .*; lower q\.learning_rate"):
         regress(q, data.encoded, data.returns, how(), 0)
 
 

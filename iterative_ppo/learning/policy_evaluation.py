@@ -108,14 +108,14 @@ def transitions(
         last=np.concatenate([r.last for r in rounds]),
         own=np.concatenate([np.full(len(r.last), k == 0 or r.own) for k, r in enumerate(rounds)]),
         fit=np.concatenate([r.fit for r in rounds]),
-        logged=np.concatenate([_logged(r.encoded) for r in rounds]),
+        logged=np.concatenate([logged_rows(r.encoded) for r in rounds]),
         log_ratio=np.concatenate(ratios),
         gamma=settings.gamma,
     )
 
 
-def _logged(encoded: EncodedTable) -> np.ndarray:
-    """(N,) rows whose action was logged."""
+def logged_rows(encoded: EncodedTable) -> np.ndarray:
+    """(N,) bool: rows whose action was logged and may train."""
     logged = np.zeros(encoded.rows, bool)
     logged[[span.row for s in encoded.sequences for span in s.spans if span.trains]] = True
     return logged
