@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config, ImproveConfig
-from iterative_ppo.errors import NothingToLearn, SupportError, TrainingError
+from iterative_ppo.errors import NothingToLearn, TrainingError
 from iterative_ppo.learning.batching import encode
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit import credited
@@ -173,7 +173,7 @@ def improve_policy(
         if number > 1:
             try:
                 q = _q_of_student(student, current, config, q, progress)
-            except SupportError:
+            except NothingToLearn:
                 report[LEFT_OUT] = float(number)
                 break
             report |= {f"iteration_{number}_{name}": value for name, value in q.report.items()}
@@ -190,7 +190,7 @@ def improve_policy(
 def _q_of_student(
     student: LanguagePolicy, current: Round, config: Config, start: QModel, progress: Progress | None
 ) -> QModel:
-    """Q of a policy that has no conversations of its own yet, from those of another. Raises SupportError."""
+    """Q of a policy that has no conversations of its own yet, from those of another. Raises NothingToLearn."""
     fitted = {"target": "fqe", "iterations": config.improve.q_iterations}
     off_policy = config.model_copy(update={"q": config.q.model_copy(update=fitted)})
     return evaluate_policy(student, current, [], off_policy, start, progress)
