@@ -489,6 +489,8 @@ class NotifyConfig(Frozen):
 
 class RoundsConfig(Frozen):
     max_rounds: int = Count
+    last_policy_iterations: int = Count
+    """Policy iterations of the last of them, where more than improve's: no later round needs the variety they cost."""
     final_conversations: int = Count
     """Fresh conversations an arm in the closing comparison of the last champion with pi_0."""
     converged_below: float
@@ -584,6 +586,13 @@ class Config(Frozen):
                 f"improve.ppo.judge_patience {ppo.judge_patience} asks judges, but q.judges is 0; set it to 1 or more"
             )
         return self
+
+    def in_round(self, number: int) -> Config:
+        """What holds in a round: the last that `rounds` allows has its own number of policy iterations."""
+        most = max(self.improve.policy_iterations, self.rounds.last_policy_iterations)
+        if number + 1 < self.rounds.max_rounds or most == self.improve.policy_iterations:
+            return self
+        return self.model_copy(update={"improve": self.improve.model_copy(update={"policy_iterations": most})})
 
     @model_validator(mode="after")
     def _explored(self) -> Config:
