@@ -85,7 +85,10 @@ def _known(overrides: dict[str, Any], seed: int, states: int) -> list[Any]:
 
 
 def ranking(seeds: Sequence[int], states: int, names: Sequence[str]) -> list[Row]:
-    """How well estimators (names of RANKED) order the actions of a state after 1,500 conversations of pi_0."""
+    """How well estimators (names of RANKED) order the actions of a state after 1,500 conversations of pi_0.
+
+    A row also has how many states of each seed had enough distinct actions, and how many actions those are.
+    """
     found: dict[str, list[Any]] = {name: [] for name in RANKED if name in names}
     for s in seeds:  # outside, because what a seed's Qs are ranked by takes longest
         for name, cells in found.items():
@@ -98,13 +101,13 @@ def ranking(seeds: Sequence[int], states: int, names: Sequence[str]) -> list[Row
         if name == "one_step":
             mean = np.mean([c["ranking"] for c in cells])
             judged = {"target": ">= .65", "holds": bool(mean >= 0.65)}
-        rows.append(row(f"simulator, within-state correlation, {name}", cells, "ranking", **judged))
+        left = {"states": [round(c["states"]) for c in cells], "actions": ACTIONS}
+        rows.append(row(f"simulator, within-state correlation, {name}", cells, "ranking", **judged) | left)
         rows.append(row(f"simulator, CPU seconds of the fit, {name}", cells, "fit_cpu_seconds"))
-    ours = found.get("one_step", next(iter(found.values())))
-    rows.append(row(f"simulator, states of {states} with {ACTIONS} distinct actions, ranked in", ours, "states"))
-    rows.append(row("simulator, ceiling", ours, "ceiling"))
     if not {"one_step", PLAIN} <= found.keys():
         return rows
-    ratio = [a["ranking"] / b["ranking"] for a, b in zip(found["one_step"], found[PLAIN], strict=True)]
+    ours, plain = found["one_step"], found[PLAIN]
+    ratio = [a["ranking"] / b["ranking"] for a, b in zip(ours, plain, strict=True)]
     mean, low, high = mean_interval(ratio)
-    return [*rows, figure("simulator, one_step over plain Monte Carlo", mean, (low, high), ">= 2", mean >= 2, seeds)]
+    rows.append(figure("simulator, one_step over plain Monte Carlo", mean, (low, high), ">= 2", mean >= 2, seeds))
+    return [*rows, row("simulator, ceiling", ours, "ceiling")]
