@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.q_cells import FITTED, cell, sections
 from benchmarks.results_file import figure, mean_interval, write
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.evaluation.metrics import auc
@@ -76,7 +77,7 @@ def baseline(text: np.ndarray, won: np.ndarray, fit: np.ndarray, held: np.ndarra
 
 def learnability(talks: list[Conversation], path: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Held-out AUC of the outcome over splits by wizard: our Q beside regressions that see the same text."""
-    found = [aucs(talks, path, seed) for seed in seeds]
+    found = [_measured(talks, path, seed) for seed in seeds]
     rows = []
     for name, key in (("of Q", "q"), ("of TF-IDF regression", "peer")):
         seconds = float(np.mean([one[f"{key}_seconds"] for one in found]))
@@ -90,6 +91,11 @@ def learnability(talks: list[Conversation], path: Path, seeds: Sequence[int]) ->
         label = f"STAR, Q less TF-IDF regression, {part}"
         rows.append(figure(label, mean, (low, high), f">= -{TOLERATED}", holds, seeds))
     return rows
+
+
+def _measured(talks: list[Conversation], path: Path, seed: int) -> dict[str, float]:
+    known = [PARTS, content_hash(path), sections(configuration("star", path, seed), *FITTED, "supervised")]
+    return cell("star", "auc", seed, known, lambda: aucs(talks, path, seed))
 
 
 def aucs(talks: list[Conversation], path: Path, seed: int) -> dict[str, float]:
