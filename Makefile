@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-slow check format bench bench-run bench-learning bench-ranking bench-star bench-q bench-gate bench-ppo bench-guard install clean
+.PHONY: run test test-slow check format bench bench-run bench-learning bench-star bench-q bench-gate bench-ppo bench-guard install clean
 
 run: $(STAMP)
 	$(BIN)/ippo run
@@ -26,7 +26,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-run bench-learning bench-ppo bench-guard bench-ranking bench-star bench-q bench-gate
+bench: bench-run bench-learning bench-ppo bench-guard bench-star bench-q bench-gate
 
 bench-run: $(STAMP)
 	$(BIN)/python -m benchmarks.run
@@ -39,9 +39,6 @@ bench-ppo: $(STAMP)
 
 bench-guard: $(STAMP)
 	$(BIN)/python -m benchmarks.guard
-
-bench-ranking: $(STAMP)
-	$(BIN)/python -m benchmarks.ranking
 
 bench-star: $(STAMP)
 	$(BIN)/python -m benchmarks.star

@@ -181,7 +181,8 @@ def main() -> None:
     seeds = list(range(arguments.seeds))
     for method in arguments.methods:  # the first makes each seed's pi_0, which the others share
         _in_processes([(method, seed) for seed in seeds], arguments)
-    write("bench-learning", table(seeds, arguments.rounds))
+    whole = arguments.methods == list(METHODS) and arguments.rounds >= max(EXACT[:-1])
+    write("bench-learning", table(seeds, arguments.rounds, arguments.methods), whole)
 
 
 def _in_processes(cells: list[tuple[str, int]], arguments: argparse.Namespace) -> None:

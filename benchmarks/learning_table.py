@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ Results = dict[tuple[str, int], list[dict[str, Any]]]
 """By method and round, a result for each seed."""
 
 
-def table(seeds: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Figures over seeds; a method and round that some seed has not finished is left out."""
+def table(seeds: list[int], rounds: int, methods: Collection[str] = tuple(METHODS)) -> list[dict[str, Any]]:
+    """Figures of these methods over seeds; a method and round that some seed has not finished is left out."""
     found = _finished(seeds, rounds)
-    rows = [row for (method, number), results in found.items() for row in _described(method, number, results, seeds)]
-    return [*rows, *_margins(found, seeds), *_targets(found, seeds, rounds), *_steps(found, seeds)]
+    asked = {cell: results for cell, results in found.items() if cell[0] in methods}
+    rows = [row for (method, number), results in asked.items() for row in _described(method, number, results, seeds)]
+    rows += _margins(found, seeds, methods)
+    return [*rows, *_targets(found, seeds, rounds), *_steps(found, seeds)] if {OURS, LAST} & set(methods) else rows
 
 
 def _finished(seeds: list[int], rounds: int) -> Results:
@@ -58,12 +61,14 @@ def _described(method: str, number: int, results: list[dict[str, Any]], seeds: l
     return rows
 
 
-def _margins(found: Results, seeds: list[int]) -> list[dict[str, Any]]:
+def _margins(found: Results, seeds: list[int], methods: Collection[str]) -> list[dict[str, Any]]:
     """Of ours over every other method, then of ours with more policy iterations over every baseline."""
     rows = []
     variants = {OURS, TWICE, LAST}
     for mine, others, how in ((OURS, {OURS}, ""), (TWICE, variants, EACH_TIME), (LAST, variants, IN_THE_LAST)):
         for (method, number), results in found.items():
+            if not {method, mine} & set(methods):
+                continue
             if method not in others and number and (mine, number) in found:
                 mean, low, high = mean_interval(list(_rates(found[mine, number]) - _rates(results)))
                 target = (None, None) if method in (TWICE, LAST) else ("> 0", low > 0)

@@ -16,6 +16,7 @@ EXACT = (0, 3, 5)
 """Rounds after which success is measured on more conversations, and greedily."""
 OURS, TWICE = "iterative PPO", "iterative PPO, two policy iterations a round"
 LAST = "iterative PPO, three policy iterations in the last round"
+MONTE_CARLO = "the same with Monte Carlo Q"
 CLONING, MYOPIC = "filtered behaviour cloning", "myopic: trained on acceptance"
 ONLINE, REFUEL = "trajectory RLOO, updated every 250 conversations", "REFUEL"
 LEARNERS: dict[str, Learner] = {
@@ -30,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
     TWICE: {"improve.policy_iterations": 2},
     LAST: {"improve.policy_iterations": 3},
+    MONTE_CARLO: {"q.target": "monte_carlo", "q.corpus_epochs": 0.0},
     "best of n by Q, cloned": {"improve.ppo.episodes": 0},
     **{name: {} for name in LEARNERS},
     **{name: {} for name in COLLECTORS},
@@ -42,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "q.target": "monte_carlo",
     },
 }
-ROUNDS = {OURS: 5, MYOPIC: 1}
+ROUNDS = {OURS: 5, MONTE_CARLO: 1, MYOPIC: 1}
 """Rounds of those that do not make as many as asked for."""
 FORKS = {LAST}
 """Those of which each round goes on from ours of the round before, as where it is the last one."""

@@ -6,7 +6,7 @@ Resumable by part, method and seed: what is in benchmarks/work is not done again
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from benchmarks.results_file import write
 PARTS = ("speed", "chain", "exploration", "outcomes", "credit", "credit_learning", "ranking", "star")
 
 
-def star(data: Path) -> list[Row]:
+def star(data: Path, seeds: Sequence[int]) -> list[Row]:
     """The default Q's held-out AUC on STAR beside TF-IDF regression: the rows of `make bench-star`."""
     from benchmarks.star import configuration, learnability
     from iterative_ppo.sources import import_log
@@ -33,7 +33,7 @@ def star(data: Path) -> list[Row]:
         print(f"{data}: the public logs are not here; name their folder with --data")
         return []
     path = data / "star"
-    return learnability(list(import_log(configuration("star", path)).conversations), path)
+    return learnability(list(import_log(configuration("star", path)).conversations), path, seeds)
 
 
 def main() -> None:
@@ -49,16 +49,18 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds = list(range(arguments.seeds))
     made: dict[str, Callable[[], list[Row]]] = {
-        "speed": speed,
+        "speed": lambda: speed(seeds),
         "chain": lambda: chain(seeds),
         "exploration": exploration,
         "outcomes": lambda: outcomes(seeds),
         "credit": lambda: credit(seeds),
         "credit_learning": lambda: credit_learning(seeds),
         "ranking": lambda: ranking(seeds[: arguments.ranking_seeds], arguments.states, arguments.estimators),
-        "star": lambda: star(arguments.data),
+        "star": lambda: star(arguments.data, seeds),
     }
-    write("bench-q", [one for part in PARTS if part in arguments.parts for one in made[part]()])
+    found = {part: made[part]() for part in PARTS if part in arguments.parts}
+    whole = all(found.get(part) for part in PARTS) and set(arguments.estimators) == set(RANKED)
+    write("bench-q", [one for rows in found.values() for one in rows], whole)
 
 
 if __name__ == "__main__":

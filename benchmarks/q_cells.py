@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results_file import figure, mean_interval
+from iterative_ppo.config import Config
 from iterative_ppo.files import fingerprint, read_json, write_json
 
 WORK = Path(__file__).parent / "work" / "q"
 TARGETS = ("monte_carlo", "one_step", "td_lambda", "sarsa", "fqe", "retrace", "lstd_q", "archer")
 Row = dict[str, Any]
+FITTED = ("seed", "outcomes", "gamma", "data", "policy", "credit", "q")
+"""Sections of the configuration that a fit of Q depends on."""
+
+
+def sections(config: Config, *names: str) -> dict[str, Any]:
+    """Those of a configuration by which a cell is known, so that a changed default is measured anew."""
+    return config.model_dump(mode="json", include=set(names))
 
 
 def cell(part: str, method: str, seed: int, settings: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.q_cells import Row, cell, row
+from benchmarks.q_cells import FITTED, Row, cell, row, sections
 from benchmarks.results_file import figure, mean_interval
-from iterative_ppo.config import load_config
+from iterative_ppo.config import Config, load_config
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from iterative_ppo.mdp.turn_table import to_frame
 
@@ -43,6 +43,10 @@ def _conversation(name: str, rng: np.random.Generator) -> Conversation:
     return Conversation(name, tuple(turns), f"customer-{name}", policy_version="any")
 
 
+def settings_of(assigner: str, seed: int) -> Config:
+    return load_config(None, {**SMALL, **MORE, "seed": seed, "credit.assigner": assigner})
+
+
 def decisive_turn(assigner: str, seed: int) -> dict[str, float]:
     """Shares of conversations whose decisive turn ranks first, and the figures of the assigner's own report.
 
@@ -54,7 +58,7 @@ def decisive_turn(assigner: str, seed: int) -> dict[str, float]:
     from iterative_ppo.learning.supervised import fine_tune
     from iterative_ppo.learning.tiny import build_policy
 
-    config = load_config(None, {**SMALL, **MORE, "seed": seed, "credit.assigner": assigner})
+    config = settings_of(assigner, seed)
     talks = conversations(CREDIT_LOG, seed)
     frame = to_frame(talks, config.outcomes, EVIDENCE_SHARE)
     untrained = build_policy(talks, config.policy, seed)
@@ -83,11 +87,14 @@ def first(reward: np.ndarray, conversation: np.ndarray, turns: np.ndarray, sold:
     return order[np.append(True, np.diff(conversation[order]) > 0)]
 
 
+def _known(assigner: str, seed: int) -> list[Any]:
+    return [CREDIT_LOG, EVIDENCE_SHARE, sections(settings_of(assigner, seed), *FITTED, "supervised")]
+
+
 def credit(seeds: Sequence[int]) -> list[Row]:
     """Both assigners on conversations that they have not learnt from."""
-    settings: list[Any] = [CREDIT_LOG, EVIDENCE_SHARE, SMALL, MORE, load_config().credit.model_dump()]
     found = {
-        name: [cell("credit", name, s, settings, lambda a=name, s=s: decisive_turn(a, s)) for s in seeds]
+        name: [cell("credit", name, s, _known(name, s), lambda a=name, s=s: decisive_turn(a, s)) for s in seeds]
         for name in ("norm_itpo", "itpo")
     }
     rows = []

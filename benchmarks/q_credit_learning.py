@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.q_cells import WORK, Row
+from benchmarks.q_cells import FITTED, WORK, Row, sections
 from benchmarks.q_credit import ANSWERS, MORE, QUESTION, SMALL, TALK, conversations
 from benchmarks.results_file import figure, mean_interval
 from iterative_ppo.config import Config, load_config
@@ -87,7 +87,7 @@ def first_policy(seed: int) -> Path:
     from iterative_ppo.learning.tiny import build_policy
 
     config = configuration("outcome", "ppo", seed)
-    place = WORK / "credit_learning" / f"pi_0-{seed}-{fingerprint(CORPUS, SMALL)}"
+    place = WORK / "credit_learning" / f"pi_0-{seed}-{fingerprint(CORPUS, sections(config, 'policy', 'supervised'))}"
     if not place.exists():
         talks = conversations(CORPUS, 100 + seed)
         untrained = build_policy(talks, config.policy, seed)
@@ -113,7 +113,7 @@ def _sold(talk: Conversation) -> bool:
 def curve(assigner: str, algorithm: str, seed: int) -> list[dict[str, float]]:
     """What each round reached, from pi_0 on."""
     config = configuration(assigner, algorithm, seed)
-    key = fingerprint(CORPUS, ROUND, GIVEN, config.credit.model_dump())
+    key = fingerprint(CORPUS, ROUND, EVALUATION, sections(config, *FITTED, "supervised", "improve"))
     folder = WORK / "credit_learning" / f"{assigner}-{algorithm}-{seed}-{key}"
     before = first_policy(seed)
     found = [read_json(before / "result.json")]

@@ -11,10 +11,9 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from benchmarks.q_cells import Row, cell
-from benchmarks.q_chain import CHAIN, GAMMA, POLICY
-from benchmarks.results_file import figure
-from iterative_ppo.config import load_config
+from benchmarks.q_cells import Row, cell, sections
+from benchmarks.q_chain import CHAIN, GAMMA, POLICY, WORLD, settings_of
+from benchmarks.results_file import figure, jackknifed
 from iterative_ppo.environments.chain import ACTIONS
 from iterative_ppo.mdp.turn_table import to_frame
 
@@ -26,7 +25,8 @@ PERSONAS = {
     "quiet": (1.0, (0.0, 0.0, 1.5)),
 }
 """Temperature, and what is added to the acts' log-probs."""
-METHODS = ("monte_carlo", "monte_carlo of its own", "one_step", "fqe", "retrace", "lstd_q")
+OFF_POLICY = ("one_step", "fqe", "retrace", "lstd_q")
+METHODS = ("monte_carlo", "monte_carlo of its own", *OFF_POLICY)
 
 
 def led_by(persona: str) -> np.ndarray:
@@ -55,37 +55,37 @@ def value(method: str, seed: int) -> float:
     from iterative_ppo.learning.estimators.table import enumerated
 
     target, _, own_alone = method.partition(" of ")
-    settings = {
-        "q.target": target,
-        "q.iterations": 60,
-        "q.ridge": 1e-3,
-        "q.loss": "mse" if target == "lstd_q" else "bce",
-    }
     frame = explored_log(seed)
     own = frame["persona"].isna().to_numpy() if own_alone or target == "one_step" else None
     table, data = enumerated(frame, CHAIN.state_of, ACTIONS, POLICY, GAMMA, own)
-    estimator_of(load_config(None, settings).q).fit(table, data)
+    estimator_of(settings_of(target).q).fit(table, data)
     return float(CHAIN.start @ (POLICY * table.q).sum(axis=1))
 
 
-def error(method: str, seeds: Sequence[int] = SEEDS) -> float:
-    """Root mean square error of V^pi over seeds, against its exact value."""
-    truth = CHAIN.value(POLICY, GAMMA)
+def errors(method: str, seeds: Sequence[int] = SEEDS) -> np.ndarray:
+    """(N,) of V^pi by seed, against its exact value."""
+    settings = sections(settings_of(method.partition(" of ")[0]), "q")
+    known = [CONVERSATIONS, OWN_SHARE, PERSONAS, WORLD, settings]
 
     def found(seed: int) -> dict[str, float]:
-        return cell("exploration", method, seed, [CONVERSATIONS, OWN_SHARE], lambda: {"value": value(method, seed)})
+        return cell("exploration", method, seed, known, lambda: {"value": value(method, seed)})
 
-    return float(np.sqrt(np.mean([(found(seed)["value"] - truth) ** 2 for seed in seeds])))
+    return np.array([found(seed)["value"] for seed in seeds]) - CHAIN.value(POLICY, GAMMA)
 
 
 def exploration(seeds: Sequence[int] = SEEDS) -> list[Row]:
     """The error of each method, and the best off-policy one's beside Monte Carlo's."""
-    errors = {method: error(method, seeds) for method in METHODS}
-    rows = [
-        figure(f"chain explored by personas, {method}, RMSE of V^pi", found, seeds=seeds)
-        for method, found in errors.items()
-    ]
-    best = min(("one_step", "fqe", "retrace", "lstd_q"), key=errors.__getitem__)
-    ratio = errors[best] / errors["monte_carlo"]
-    name = f"chain explored by personas, {best}'s RMSE over Monte Carlo's on the same data"
-    return [*rows, figure(name, ratio, None, "<= 1/3", ratio <= 1 / 3, seeds)]
+    found = {method: errors(method, seeds) for method in METHODS}
+    rows = []
+    for method, missed in found.items():
+        rmse, low, high = jackknifed(_rmse, missed)
+        rows.append(figure(f"chain explored by personas, {method}, RMSE of V^pi", rmse, (low, high), seeds=seeds))
+    best = min(OFF_POLICY, key=lambda method: _rmse(found[method]))
+    both = np.stack([found[best], found["monte_carlo"]], axis=1)
+    ratio, low, high = jackknifed(lambda of: _rmse(of[:, 0]) / _rmse(of[:, 1]), both)
+    name = "chain explored by personas, the best off-policy RMSE over Monte Carlo's on the same data"
+    return [*rows, figure(name, ratio, (low, high), "<= 1/3", ratio <= 1 / 3, seeds)]
+
+
+def _rmse(missed: np.ndarray) -> float:
+    return float(np.sqrt((missed**2).mean()))

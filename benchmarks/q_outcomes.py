@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from benchmarks import facts
-from benchmarks.q_cells import Row, cell, row
+from benchmarks.q_cells import FITTED, Row, cell, row, sections
 from benchmarks.results_file import figure, mean_interval
-from iterative_ppo.config import load_config
+from iterative_ppo.config import Config, load_config
 from iterative_ppo.evaluation.metrics import within_state_ranking
 from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.turn_table import to_frame
 
 FACTS_LOG, FACTS_STATES = 750, 200
+
+
+def settings_of(heads: bool, seed: int) -> Config:
+    most = 1.0 if heads else float(sum(facts.OUTCOMES.values()))
+    given = {"seed": seed, "outcomes": facts.OUTCOMES, "q.outcome_heads": heads, "data.outcome_high": most}
+    rates = {"q.learning_rate": 0.005, "q.value_learning_rate": 0.005, "q.epochs": 6.0, "q.value_epochs": 4.0}
+    return load_config(None, {**given, **rates, "policy.hidden_size": 32, "policy.heads": 2})
 
 
 def facts_ranking(heads: bool, seed: int) -> dict[str, float]:
@@ -24,11 +32,7 @@ def facts_ranking(heads: bool, seed: int) -> dict[str, float]:
     from iterative_ppo.learning.rounds import round_of
     from iterative_ppo.learning.tiny import build_policy
 
-    weights = np.array(list(facts.OUTCOMES.values()))
-    most = 1.0 if heads else float(weights.sum())
-    given = {"seed": seed, "outcomes": facts.OUTCOMES, "q.outcome_heads": heads, "data.outcome_high": most}
-    rates = {"q.learning_rate": 0.005, "q.value_learning_rate": 0.005, "q.epochs": 6.0, "q.value_epochs": 4.0}
-    config = load_config(None, {**given, **rates, "policy.hidden_size": 32, "policy.heads": 2})
+    weights, config = np.array(list(facts.OUTCOMES.values())), settings_of(heads, seed)
     talks = facts.conversations(FACTS_LOG, seed)
     policy = build_policy(talks, config.policy, seed)
     q = fit_q(policy, round_of(policy, to_frame(talks, config.outcomes, 0.15), config), [], config)
@@ -45,10 +49,16 @@ def facts_ranking(heads: bool, seed: int) -> dict[str, float]:
     return {"ranking": within_state_ranking(np.array(truth), predicted)}
 
 
+def _known(heads: bool, seed: int) -> list[Any]:
+    config = settings_of(heads, seed)
+    exact = [worth.tolist() for worth in facts.exact_q(config.gamma).values()]
+    return [FACTS_LOG, FACTS_STATES, exact, sections(config, *FITTED)]
+
+
 def outcomes(seeds: Sequence[int]) -> list[Row]:
     """A head for each of four outcomes beside one for their weighted sum, on the same conversations."""
     found = {
-        name: [cell("outcomes", name, s, FACTS_LOG, lambda h=heads, s=s: facts_ranking(h, s)) for s in seeds]
+        name: [cell("outcomes", name, s, _known(heads, s), lambda h=heads, s=s: facts_ranking(h, s)) for s in seeds]
         for name, heads in (("a head each", True), ("one scalar", False))
     }
     rows = [row(f"three facts, within-state correlation, {name}", f, "ranking") for name, f in found.items()]

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.q_cells import TARGETS, Row, cell, row
+from benchmarks.methods import ROUND
+from benchmarks.q_cells import FITTED, TARGETS, Row, cell, row, sections
 from benchmarks.results_file import figure, mean_interval
 from iterative_ppo.config import load_config
 from iterative_ppo.evaluation.metrics import within_state_ranking
 from iterative_ppo.mdp.rendering import single
 
+ACTIONS, ROLLOUTS = 8, 64
 PLAIN = "Monte Carlo from the policy's backbone"
 RANKED: dict[str, dict[str, Any]] = {
     PLAIN: {"q.target": "monte_carlo", "q.corpus_epochs": 0.0},
@@ -41,9 +43,9 @@ def simulated(seed: int, states: int) -> dict[str, Any]:
     rng = random.Random(seed)
     fresh = collect(policy, environment, states, 9_000_000 + seed, "ranking")
     held = [talk.state(rng.randrange(len(talk.turns) - 1)) for talk in fresh]
-    chosen = distinct_actions(policy, held, 8, seed)
-    truth = true_values(policy, environment, chosen, 64, config.gamma, seed)
-    halves = [truth[:, :, part].mean(axis=2) for part in (slice(0, 32), slice(32, 64))]
+    chosen = distinct_actions(policy, held, ACTIONS, seed)
+    truth = true_values(policy, environment, chosen, ROLLOUTS, config.gamma, seed)
+    halves = [truth[:, :, part].mean(axis=2) for part in (slice(0, ROLLOUTS // 2), slice(ROLLOUTS // 2, None))]
     pairs = [(state, action) for state, said in chosen for action in said]
     render = policy.renderer
     sequences = [single(k, render.prompt(s).tokens, render.response(a), True) for k, (s, a) in enumerate(pairs)]
@@ -72,23 +74,35 @@ def simulator_ranking(overrides: dict[str, Any], seed: int, states: int) -> dict
     took = time.process_time() - began
     truth = given["truth"]
     predicted = np.array([value[-1] for value in q.running_values(given["sequences"])]).reshape(truth.shape)
-    return {"ranking": within_state_ranking(truth, predicted), "ceiling": given["ceiling"], "fit_cpu_seconds": took}
+    ranked = within_state_ranking(truth, predicted)
+    return {"ranking": ranked, "ceiling": given["ceiling"], "states": float(len(truth)), "fit_cpu_seconds": took}
+
+
+def _known(overrides: dict[str, Any], seed: int, states: int) -> list[Any]:
+    """What a cell's figures depend on: pi_0 and the Q of its corpus, the simulator, the fit, the states ranked in."""
+    shared = sections(load_config(None, {"seed": seed}), *FITTED, "supervised", "simulator")
+    return [states, ACTIONS, ROLLOUTS, ROUND, shared, sections(load_config(None, overrides), "q")]
 
 
 def ranking(seeds: Sequence[int], states: int, names: Sequence[str]) -> list[Row]:
-    """How well estimators (names of RANKED) order the actions of a state after 1,500 conversations of pi_0."""
+    """How well estimators (names of RANKED) order the actions of a state after 1,500 conversations of pi_0.
+
+    A row also has how many states of each seed had enough distinct actions, and how many actions those are.
+    """
     found: dict[str, list[Any]] = {name: [] for name in RANKED if name in names}
     for s in seeds:  # outside, because what a seed's Qs are ranked by takes longest
         for name, cells in found.items():
             o = RANKED[name]
-            cells.append(cell("ranking", name, s, [states, o], lambda o=o, s=s: simulator_ranking(o, s, states)))
+            known = _known(o, s, states)
+            cells.append(cell("ranking", name, s, known, lambda o=o, s=s: simulator_ranking(o, s, states)))
     rows = []
     for name, cells in found.items():
         judged: dict[str, Any] = {}
         if name == "one_step":
             mean = np.mean([c["ranking"] for c in cells])
             judged = {"target": ">= .65", "holds": bool(mean >= 0.65)}
-        rows.append(row(f"simulator, within-state correlation, {name}", cells, "ranking", **judged))
+        left = {"states": [round(c["states"]) for c in cells], "actions": ACTIONS}
+        rows.append(row(f"simulator, within-state correlation, {name}", cells, "ranking", **judged) | left)
         rows.append(row(f"simulator, CPU seconds of the fit, {name}", cells, "fit_cpu_seconds"))
     if not {"one_step", PLAIN} <= found.keys():
         return rows

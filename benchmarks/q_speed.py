@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.q_cells import Row, cell
-from benchmarks.results_file import figure
+from benchmarks.q_cells import FITTED, Row, cell, row, sections
+from benchmarks.results_file import figure, mean_interval
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
@@ -24,11 +25,14 @@ from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.returns import discounted_returns
 from iterative_ppo.mdp.turn_table import to_frame
 
+TURNS = 10_000_000
+FITTED_TO, HELD_OUT, SAME_LOSS = 1500, 1000, 0.01
+"""Conversations of the fits that prefix sharing is timed on, those that both are judged by, and nats tolerated."""
 GAMMA, SMALL, LARGE = 0.95, 2000, 64_000
 """From SMALL to LARGE conversations memory should not grow; they are far apart, for peaks differ by chance."""
 
 
-def returns_speed(turns: int = 10_000_000) -> dict[str, float]:
+def returns_speed(turns: int = TURNS) -> dict[str, float]:
     """CPU time of returns and of one numpy copy of the rewards, in one thread, taken in turn, the best of each."""
     rng = np.random.default_rng(0)
     last = rng.random(turns) < 1 / 8
@@ -45,8 +49,11 @@ def returns_speed(turns: int = 10_000_000) -> dict[str, float]:
     return {"copy_ms": 1000 * copy, "returns_ms": 1000 * took, "ratio": took / copy}
 
 
-def sharing_speed(conversations: int = 300) -> dict[str, float]:
-    """Turns a second of one pass of the same regression: a sequence a conversation, beside a row a turn."""
+def sharing_speed(seed: int, conversations: int = FITTED_TO) -> dict[str, float]:
+    """Turns a second of one pass of the same regression: a sequence a conversation, beside a row a turn.
+
+    And the loss that each ends at on other conversations: on its own a row a turn ends lower by learning it by heart.
+    """
     from iterative_ppo.learning.batching import EncodedTable
     from iterative_ppo.learning.q_model import QModel, QSettings
     from iterative_ppo.learning.regression import Regression, regress
@@ -54,22 +61,35 @@ def sharing_speed(conversations: int = 300) -> dict[str, float]:
     from iterative_ppo.learning.tiny import build_policy
 
     config = load_config()
-    talks = collect(Script(0.6), Renovation(), conversations, 1, "script")
-    policy = build_policy(talks, config.policy, 0)
-    data = round_of(policy, to_frame(talks, config.outcomes, 0.15), config)
+    talks = collect(Script(0.6), Renovation(), conversations, 1 + seed, "script")
+    others = collect(Script(0.6), Renovation(), HELD_OUT, 101 + seed, "script")
+    policy = build_policy(talks, config.policy, seed)
+    data, held = (round_of(policy, to_frame(some, config.outcomes, 0.15), config) for some in (talks, others))
     spans = [(s.tokens, x) for s in data.encoded.sequences for x in s.spans if x.trains]
     rows = [single(x.row, tokens[: x.start], tokens[x.start : x.end], True) for tokens, x in spans]
-    turns = len(rows)
-    speeds = {}
+    turns, found = len(rows), {}
     for name, table, batch in (
         ("shared", data.encoded, config.q.batch_size),
         ("apart", EncodedTable(rows, data.encoded.rows), config.q.batch_size * turns // conversations),
     ):
-        q = QModel.from_policy(policy, QSettings.of(config), 0)
+        q = QModel.from_policy(policy, QSettings.of(config), seed)
+        how = Regression(1.0, config.q.learning_rate, batch, config.q.running_weight)
         began = time.process_time()
-        regress(q, table, data.head_returns, Regression(1.0, 0.001, batch, config.q.running_weight), 0)
-        speeds[name] = turns / (time.process_time() - began)
-    return {**speeds, "ratio": speeds["shared"] / speeds["apart"], "turns": turns}
+        regress(q, table, data.head_returns, how, seed)
+        found[name] = turns / (time.process_time() - began)
+        found[f"loss_{name}"] = _cross_entropy(q.evaluate(held.encoded).q, held.returns)
+    return {
+        **found,
+        "ratio": found["shared"] / found["apart"],
+        "lost": found["loss_shared"] - found["loss_apart"],
+        "turns": turns,
+    }
+
+
+def _cross_entropy(q: np.ndarray, returns: np.ndarray) -> float:
+    """Of Q in every turn that has one."""
+    seen, said = np.isfinite(q), np.clip(q, 1e-6, 1 - 1e-6)
+    return float(-(returns * np.log(said) + (1 - returns) * np.log(1 - said))[seen].mean())
 
 
 def encoding_memory(conversations: int) -> dict[str, float]:
@@ -130,26 +150,40 @@ def _peak_mib() -> float:
     return float(status["VmHWM"].split()[0]) / 1024
 
 
-def speed() -> list[Row]:
-    """Measured once, whatever the number of seeds."""
-    returns = cell("speed", "returns", 0, 1, returns_speed)
-    sharing = cell("speed", "sharing", 0, 1, sharing_speed)
-    memory = cell("speed", "memory", 0, "in a file", lambda: encoding_memory(LARGE // 4))
-    small, large = (cell("speed", "fit-memory", n, "its own", lambda n=n: fit_memory(n)) for n in (SMALL, LARGE))
+def speed(seeds: Sequence[int]) -> list[Row]:
+    """Prefix sharing on several seeds; the rest is measured once, whatever their number."""
+    known = sections(load_config(), *FITTED)
+    returns = cell("speed", "returns", 0, [TURNS, GAMMA], returns_speed)
+    memory = cell("speed", "memory", 0, [LARGE // 4, known], lambda: encoding_memory(LARGE // 4))
+    small, large = (cell("speed", "fit-memory", n, known, lambda n=n: fit_memory(n)) for n in (SMALL, LARGE))
     grows = large["peak_mib"] / small["peak_mib"]
     a_turn = 2**20 * (large["peak_mib"] - small["peak_mib"]) / (large["turns"] - small["turns"])
-    fast, double = returns["ratio"] <= 10, sharing["ratio"] >= 2
+    fast = returns["ratio"] <= 10
     return [
         figure("returns of 10 million turns, CPU time over one copy's", returns["ratio"], None, "<= 10", fast),
         figure("returns of 10 million turns, CPU milliseconds", returns["returns_ms"]),
-        figure("turns a second, a sequence a conversation", sharing["shared"]),
-        figure("turns a second, a row a turn", sharing["apart"]),
-        figure("prefix sharing, times as fast", sharing["ratio"], None, ">= 2", double),
+        *sharing(seeds),
         figure("a turn of a round in memory, bytes", memory["held"]),
         figure(f"encoding {LARGE // 4:,} conversations, MiB at most", memory["peak_mib"]),
         figure(f"fit of {SMALL:,} conversations, MiB at most", small["peak_mib"]),
         figure(f"fit of {LARGE // SMALL} times as many, peak memory over that", grows, None, "<= 1.1", grows <= 1.1),
         figure("fit, bytes that the peak grows by a turn", a_turn),
+    ]
+
+
+def sharing(seeds: Sequence[int]) -> list[Row]:
+    """How much faster prefix sharing makes a fit of Q, and whether it ends at the same loss."""
+    known = [FITTED_TO, HELD_OUT, sections(load_config(), *FITTED)]
+    found = [cell("speed", "sharing", s, known, lambda s=s: sharing_speed(s)) for s in seeds]
+    ratio, lost = (mean_interval([f[key] for f in found]) for key in ("ratio", "lost"))
+    same = lost[0] <= SAME_LOSS
+    return [
+        row("turns a second, a sequence a conversation", found, "shared"),
+        row("turns a second, a row a turn", found, "apart"),
+        figure("prefix sharing, times as fast", ratio[0], ratio[1:], ">= 2", ratio[0] >= 2, seeds),
+        row("held-out loss after a pass, a sequence a conversation", found, "loss_shared"),
+        row("held-out loss after a pass, a row a turn", found, "loss_apart"),
+        figure("loss with prefix sharing less that without", lost[0], lost[1:], f"<= {SAME_LOSS}", same, seeds),
     ]
 
 

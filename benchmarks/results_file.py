@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from iterative_ppo.files import write_json
+from iterative_ppo.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,6 +21,16 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, float("nan"), float("nan")
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return mean, mean - half, mean + half
+
+
+def jackknifed(statistic: Callable[[np.ndarray], float], values: np.ndarray) -> tuple[float, float, float]:
+    """A statistic of what seeds gave (first axis) with its 95 % t interval over the jackknife's pseudo-values."""
+    whole, n = statistic(values), len(values)
+    if n < 2:
+        return whole, float("nan"), float("nan")
+    without = [statistic(np.delete(values, k, axis=0)) for k in range(n)]
+    _, low, high = mean_interval([n * whole - (n - 1) * one for one in without])
+    return whole, low, high
 
 
 def figure(
@@ -48,8 +58,19 @@ def figure(
     }
 
 
-def write(target: str, figures: Sequence[dict[str, Any]]) -> None:
-    """Print the table and write it whole."""
+def merged(before: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier rows, with those made now in their place; a new figure follows the one that it was made after."""
+    rows, new = ({row["figure"]: row for row in some} for some in (before, made))
+    order, at = list(rows), len(rows)
+    for name in new:
+        if name not in rows:
+            order.insert(at, name)
+        at = order.index(name) + 1
+    return [new.get(name) or rows[name] for name in order]
+
+
+def write(target: str, figures: Sequence[dict[str, Any]], whole: bool = True) -> None:
+    """Print the table and write it; unless it is the whole one, other rows of the file stay as they are."""
     from rich.console import Console
     from rich.table import Table
 
@@ -61,4 +82,5 @@ def write(target: str, figures: Sequence[dict[str, Any]]) -> None:
         holds = {True: "yes", False: "no", None: ""}[row["holds"]]
         table.add_row(row["figure"], value, interval, row["target"] or "", holds)
     Console().print(table)
-    write_json(RESULTS / f"{target}.json", list(figures))
+    path = RESULTS / f"{target}.json"
+    write_json(path, list(figures) if whole or not path.exists() else merged(read_json(path), figures))
