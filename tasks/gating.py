@@ -131,12 +131,12 @@ def gather(
     said = _said(old, before, group[rows], np.zeros(before.own.size))
     said_now = _said(new, after, group[rows], (after.own - after.other).ravel())
     said_now = replace(said_now, calibration=judged(q_stage))
-    low, high = paired_gain(before.q.mean(axis=1), after.q.mean(axis=1), group[rows])
+    low, high = paired_gain(before.judged.mean(axis=1), after.judged.mean(axis=1), group[rows])
     evidence = OfflineEvidence(
         states=len(rows),
         samples=config.gate.samples,
-        q_champion=float(before.q.mean()),
-        q_challenger=float(after.q.mean()),
+        q_champion=float(before.judged.mean()),
+        q_challenger=float(after.judged.mean()),
         q_gain_low=low,
         q_gain_high=high,
         kl_challenger_champion=after.kl,

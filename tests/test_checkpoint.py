@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import killed_improvement
 import pytest
 import torch
 from bandit import WORDS, build_bandit
@@ -246,3 +251,25 @@ def test_a_failed_training_leaves_nothing_that_forbids_to_mend_its_settings(
         night.improve()
     night.improve(**{"improve.ppo.learning_rate": 1e-4})
     assert not night.unfinished.exists()
+
+
+@pytest.mark.parametrize("rollouts", [1, 5])
+def test_killed_with_sigkill_it_ends_with_the_same_weights(tmp_path: Path, rollouts: int) -> None:
+    """Within the rollout or the updates that follow so many told ones, wherever the signal finds it."""
+    script = Path(killed_improvement.__file__)
+    command = [sys.executable, str(script), str(tmp_path / "kept")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=script.parent) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == rollouts:
+                time.sleep(0.05)
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+    told: list[int] = []
+    resumed, curve = killed_improvement.improved(tmp_path / "kept", lambda done, _: told.append(done))
+    whole, unbroken = killed_improvement.improved(None)
+    assert rollouts < told[0] <= told[-1] == 12
+    assert curve == unbroken
+    weights = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)

@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from iterative_ppo.config import LoRAConfig
 from iterative_ppo.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+LINEAR = (torch.nn.Linear, Conv1D)
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -56,6 +59,19 @@ def switched(model: PreTrainedModel, adapter: str | None) -> Iterator[PreTrained
     finally:
         if not torch.is_grad_enabled():
             switch(model, before)
+
+
+def check(model: PreTrainedModel, config: LoRAConfig) -> None:
+    """Raise `add`'s ModelError before there is anything to train."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    how = _peft_config(model, config)
+    if config.target_modules and not any(check_target_module_exists(how, name) for name, _ in model.named_modules()):
+        names = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, LINEAR)})
+        raise ModelError(
+            f"policy.lora.target_modules: {model.name_or_path or model.config.model_type} has no layer named "
+            f"{' or '.join(config.target_modules)}; it has {', '.join(names)}"
+        )
 
 
 def add(model: PreTrainedModel, config: LoRAConfig, start: str | None) -> str:
@@ -118,7 +134,6 @@ def _layers(model: PreTrainedModel) -> list[Any]:
 
 def _peft_config(model: PreTrainedModel, config: LoRAConfig) -> Any:
     from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
 
     return LoraConfig(
         task_type="CAUSAL_LM",

@@ -16,10 +16,14 @@ from iterative_ppo.mdp.rendering import single
 
 @dataclass(frozen=True)
 class Spoken:
-    """Responses of one policy to S states, K each: values and log-probs are (S, K)."""
+    """Responses of one policy to S states, K each: values and log-probs are (S, K).
+
+    `judged` is what members of Q say that improvement never saw, where it has such judges; else Q itself.
+    """
 
     responses: Responses
     q: np.ndarray
+    judged: np.ndarray
     own: np.ndarray
     other: np.ndarray
 
@@ -51,5 +55,10 @@ def speak(
     def totals(judge: LanguagePolicy) -> np.ndarray:
         return np.array([log_p.sum() for log_p in token_log_probs(judge, table)]).reshape(shape)
 
-    values = np.array([value[-1] for value in q.running_values(table.sequences)]).reshape(shape)
-    return Spoken(responses, values, totals(policy), totals(other))
+    def last(values: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([value[-1] for value in values]).reshape(shape)
+
+    values = last(q.running_values(table.sequences))
+    judges = isinstance(q, QModel) and q.settings.judges
+    judged = last(q.judge_values(table.sequences)) if judges else values
+    return Spoken(responses, values, judged, totals(policy), totals(other))

@@ -128,6 +128,8 @@ class LanguagePolicy:
                 f"{path}: holds adapters of rank {adapters.rank_of(model, adapter)}, policy.lora.rank is {lora.rank}; "
                 "keep the rank, or save policies merged"
             )
+        if lora and not adapter:
+            adapters.check(model, lora)
         policy = cls(model.to(device), tokenizer, settings, adapter, lora)
         _ = policy.abilities  # now, so that a model that cannot serve is refused before anything is done with it
         return policy
