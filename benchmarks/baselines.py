@@ -130,7 +130,7 @@ def _regressed(policy: LanguagePolicy, sequences: list[Encoded], difference: np.
         batch = collate([sequences[2 * k + i] for k in chosen for i in (0, 1)], policy.pad)
         ratio = student.response_log_probs(batch, np.arange(len(batch.row))) - torch.from_numpy(before[batch.row])
         told = torch.from_numpy(REFUEL_ETA * difference[chosen])
-        take_step(student.model, (ratio[0::2] - ratio[1::2] - told).square().mean(), optimizer, schedule)
+        take_step((ratio[0::2] - ratio[1::2] - told).square().mean(), optimizer, schedule)
     return student
 
 

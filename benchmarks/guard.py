@@ -66,7 +66,7 @@ def run(overrides: dict[str, Any], seed: int) -> dict[str, Any]:
         }
 
     sizes = [config.improve.ppo.rollout] * ROLLOUTS
-    going = ppo.begin(policy, q, config.improve.ppo, sizes, scale, seed)
+    going = ppo.begin(policy.trainable_copy(), q, config.improve.ppo, sizes, scale, seed)
     curve = [described(policy)]
     for size in sizes:
         ppo.advance(going, q, prompts, config.improve.ppo, size, scale, seed, policy)

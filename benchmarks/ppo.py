@@ -156,7 +156,7 @@ def _teach(policy: Any, examples: Sequence[tuple[Tokens, Tokens]]) -> None:
     optimizer, schedule = optimizer_for(policy.model, 0.003, len(sequences) // 16)
     for batch in training_batches(sequences, 16, 1, policy.pad, np.random.default_rng(0)):
         log_p, _ = policy.token_log_probs(batch, np.arange(len(batch.row)))
-        take_step(policy.model, -log_p.mean(), optimizer, schedule)
+        take_step(-log_p.mean(), optimizer, schedule)
 
 
 def _fitted_q(policy: Any, texts: Texts) -> Any:

@@ -18,7 +18,7 @@ from prefect.logging import get_run_logger
 from flows import champions
 from iterative_ppo.algorithm import policy_iteration_step
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.errors import TurnTableError
+from iterative_ppo.errors import NothingToLearn, TurnTableError
 from iterative_ppo.evaluation.convergence import Convergence, RoundFigures, convergence
 from iterative_ppo.evaluation.gate import Decision, outcome_gate
 from iterative_ppo.files import write_json
@@ -151,12 +151,18 @@ def outcome_rates(dataset: Dataset, config: Config) -> dict[str, float]:
 
 
 def train(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
-    """Lines 5 to 7 on the round's dataset, then the offline gate; a challenger that passes goes into an A/B test."""
+    """Lines 5 to 7 on the round's dataset, then the offline gate; a challenger that passes goes into an A/B test.
+
+    Data that teach nothing reject the round, so that the next one can have its own.
+    """
     version = registry.champion(store)
     assert version is not None
-    context = rounds.open_round(config, store, state.round)
-    champion = rounds.policy_version(store, version)
-    record = challenge(context, champion, frozen(config, state.round))
+    context, dataset = rounds.open_round(config, store, state.round), frozen(config, state.round)
+    try:
+        record = challenge(context, rounds.policy_version(store, version), dataset)
+    except NothingToLearn as error:
+        get_run_logger().warning("round %d is rejected: %s", state.round, error)
+        record = unlearnt(state.round, version, dataset, error)
     if record["offline"]["verdict"] != "test":
         tell_verdict(config, record, record["offline"])
         ended = converged(config, [*state.rounds, record])
@@ -184,6 +190,13 @@ def challenge(context: RoundContext, champion: PolicyVersion, dataset: Dataset) 
         "offline": decision.as_dict(),
         **figures_of(evidence),
     }
+
+
+def unlearnt(number: int, champion: int, dataset: Dataset, error: NothingToLearn) -> dict[str, Any]:
+    """The record of a round that has no challenger."""
+    decision = Decision("reject", (f"failed: {error}",))
+    record = {"round": number, "champion": champion, "data_md5": dataset.md5, "offline": decision.as_dict()}
+    return {**record, "unlearnt": str(error)}
 
 
 def experiment(config: Config, record: dict[str, Any]) -> Experiment:
@@ -300,7 +313,8 @@ def conclude(config: Config, store: tracking.Tracking, state: NightState, eviden
 
 def tell_verdict(config: Config, record: dict[str, Any], decision: dict[str, Any]) -> None:
     """A round's verdict, to whom `notify` names."""
-    subject = f"round {record['round']}: policy {record['challenger']} against {record['champion']}"
+    challenger = f"policy {record['challenger']}" if "challenger" in record else "no challenger"
+    subject = f"round {record['round']}: {challenger} against {record['champion']}"
     notify.tell(config, "verdict", f"{subject}: {decision['verdict']}", "\n".join(decision["reasons"]))
 
 

@@ -9,7 +9,7 @@ from prefect import flow
 
 from flows.night import night
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.errors import StoreError
+from iterative_ppo.errors import StoreError, TrainingError
 from iterative_ppo.evaluation.ab_test import ABTest, ab_test
 from iterative_ppo.files import write_json
 from tasks import registry, rounds, tracking
@@ -27,16 +27,26 @@ def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] |
     """Nights with simulated traffic until converged or out of budget. Returns the closing test.
 
     None where `gate.promotion: approve` makes it wait for a person; begun again, it goes on from there.
+
+    Raises TrainingError where a round's conversations taught nothing, for a simulator's next ones will not either.
     """
     config = load_config(Path(params_file) if params_file else None, overrides or {})
     for _ in range(MAX_NIGHTS):
         phase = night(params_file, overrides)
+        if reason := _unlearnt(config):
+            raise TrainingError(reason)
         if phase == "finished":
             return closing_test(config).as_dict()
         if phase == "approve":
             return None
         traffic(config)
     raise StoreError(f"{MAX_NIGHTS} nights did not finish the rounds; see `ippo status`")
+
+
+def _unlearnt(config: Config) -> str | None:
+    """Why the last round has no challenger, if it has none."""
+    rounds = load_state(config.data.root).rounds
+    return rounds[-1].get("unlearnt") if rounds else None
 
 
 def traffic(config: Config) -> None:

@@ -198,7 +198,7 @@ class PolicyConfig(Frozen):
     """Sampling temperature: part of the policy version."""
     max_prompt_tokens: int = Count
     max_response_tokens: int = Count
-    abstain: str
+    abstain: str = Field(min_length=1)
     """The response that means: no suggestion."""
 
     @property
@@ -271,7 +271,7 @@ class QConfig(Frozen):
     corpus_epochs: float = Field(ge=0.0)
     """Passes over the corpus of pi_0 for the Q that round 0 starts from; 0 starts from the policy's backbone."""
     replay_rounds: int = Field(ge=0)
-    """Earlier rounds whose turns enter the fit of every estimator but monte_carlo, td_lambda and sarsa."""
+    """Earlier rounds whose turns enter the fit: of monte_carlo, td_lambda and sarsa only the policy's own."""
 
     @model_validator(mode="after")
     def _together(self) -> QConfig:
@@ -330,17 +330,25 @@ class PPOConfig(Frozen):
     kl_target: float | None = Field(gt=0.0)
     """Nats a response from the reference that the coefficient adapts to; null keeps it fixed."""
     kl_budget: float | None = Field(gt=0.0)
-    """Nats a response from the champion at which PPO ends; null ends it at its episodes."""
+    """Nats a response that the result may be from the champion: PPO ends at a rollout that shows more, and gives the
+    policy of the rollout before. null sets no limit."""
     critic: Literal["q", "learned"]
     """q: the frozen Q's running value; learned: a copy of it that follows the returns."""
     critic_learning_rate: float = Rate
     judge_patience: int | None = Field(ge=1)
-    """Rollouts without a rise in the judges' eyes (q.judges) after which PPO ends; null never asks them."""
+    """Rollouts without a rise in the judges' eyes (q.judges) after which PPO ends, and gives the policy that they liked
+    best; null never asks them."""
     gae_lambda: float = Share
     missing_eos_penalty: float = Field(ge=0.0)
     """Taken from the reward of a response that reached the length limit."""
     reference: Literal["start", "champion"]
     """Whom the KL penalty keeps PPO near: the policy that it starts from, or the paper's pi_i."""
+
+    @model_validator(mode="after")
+    def _adaptable(self) -> PPOConfig:
+        if self.kl_target is not None and not self.kl_coefficient:
+            raise ValueError("kl_target adapts kl_coefficient by factors, and it is 0; set it above 0, such as 0.1")
+        return self
 
 
 class GroupConfig(Frozen):
@@ -481,6 +489,8 @@ class NotifyConfig(Frozen):
 
 class RoundsConfig(Frozen):
     max_rounds: int = Count
+    last_policy_iterations: int = Count
+    """Policy iterations of the last of them, where more than improve's: no later round needs the variety they cost."""
     final_conversations: int = Count
     """Fresh conversations an arm in the closing comparison of the last champion with pi_0."""
     converged_below: float
@@ -533,6 +543,11 @@ class Config(Frozen):
     def _outcomes(self) -> Config:
         if not self.outcomes:
             raise ValueError("outcomes: name at least one outcome and its weight")
+        if not any(self.outcomes.values()):
+            raise ValueError(
+                f"outcomes: {', '.join(self.outcomes)} all weigh 0, so no conversation would be better than another; "
+                "give one of them a weight"
+            )
         if "origin" in self.outcomes:
             raise ValueError("outcomes: no outcome can be named 'origin'; that column says where labels come from")
         return self
@@ -571,6 +586,13 @@ class Config(Frozen):
                 f"improve.ppo.judge_patience {ppo.judge_patience} asks judges, but q.judges is 0; set it to 1 or more"
             )
         return self
+
+    def in_round(self, number: int) -> Config:
+        """What holds in a round: the last that `rounds` allows has its own number of policy iterations."""
+        most = max(self.improve.policy_iterations, self.rounds.last_policy_iterations)
+        if number + 1 < self.rounds.max_rounds or most == self.improve.policy_iterations:
+            return self
+        return self.model_copy(update={"improve": self.improve.model_copy(update={"policy_iterations": most})})
 
     @model_validator(mode="after")
     def _explored(self) -> Config:

@@ -48,7 +48,19 @@ class TrainingError(IterativePPOError):
     exit_code = 7
 
 
-class SupportError(TrainingError):
+class Diverged(TrainingError):  # noqa: N818 (what happened)
+    """An update is not a number. Whoever set its rate says which setting that is."""
+
+
+class WorkerLost(TrainingError):  # noqa: N818 (what happened)
+    """One of several training processes was killed, or died of something that is no error of ours."""
+
+
+class NothingToLearn(TrainingError):  # noqa: N818 (what a round finds)
+    """A round's conversations, or the Q that they gave, teach nothing; those of another round may."""
+
+
+class SupportError(NothingToLearn):
     """A log is too far from a policy to tell Q of it: the effective sample size is below the floor."""
 
 

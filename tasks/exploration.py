@@ -60,7 +60,6 @@ def _worth(config: Config, model: Path, label: str, dataset: Dataset) -> dict[st
         logged = led["behaviour_logprob"].to_numpy(float, na_value=np.nan)
         ratios.append(pi.score(encode_table(led, pi.renderer)) - logged)
     ratio = np.concatenate(ratios)
-    known = int(np.isfinite(ratio).sum())
-    size = effective_size(ratio) if known else 0.0
+    known, size = int((~np.isnan(ratio)).sum()), effective_size(ratio)
     worth = {"coverage_persona_turns": float(known), "coverage_effective_size": size}
     return worth | {"coverage_effective_share": size / max(known, 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +12,19 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import NothingToLearn, TrainingError
 from iterative_ppo.evaluation.certificate import certify
 from iterative_ppo.evaluation.degeneration import repeated_ngrams
 from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain
 from iterative_ppo.evaluation.gate import Decision, offline_gate
 from iterative_ppo.evaluation.guardrails import Said, guarded
-from iterative_ppo.evaluation.metrics import Calibration
-from iterative_ppo.evaluation.ope import LoggedTurns, estimates
+from iterative_ppo.evaluation.ope import LoggedTurns, estimates, untold
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.learning.objective import outcome_range
 from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion
+from tasks.q_report import judged
 from tasks.round_data import champion_round, conversations_of, token_folder
 from tasks.stage import Stage, load_stage, run_stage
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from iterative_ppo.learning.policy_evaluation import Round
     from iterative_ppo.learning.q_model import QModel
 
+_LOG = logging.getLogger(__name__)
 EXAMPLES = 8
 
 
@@ -93,6 +95,8 @@ def gather(
 ) -> tuple[OfflineEvidence, list[dict[str, Any]]]:
     """Both policies on the evidence part, whose tokens lie in `draft` meanwhile.
 
+    With gate.fqe, conversations that support no Q of the challenger leave that estimate refused, with the reason.
+
     Raises TrainingError where it holds no action.
     """
     from iterative_ppo.learning.compare import speak
@@ -112,18 +116,21 @@ def gather(
         before = speak(old, new, q, prompts, config.gate.samples, config.seed)
         after = speak(new, old, q, prompts, config.gate.samples, config.seed)
         turns = logged_turns(new, q, current, rows, after.q.mean(axis=1), config)
-        modelled = turns
+        found = estimates(turns, config.gate, config.seed)
         if config.gate.fqe:
-            own = fqe(new, q, current, config)
-            sampled = speak(new, old, own, prompts, config.gate.samples, config.seed).q.mean(axis=1)
-            modelled = logged_turns(new, own, current, rows, sampled, config)
+            try:
+                own = fqe(new, q, current, config)
+                sampled = speak(new, old, own, prompts, config.gate.samples, config.seed).q.mean(axis=1)
+                modelled = logged_turns(new, own, current, rows, sampled, config)
+                found = estimates(modelled, config.gate, config.seed, "fqe")
+            except NothingToLearn as error:  # the logs cannot tell, the A/B test can
+                found["fqe"] = untold("fqe", int(turns.last.sum()), str(error))
+                _LOG.warning("the challenger's own Q (gate.fqe) is refused, so the champion's stands in: %s", error)
     speakers = Speakers(old, new, before, after)
     stage = load_stage(q_stage)
-    calibration = stage.read("calibration.json")
     said = _said(old, before, group[rows], np.zeros(before.own.size))
     said_now = _said(new, after, group[rows], (after.own - after.other).ravel())
-    if calibration:
-        said_now = replace(said_now, calibration=Calibration(**calibration))
+    said_now = replace(said_now, calibration=judged(q_stage))
     low, high = paired_gain(before.q.mean(axis=1), after.q.mean(axis=1), group[rows])
     evidence = OfflineEvidence(
         states=len(rows),
@@ -141,7 +148,7 @@ def gather(
         q_r2=stage.metrics.get("r2", float("nan")),
         state_baseline_r2=stage.metrics.get("state_only_r2", float("nan")),
         certificate=certify(turns, config.gate, config.seed),
-        estimates=estimates(modelled, config.gate, config.seed, "fqe" if config.gate.fqe else "q_model"),
+        estimates=found,
         guardrails=guarded(config.gate.guardrails, said, said_now, config.gate.alpha),
     )
     return evidence, examples(config, dataset, facts.iloc[rows], speakers)

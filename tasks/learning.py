@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import SourceError, TrainingError
+from iterative_ppo.errors import SourceError, TrainingError, WorkerLost
 from iterative_ppo.files import content_hash, fingerprint, read_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
@@ -23,7 +24,7 @@ from tasks.exploration import coverage_metrics
 from tasks.labels import origin_metrics
 from tasks.progress import progress
 from tasks.q_report import write_q_report
-from tasks.round_data import champion_round, other_rounds, read_prompts, token_folder, write_prompts
+from tasks.round_data import champion_round, earlier_round, other_rounds, read_prompts, token_folder, write_prompts
 from tasks.stage import Stage, made_with, run_stage
 from tasks.suitability import cut_by_limits, tell_of_rates
 
@@ -67,7 +68,7 @@ class Prompts:
 def initial_policy_stage(
     config: Config, corpus: list[Conversation], source: str, lessons: Sequence[Conversation] = ()
 ) -> Stage:
-    """Line 1: pi_0, the base model as it is or fine-tuned on a corpus; and, from its outcomes, a Q to start from.
+    """Line 1: pi_0, the base model as it is or fine-tuned on a corpus, and a Q of the corpus to start from.
 
     Args:
         lessons: more to fine-tune on, whose outcomes mean nothing.
@@ -80,6 +81,8 @@ def initial_policy_stage(
         "seed": config.seed,
         "source": source,
         "conversations": len(corpus),
+        "corpus": _content(corpus),
+        "lessons": _content(lessons),
         "code": 1,
     } | _credit(config)
 
@@ -103,7 +106,8 @@ def initial_policy_stage(
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
                 tell_of_rates(config, sum(weight.numel() for weight in policy.model.parameters()))
             encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
-            metrics |= cut_by_limits(encoded[: len(corpus)], config.policy)
+            forgotten = [cut for _, cut in encoded]
+            metrics |= cut_by_limits(corpus, forgotten[: len(corpus)], policy.renderer, config.policy)
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
             if tunes:
                 with progress("fine-tuning pi_0") as report:
@@ -115,10 +119,20 @@ def initial_policy_stage(
             if config.q.corpus_epochs and corpus:
                 frame = turn_table.to_frame(corpus, config.outcomes, config.data.evidence_share, config.data.split_by)
                 with progress("a first Q from the corpus") as report:
-                    corpus_q(policy, round_of(policy, frame, config), config, report).save(draft / "q")
-        return {**metrics, "truncated_turns": sum(cut for _, cut in encoded)}
+                    first = corpus_q(policy, round_of(policy, frame, config), config, report)
+                if first is not None:
+                    first.save(draft / "q")
+        return {**metrics, "truncated_turns": sum(forgotten)}
 
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
+
+
+def _content(conversations: Sequence[Conversation]) -> str:
+    """A short hash of conversations, of which one at a time becomes text."""
+    digest = sha256()
+    for talk in conversations:
+        digest.update(repr(talk).encode())
+    return digest.hexdigest()[:16]
 
 
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:
@@ -151,6 +165,7 @@ def fit_q_stage(
         "reward": config.improve.reward,
         "gamma": config.gamma,
         "outcomes": config.outcomes,
+        "range": (config.data.outcome_low, config.data.outcome_high),
         "seed": config.seed,
         "policy": content_hash(policy.path),
         "md5": dataset.md5,
@@ -212,7 +227,8 @@ def _rounds(
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
     current, facts = champion_round(pi, policy.label, dataset, config, folder)
     others = [other_rounds(pi, policy.label, d, config, folder) for d in (dataset, *replay)]
-    return current, facts, tuple(r for r in others if r)
+    earlier = [earlier_round(pi, policy.label, d, config, folder) for d in replay]
+    return current, facts, tuple(r for r in (*others, *earlier) if r)
 
 
 def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:
@@ -262,7 +278,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
 
         checkpoint = take_up(folder / IMPROVING, fingerprint(inputs), *_begun_with(config, policy, prompts.dataset))
         with computing(config.runtime), token_folder(draft) as held:
-            current, behaviour = _behaviour(config, policy, prompts.dataset, held)
+            current, behaviour, figures = _behaviour(config, policy, prompts.dataset, held)
             states = Beginnings.whole(held / "prompts", read_prompts(prompts.path / PROMPTS))
             if config.credit.assigner != "outcome":
                 current = stored_credit(current, q_path.parent, config)
@@ -270,8 +286,9 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
                 job = Improving(config, policy.path, q_path, current, behaviour, states, checkpoint)
                 try:
                     result = do(job, draft, report)
-                except TrainingError:  # it would come again, and what it advises to change may be a setting
-                    checkpoint.clear()
+                except TrainingError as error:
+                    if not isinstance(error, WorkerLost):  # it would come again, and may advise to change a setting
+                        checkpoint.clear()
                     raise
         if number := result.report.get(LEFT_OUT):
             _LOG.warning(
@@ -281,7 +298,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
                 config.q.effective_size_floor,
             )
         last = {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}
-        return last | result.report
+        return figures | last | result.report
 
     stage = run_stage(folder / "improved", inputs, work)
     shutil.rmtree(folder / IMPROVING, ignore_errors=True)
@@ -302,18 +319,37 @@ def _begun_with(config: Config, policy: PolicyVersion, dataset: Dataset) -> tupl
     return settings, {"policy": content_hash(policy.path), "md5": dataset.md5}
 
 
-def _behaviour(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> tuple[Round, np.ndarray]:
+def _behaviour(
+    config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path
+) -> tuple[Round, np.ndarray, dict[str, float]]:
+    """The champion's conversations, what the logged pass takes for their log-probs, and how many turns have none."""
     from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.policy_evaluation import logged_rows
 
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
     current, _ = champion_round(pi, policy.label, dataset, config, folder)
-    return current, behaviour_log_probs(pi, current)
+    if not config.improve.logged.epochs:
+        return current, np.full(len(current.last), np.nan), {}
+    behaviour = behaviour_log_probs(pi, current, cloned=config.policy.fine_tuned and dataset.round_number == 0)
+    rows = current.fit & logged_rows(current.encoded)
+    without = int((rows & np.isnan(behaviour)).sum())
+    if without:
+        _LOG.warning(
+            "%s of %s logged suggestions have no behaviour_logprob, so the logged pass learns nothing from them; log "
+            "it when sampling, or set improve.logged.epochs to 0",
+            f"{without:,}",
+            f"{rows.sum():,}",
+        )
+    return current, behaviour, {"logged_turns_without_logprob": float(without)}
 
 
-def behaviour_log_probs(policy: LanguagePolicy, current: Round) -> np.ndarray:
-    """(N,) as logged when sampled; where a log knows none at all, those of the policy that was cloned from it."""
-    logged = current.behaviour
-    return logged if logged is not None and np.isfinite(logged).any() else policy.score(current.encoded)
+def behaviour_log_probs(policy: LanguagePolicy, current: Round, cloned: bool) -> np.ndarray:
+    """(N,) as logged when sampled, NaN where not; of a log that knows none, those of the policy `cloned` from it.
+
+    What stands in so tells the logged pass where the policy began, and nothing of who wrote the log.
+    """
+    logged = np.full(len(current.last), np.nan) if current.behaviour is None else current.behaviour
+    return policy.score(current.encoded) if cloned and np.isnan(logged).all() else logged
 
 
 def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:

@@ -38,7 +38,7 @@ def lineage(config: Config, tracking: Tracking, number: int) -> dict[str, Any]:
     Raises StoreError where no such version was ever made.
     """
     records = history(config.data.root)
-    rows = {int(row["challenger"]): row for row in load_state(config.data.root).rounds}
+    rows = {int(row["challenger"]): row for row in load_state(config.data.root).rounds if "challenger" in row}
     policies = {one.number: one for one in versions(tracking, POLICY)}
     values = {one.number: one for one in versions(tracking, Q)}
     if number not in policies and number not in rows:

@@ -13,7 +13,7 @@ import pandas as pd
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.evaluation.doubts import doubts
 from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared, recalibrated
-from iterative_ppo.files import write_json
+from iterative_ppo.files import read_json, write_json
 from iterative_ppo.mdp.turn_table import outcome_columns
 
 if TYPE_CHECKING:
@@ -21,22 +21,42 @@ if TYPE_CHECKING:
     from iterative_ppo.learning.q_model import QModel
 
 CALIBRATION, OUTCOMES, FORECAST = "calibration.json", "outcomes.json", "forecast.json"
+JUDGED = "isotonic"
+"""The forecast that counts: as it is, Q knows of discounted returns alone, which are less than the outcome."""
 _LOG = logging.getLogger(__name__)
 
 
 def write_q_report(q: QModel, current: Round, frame: pd.DataFrame, folder: Path) -> dict[str, float]:
-    """Write the reliability of Q into `folder`, and return its figures; it warns where they tell nothing."""
+    """Write the reliability of Q into `folder`, and return its figures; it warns where they tell nothing.
+
+    The calibration error is against the undiscounted outcome, of Q as a calibration maps it: Q by itself is about
+    discounted returns, so that even a perfect one would promise too little. Its error against those stands beside it,
+    named so, or in its place where the outcome cannot be forecast.
+    """
     metrics, bins = q_report(q, current, frame)
     write_json(folder / CALIBRATION, bins)
     if each := outcome_report(q, current, frame):
         write_json(folder / OUTCOMES, each)
-    if current.assigner == "outcome" and (said := forecast(q, current, frame)):
+        metrics |= {f"held_out_successes_{name}": one["metrics"]["held_out_successes"] for name, one in each.items()}
+    myopic = np.array_equal(current.returns, current.reward)  # Q then knows of no ending
+    said = forecast(q, current, frame) if current.assigner == "outcome" and not myopic else None
+    metrics["forecast_untold"] = float(said is not None and not said)
+    if said:
         write_json(folder / FORECAST, {name: asdict(one) for name, one in said.items()})
         metrics |= {f"forecast_error_{name}": one.error for name, one in said.items()}
         metrics["forecast_error_by_chance_95"] = said["as_it_is"].chance_95
+        metrics |= {f"discounted_{name}": metrics[name] for name in _calibrated(said[JUDGED])}
+        metrics |= _calibrated(said[JUDGED])
     for doubt in doubts(q.report | metrics):
         _LOG.warning("%s", doubt)
     return metrics
+
+
+def judged(folder: Path) -> Calibration | None:
+    """Q's calibration as its calibration error tells it, from the folder of its report; None where nothing is."""
+    whole = folder / FORECAST
+    found = read_json(whole)[JUDGED] if whole.exists() else read_json(folder / CALIBRATION)
+    return Calibration(**found) if found else None
 
 
 def q_report(q: QModel, current: Round, frame: pd.DataFrame) -> tuple[dict[str, float], dict[str, Any]]:
@@ -76,6 +96,7 @@ def outcome_report(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, 
         returns, won = current.outcome_returns[held, k], _ending(frame, outcome_columns([name])[0])[held] > 0
         bins = _reliability(values.q[held, k], returns, ids, (q.settings.low, q.settings.high))
         figures = _fit(values.q[held, k], values.v[held, k], returns, won, bins)
+        figures["held_out_successes"] = float(len(np.unique(ids[won])))
         known = {key: value for key, value in figures.items() if np.isfinite(value)}
         found[name] = {"weight": weight, "metrics": known, "calibration": asdict(bins)}
     return found
@@ -111,9 +132,12 @@ def _fit(q: np.ndarray, v: np.ndarray, returns: np.ndarray, won: np.ndarray, bin
         "state_only_r2": r_squared(returns, v),
         "auc": auc(won, q),
         "state_only_auc": auc(won, v),
-        "calibration_error": bins.error,
-        "calibration_error_by_chance_95": bins.chance_95,
+        **_calibrated(bins),
     }
+
+
+def _calibrated(bins: Calibration) -> dict[str, float]:
+    return {"calibration_error": bins.error, "calibration_error_by_chance_95": bins.chance_95}
 
 
 def _reliability(

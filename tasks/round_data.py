@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +59,13 @@ def other_rounds(policy: LanguagePolicy, label: str, dataset: Dataset, config: C
     """Conversations of other policies: their turns serve one-step targets, whoever chose the action."""
     blocks = _chosen(dataset, config, lambda block: ~of_policy(block, label))
     return _round(policy, blocks, config, folder / f"others-{dataset.round_number}")
+
+
+def earlier_round(policy: LanguagePolicy, label: str, dataset: Dataset, config: Config, folder: Path) -> Round | None:
+    """The champion's own conversations of an earlier dataset, which are there where its challenger was rejected."""
+    blocks = _chosen(dataset, config, lambda block: of_policy(block, label))
+    data = _round(policy, blocks, config, folder / f"own-{dataset.round_number}")
+    return None if data is None else replace(data, own=True)
 
 
 def _chosen(dataset: Dataset, config: Config, wanted: Callable[[pd.DataFrame], pd.Series]) -> Iterator[pd.DataFrame]:

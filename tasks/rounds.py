@@ -84,7 +84,7 @@ class Candidate:
 def open_round(config: Config, store: tracking.Tracking, round_number: int) -> RoundContext:
     """The round's MLflow run, found again where it was begun before."""
     run = store.round_run(round_number, {"source": config.source.kind})
-    return RoundContext(config, store, round_number, run)
+    return RoundContext(config.in_round(round_number), store, round_number, run)
 
 
 @task(name="initial policy", cache_policy=NO_CACHE)

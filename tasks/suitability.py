@@ -11,7 +11,8 @@ import numpy as np
 from iterative_ppo.config import Config, PolicyConfig
 
 if TYPE_CHECKING:
-    from iterative_ppo.mdp.rendering import Encoded
+    from iterative_ppo.mdp.conversation import Conversation
+    from iterative_ppo.mdp.rendering import Renderer
 
 _LOG = logging.getLogger(__name__)
 TINY_WEIGHTS = 20_000_000
@@ -43,15 +44,22 @@ def _rates(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float
             yield f"{at}{name}", float(value)
 
 
-def cut_by_limits(encoded: Sequence[tuple[Sequence[Encoded], int]], limits: PolicyConfig) -> dict[str, float]:
-    """Shares of the corpus: suggestions it could not say whole, conversations whose beginning it forgets."""
-    spans = (span for sequences, _ in encoded for sequence in sequences for span in sequence.spans)
-    lengths = np.array([span.end - span.start for span in spans if span.trains], dtype=np.int64)
+def cut_by_limits(
+    corpus: Sequence[Conversation], forgotten: Sequence[int], renderer: Renderer, limits: PolicyConfig
+) -> dict[str, float]:
+    """Shares of the corpus: suggestions it could not say whole, conversations whose beginning it forgets.
+
+    Args:
+        forgotten: of each conversation, how many turns its prompts leave out.
+    """
+    actions = [turn.suggestion for talk in corpus for turn in talk.turns]
+    said = [len(renderer.response(action)) for action in actions if action and action.status != "missing"]
+    lengths = np.array(said, dtype=np.int64)
     if not len(lengths):
         return {}
     found = {
         "longer_suggestions": float((lengths > limits.max_response_tokens).mean()),
-        "longer_conversations": float(np.mean([cut > 0 for _, cut in encoded])),
+        "longer_conversations": float(np.mean([cut > 0 for cut in forgotten])),
     }
     if found["longer_suggestions"] > TOLD_SHARE:
         _LOG.warning(
@@ -67,7 +75,7 @@ def cut_by_limits(encoded: Sequence[tuple[Sequence[Encoded], int]], limits: Poli
             "%.0f %% of the corpus's %d conversations are longer than policy.max_prompt_tokens = %d, so the policy "
             "does not see how they began; raise it as far as memory, time and the model's context allow",
             100 * found["longer_conversations"],
-            len(encoded),
+            len(corpus),
             limits.max_prompt_tokens,
         )
     return found

@@ -38,7 +38,7 @@ class Cloning:
         with sharded(student):
             optimizer, schedule = optimizer_for(student.model, 0.003, 10)
             for batch in training_batches(self.table.sequences, 7, 2.0, student.pad, np.random.default_rng(0)):
-                told = descend(student.model, batch, objective, optimizer, schedule)
+                told = descend(batch, objective, optimizer, schedule)
                 said = student.respond(self.prompts, 1)
                 curve.append(told | {"said": float(sum(sum(tokens) for tokens in said.tokens))})
             state = student.training_state()

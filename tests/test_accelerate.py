@@ -35,6 +35,10 @@ QUICK = {
     "improve.ppo.rollout": 48,
     "improve.logged.epochs": 1.0,
     "improve.logged.batch_size": 9,
+    "improve.best_of_n.epochs": 1.0,
+    "improve.best_of_n.samples": 4,
+    "improve.best_of_n.learning_rate": 0.0003,  # a policy that moves far turns what is rounded into other words
+    "improve.logged.learning_rate": 0.0003,
     "improve.policy_iterations": 2,
     "improve.q_iterations": 1,
     "q.samples": 1,
@@ -158,17 +162,18 @@ def test_two_processes_credit_as_one_does(
     assert not np.allclose(alone.current.reward, played.reward, atol=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("accelerate", [None, pytest.param("fsdp.yaml", marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
 def test_two_processes_improve_as_one_does(
-    saved: Path, tiny_policy: LanguagePolicy, played: Round, tmp_path: Path
+    saved: Path, tiny_policy: LanguagePolicy, played: Round, tmp_path: Path, accelerate: str | None
 ) -> None:
     """Every figure of every update and rollout, to rounding; sampled responses are the same ones."""
     finished(Evaluation(config_of(), saved, None, played, ()), tmp_path / "q")
     prompts = prompts_of(played.encoded.sequences, np.flatnonzero(played.fit))
     behaviour, q = tiny_policy.score(played.encoded), tmp_path / "q" / "model"
+    parallel = {"runtime__processes": 2, "runtime__accelerate": str(ACCELERATE / accelerate) if accelerate else None}
     alone, together = (
-        finished(Improving(config_of(runtime__processes=n), saved, q, played, behaviour, prompts), tmp_path / str(n))
-        for n in (1, 2)
+        finished(Improving(config_of(**changes), saved, q, played, behaviour, prompts), tmp_path / f"{bool(changes)}")
+        for changes in ({}, parallel)
     )
     for name in ("logged", "ppo"):
         curves = alone.curves[name], together.curves[name]
@@ -207,8 +212,8 @@ def test_what_one_process_refuses_is_said_as_if_it_were_done_here(
 ) -> None:
     from dataclasses import replace
 
-    flat = replace(played, returns=np.ones_like(played.returns))
-    with pytest.raises(TrainingError, match="returns are 1: no outcome differs"):
+    flat = replace(played, reward=np.zeros_like(played.reward))
+    with pytest.raises(TrainingError, match="outcomes are 0: no outcome differs"):
         finished(Evaluation(config_of(runtime__processes=2), saved, None, flat, ()), tmp_path / "flat")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(TrainingError, match="a training process ended with exit code"):

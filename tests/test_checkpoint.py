@@ -98,12 +98,12 @@ class Night:
     def unfinished(self) -> Path:
         return self.root / "improving"
 
-    def data(self, md5: str, talks: int) -> Dataset:
+    def data(self, md5: str, talks: int, number: int = 0, logprob: float | None = -3.0) -> Dataset:
         rows = [
             Conversation(
                 f"c{k}",
                 (
-                    Turn("Hi", (0.0,), Suggestion(WORDS[k % 4], "suggested", -3.0), WORDS[k % 4], "verbatim"),
+                    Turn("Hi", (0.0,), Suggestion(WORDS[k % 4], "suggested", logprob), WORDS[k % 4], "verbatim"),
                     Turn(None, (float(k % 4 == 2),)),
                 ),
                 f"u{k}",
@@ -113,7 +113,7 @@ class Night:
         ]
         frame = to_frame(rows, {"purchase": 1.0}, 0.2)
         turn_table.write(frame, self.root / md5 / "turns.parquet", {"purchase": 1.0})
-        return Dataset(0, self.root / md5, md5)
+        return Dataset(number, self.root / md5, md5)
 
     def improve(self, **changes: Any) -> Any:
         config: Config = load_config(overrides={**QUICK, "data.root": str(self.root), **changes})
@@ -217,6 +217,21 @@ def test_an_iteration_left_out_is_told_and_made_up_for_once_the_floor_is_lower(
     assert "policy iteration 2 is left out" in caplog.text and "q.effective_size_floor = 1e+06" in caplog.text
     again = night.improve(**{"improve.policy_iterations": 2})
     assert not again.done_before and again.metrics["policy_iterations"] == 2.0
+
+
+@pytest.mark.parametrize(("number", "init", "learns"), [(0, "sft", True), (1, "sft", False), (0, "prompt", False)])
+def test_a_log_without_log_probs_teaches_the_logged_pass_only_of_the_policy_cloned_from_it(
+    night: Night, caplog: pytest.LogCaptureFixture, number: int, init: str, learns: bool
+) -> None:
+    night.dataset = night.data("bare", 30, number, None)
+    quick = {"improve.logged.epochs": 1.0, "improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0}
+    stage = night.improve(
+        **quick, **{"policy.init": init, "policy.base_model": "a-model" if init == "prompt" else None}
+    )
+    without = stage.metrics["logged_turns_without_logprob"]
+    assert (without == 0) == learns == ("logged" in stage.read("curves.json"))
+    said = f"{without:g} of {without:g} logged suggestions have no behaviour_logprob, so the logged pass learns nothing"
+    assert (said in caplog.text) == (not learns)
 
 
 def test_a_failed_training_leaves_nothing_that_forbids_to_mend_its_settings(

@@ -179,6 +179,7 @@ WRONG = [
     ("data.evidence_share", "1.5"),
     ("outcomes", "purchase"),
     ("outcomes", "{}"),
+    ("outcomes", "{purchase: 0, contact: 0.0}"),
     ("outcomes", "{purchase: much}"),
     ("outcomes", "{purchase: .nan}"),
     ("outcomes", "{purchase: .inf}"),
@@ -266,3 +267,12 @@ def test_an_override_that_is_none_is_named(override: str) -> None:
 
 def test_a_config_error_has_its_exit_code() -> None:
     assert ConfigError.exit_code == 2
+
+
+def test_the_last_round_has_policy_iterations_of_its_own() -> None:
+    config = load_config(None, {"rounds.max_rounds": 3, "rounds.last_policy_iterations": 3})
+    assert [config.in_round(k).improve.policy_iterations for k in range(4)] == [1, 1, 3, 3]
+    more = load_config(None, {"rounds.last_policy_iterations": 2, "improve.policy_iterations": 4})
+    assert more.in_round(2) is more, "they are never fewer"
+    usual = load_config()
+    assert usual.in_round(2) is usual

@@ -24,6 +24,7 @@ from iterative_ppo.learning.credit.stability import Watch, kendall_tau, rank_sta
 from iterative_ppo.learning.improve.episodes import prompts_of
 from iterative_ppo.learning.jobs import stored_credit
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.objective import head_range
 from iterative_ppo.learning.optimization import optimizer_for, take_step
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.q_model import QSettings
@@ -173,7 +174,7 @@ def test_an_update_is_the_gradient_of_the_cross_entropy(tiny_policy: LanguagePol
     owner = torch.from_numpy(conversation_of(played)[batch.row[spans]])
     logit = torch.zeros(8).index_add(0, owner, config.beta * ratio)
     loss = F.binary_cross_entropy_with_logits(logit, torch.from_numpy(aim[:8]).float())
-    take_step(by_hand.model, loss, *optimizer_for(by_hand.model, config.learning_rate, 1))
+    take_step(loss, *optimizer_for(by_hand.model, config.learning_rate, 1))
     for phi, data in zip(starts, (played, apart(played)), strict=True):
         scored = Scored.of(tiny_policy, data, 8)
         assert fit(phi, scored, [members], aim, config) == [pytest.approx(loss.item(), abs=1e-5)]
@@ -330,7 +331,7 @@ def test_a_round_lives_on_turn_rewards(
     again = evaluate_policy(tiny_policy, outcome, [], config, start)
     assert np.allclose(*(x.evaluate(current.encoded).q for x in (q, again)), equal_nan=True), "it credits by itself"
     assert again.report["objective_is_credited"] == 1.0
-    assert list(q.settings.outcomes) == ["credit"] and q.settings.low == (-1.0 if assigner == "itpo" else 0.0)
+    assert list(q.settings.outcomes) == ["credit"] and q.settings.low == (-2.0 if assigner == "itpo" else 0.0)
     prompts, behaviour = (
         prompts_of(current.encoded.sequences, np.flatnonzero(current.fit)),
         tiny_policy.score(current.encoded),
@@ -344,11 +345,19 @@ def test_a_round_lives_on_turn_rewards(
 
 def test_the_range_of_q_is_that_of_credited_returns() -> None:
     several: dict[str, Any] = {"outcomes": {"purchase": 2.0, "complaint": -0.5}}
-    expected = {"outcome": (0.0, 1.0), "norm_itpo": (-0.5, 2.0), "itpo": (-1.0, 1.0)}
+    expected = {"outcome": (0.0, 1.0), "norm_itpo": (-0.5, 2.0), "itpo": (-2.0, 2.0)}
     for assigner, ends in expected.items():
         settings = QSettings.of(config_of(assigner, **several))
         assert (settings.low, settings.high) == ends
         assert len(settings.outcomes) == (2 if assigner == "outcome" else 1)
+
+
+def test_discounted_itpo_returns_may_be_beyond_1_and_are_never_beyond_the_range() -> None:
+    """The worst case: what is to come is 1, then -1, then 0."""
+    ahead, last = np.array([1.0, -1.0, 0.0, 0.0]), np.array([False, False, False, True])
+    returns = discounted_returns(ahead - np.append(ahead[1:], 0.0), last, 0.5)
+    low, high = head_range(config_of("itpo"))
+    assert returns[0] == pytest.approx(2 - 0.5) and low < returns.min() < 0 and 1 < returns.max() < high
 
 
 def test_the_stages_say_what_the_objective_is_and_keep_the_turn_rewards(
@@ -393,7 +402,7 @@ def test_what_cannot_be_credited_is_named(tiny_policy: LanguagePolicy, scripted:
     with pytest.raises(TrainingError, match=r"from 0 to 3, expected 0 to 1: set data.outcome_low"):
         evaluate_policy(tiny_policy, replace(data, reward=3 * data.reward), [], config)
     wild = config_of(**{"credit.beta": 1e38})
-    with pytest.raises(TrainingError, match="not finite; lower credit"):
+    with pytest.raises(TrainingError, match=r"diverged.*; lower credit\.learning_rate"):
         credited(tiny_policy, data, [], wild)
     with pytest.raises(ConfigError, match=r"credit.assigner itpo .* improve.reward acceptance .* set credit.assigner"):
         config_of("itpo", **{"improve.reward": "acceptance"})

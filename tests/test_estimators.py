@@ -127,11 +127,11 @@ def test_a_huge_ratio_does_not_overflow_and_a_vanishing_one_cuts() -> None:
     reward, last = np.zeros(3), np.array([False, False, True])
     q, v = np.array([0.5, 0.25, np.nan]), np.array([0.1, 0.75, np.nan])
     one, huge = (retrace_targets(reward, last, q, v, np.array([0.0, r, np.nan]), 0.5, 1.0)[0] for r in (0.0, 1e5))
-    gone, missing = (
-        retrace_targets(reward, last, q, v, np.array([0.0, r, np.nan]), 0.5, 1.0)[0] for r in (-1e5, np.nan)
+    gone, never, missing = (
+        retrace_targets(reward, last, q, v, np.array([0.0, r, np.nan]), 0.5, 1.0)[0] for r in (-1e5, -np.inf, np.nan)
     )
     assert one == huge == pytest.approx(0.5 * 0.75 - 0.5 * 0.25)
-    assert gone == missing == pytest.approx(0.5 * 0.75)
+    assert gone == never == missing == pytest.approx(0.5 * 0.75)
 
 
 @light
@@ -296,7 +296,8 @@ def test_the_effective_size_is_kishs_and_too_small_a_one_is_refused_with_the_fig
     assert effective_size(np.zeros(50)) == pytest.approx(50)
     assert effective_size(np.log([3.0, 1.0])) == pytest.approx(16 / 10)
     assert effective_size(np.array([1e4, 1e4, -1e4, np.nan])) == pytest.approx(2)
-    assert effective_size(np.full(3, np.nan)) == 0
+    assert effective_size(np.full(3, np.nan)) == effective_size(np.full(3, -np.inf)) == 0
+    assert effective_size(np.array([0.0, 0.0, -np.inf, np.nan])) == pytest.approx(2)
     data = chain_data()
     size = checked(data, estimator("fqe"), 10.0, 1)["fit_effective_size"]
     assert 100 < size < data.logged.sum()
@@ -309,17 +310,67 @@ def test_the_effective_size_is_kishs_and_too_small_a_one_is_refused_with_the_fig
         assert "fit_effective_size" not in checked(data, estimator(target), 5000.0, 1)
 
 
+def test_a_log_of_nothing_that_the_policy_says_is_refused_and_not_taken_for_one_without_logprobs() -> None:
+    data = chain_data()
+    for target in ("fqe", "retrace", "lstd_q", "archer"):
+        with pytest.raises(TrainingError, match=rf"{data.logged.sum()} logged suggestions are worth 0.0 of the policy"):
+            checked(replace(data, log_ratio=np.where(data.logged, -np.inf, np.nan)), estimator(target), 1.0, 1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_conversations_longer_than_there_are_iterations_are_counted(target: str) -> None:
+    data = chain_data()
+    turns = np.bincount(np.cumsum(data.last) - data.last) - 1
+    usual = int(np.median(turns))
+    loss = "mse" if target == "lstd_q" else "bce"
+    bootstraps = estimator_of(load_config(overrides={"q.target": target, "q.iterations": usual, "q.loss": loss}).q)
+    report = checked(data, bootstraps, 10.0, 1)
+    if target in ("monte_carlo", "one_step", "lstd_q"):
+        assert "fit_share_beyond_iterations" not in report
+    else:
+        assert 0 < report["fit_share_beyond_iterations"] == (turns > usual).mean() < 0.5
+        assert report["fit_longest_conversation"] == turns.max()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_log_with_nothing_to_fit_is_refused(target: str) -> None:
+    data = chain_data()
+    for nothing in (replace(data, fit=~data.logged), replace(data, logged=0 * data.logged > 0)):
+        with pytest.raises(
+            TrainingError, match=rf"none of {nothing.logged.sum()} logged suggestions is in the fit part"
+        ):
+            checked(nothing, estimator(target), 1.0, 1)
+    others = replace(data, own=~data.logged)
+    if target in (*ON_POLICY, "one_step"):
+        with pytest.raises(TrainingError, match="in the fit part of the policy's own: Q has nothing to be fitted to"):
+            checked(others, estimator(target), 1.0, 1)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_outcomes_that_are_all_equal_are_refused(target: str) -> None:
     data = chain_data()
     flat = replace(data, reward=0 * data.reward, returns=0 * data.returns)
-    with pytest.raises(TrainingError, match=r"all \d+ returns are 0: no outcome differs"):
+    with pytest.raises(TrainingError, match="all 300 conversations' outcomes are 0: no outcome differs"):
         checked(flat, estimator(target), 1.0, 1)
     held = replace(data, fit=data.returns.max(axis=1) == 0)
     with pytest.raises(TrainingError, match="no outcome differs"):
         checked(held, estimator(target), 1.0, 1)
-    both = replace(data, returns=np.concatenate([data.returns, 0 * data.returns], axis=1))
+    both = replace(data, reward=np.concatenate([data.reward, 0 * data.reward], axis=1))
     assert checked(both, estimator(target), 1.0, 2)["fit_constant_outcomes"] == 1, "one of two: reported"
+
+
+def test_successes_that_differ_by_length_alone_are_refused_and_turns_paid_by_themselves_are_not() -> None:
+    data = chain_data()
+    reward = np.append(data.last[1:], False).astype(float)[:, None]
+    won = replace(data, reward=reward, returns=discounted_returns(reward, data.last, GAMMA))
+    assert np.ptp(won.returns[won.logged]) > 0.1
+    for target in TARGETS:
+        with pytest.raises(TrainingError, match="all 300 conversations' outcomes are 1: no outcome differs"):
+            checked(won, estimator(target), 1.0, 1)
+    assert checked(won, estimator("monte_carlo"), 1.0, 1, by_turn=True)["fit_constant_outcomes"] == 0
+    alike = replace(won, returns=np.full_like(won.returns, 0.5))
+    with pytest.raises(TrainingError, match=rf"all {won.logged.sum()} returns of turns are 0.5"):
+        checked(alike, estimator("monte_carlo"), 1.0, 1, by_turn=True)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -375,14 +426,16 @@ def test_other_policies_turns_enter_where_the_estimator_may_use_them(
     assert same(alone, both) == (target in ON_POLICY)
 
 
-def test_a_logprob_above_zero_is_refused_by_row(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
+def test_a_logprob_that_is_none_is_refused_by_row(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
     config = small(**{"q.target": "retrace"})
     data = a_round(tiny_policy, scripted[:5], config)
     assert data.behaviour is not None
-    wrong = data.behaviour.copy()
-    wrong[2] = 0.3
-    with pytest.raises(TurnTableError, match=r"row 2: behaviour_logprob is 0.3, expected at most 0 \(1 such rows\)"):
-        fit_q(tiny_policy, replace(data, behaviour=wrong), [], config)
+    for value in (0.3, -math.inf):
+        wrong = data.behaviour.copy()
+        wrong[2] = value
+        said = rf"row 2: behaviour_logprob is {value:g}, expected finite and at most 0 \(1 such rows\)"
+        with pytest.raises(TurnTableError, match=said):
+            fit_q(tiny_policy, replace(data, behaviour=wrong), [], config)
     with pytest.raises(TrainingError, match=r"has a behaviour_logprob, which q\.target retrace needs"):
         fit_q(tiny_policy, replace(data, behaviour=None), [], config)
 

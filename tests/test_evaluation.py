@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -222,6 +222,36 @@ def test_a_biased_predictor_exceeds_it() -> None:
         assert found.error > found.chance_95
     good = calibration(predicted, observed, group)
     assert good.error < good.chance_95
+
+
+def between(conversations: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of outcomes between 0 and 1, which are within a few hundredths of what is predicted."""
+    expected, group = rng.uniform(0.2, 0.8, conversations), np.repeat(np.arange(conversations), 4)
+    return expected[group], (expected + rng.normal(0.0, 0.03, conversations))[group], group
+
+
+def discounted(conversations: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of returns, worth less the longer there is to go."""
+    predicted, observed, group = turns_of(conversations, rng)
+    worth = np.tile([0.73, 0.81, 0.9, 1.0], conversations)
+    return worth * predicted, worth * observed, group
+
+
+@pytest.mark.parametrize("sample", [between, discounted])
+def test_outcomes_of_any_kind_have_a_bound_that_fits_them(sample: Callable[..., Any]) -> None:
+    rng = np.random.default_rng(0)
+    exceeded = []
+    for seed in range(200):
+        found = calibration(*sample(100, rng), draws=100, seed=seed)
+        exceeded.append(found.error > found.chance_95)
+    assert 0.01 < np.mean(exceeded) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
+
+
+def test_a_small_bias_is_seen_where_outcomes_vary_little() -> None:
+    for seed in range(10):
+        predicted, observed, group = between(300, np.random.default_rng(seed))
+        found = calibration(predicted + 0.04, observed, group)
+        assert found.error > 2 * found.chance_95
 
 
 def test_turns_of_one_conversation_succeed_together_under_the_null() -> None:

@@ -234,6 +234,20 @@ def test_it_ends_at_its_budget_of_kl_to_the_champion(bandit: LanguagePolicy) -> 
     _, curve = improve(bandit, likes(bandit, "maybe"), [prompt(bandit)], c, 0, champion=bandit)
     assert len(curve) < 10
     assert curve[-1]["kl_to_champion"] > 0.3 >= max(entry["kl_to_champion"] for entry in curve[:-1])
+    assert curve[-1]["updates"] == 0.0 and all(entry["updates"] for entry in curve[:-1])
+
+
+@pytest.mark.parametrize("algorithm", GROUPED)
+def test_what_the_budget_gives_is_the_student_before_it_was_spent(bandit: LanguagePolicy, algorithm: str) -> None:
+    """Also where its last updates alone went too far."""
+    for episodes in (1280, 640):
+        c = config(algorithm, kl_budget=0.3, episodes=episodes, learning_rate=0.005)
+        student, curve = improve(bandit, leans_to(bandit, "maybe"), [prompt(bandit)], c, 0, champion=bandit)
+        assert curve[-1]["kl_to_champion"] > 0.3 and curve[-1]["updates"] == 0.0
+        said_now = student.respond([prompt(bandit)] * 4000, seed=9)
+        table = EncodedTable([single(k, prompt(bandit), t, True) for k, t in enumerate(said_now.tokens)], 4000)
+        theirs = [p.sum() for p in token_log_probs(bandit, table)]
+        assert 0.0 < np.mean(said_now.logprobs - theirs) < 0.4
 
 
 @pytest.mark.parametrize("algorithm", GROUPED)

@@ -34,9 +34,9 @@ from iterative_ppo.learning.improve.episodes import (
     token_log_probs,
 )
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, logged_objective, turn_advantages
-from iterative_ppo.learning.improve.ppo import adapted, clipped, improve, surrogate
+from iterative_ppo.learning.improve.ppo import adapted, advance, begin, clipped, improve, surrogate
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.optimization import Objective
+from iterative_ppo.learning.optimization import Objective, optimizer_for, take_step
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.regression import Regression, regress
 from iterative_ppo.learning.rounds import evaluate_policy, improve_policy, round_of
@@ -275,10 +275,65 @@ def test_a_reward_that_is_no_number_is_an_error(bandit: LanguagePolicy, value: f
         trained(bandit, ppo(), q=Taste(lambda tokens: value if len(tokens) == 2 else 0.0))
 
 
-def test_an_update_that_diverges_is_an_error(bandit: LanguagePolicy) -> None:
-    broken = LanguagePolicy(bandit.model, bandit.tokenizer, bandit.settings)
-    with pytest.raises(TrainingError, match=r"diverged; lower improve\.ppo\.learning_rate"):
-        trained(broken, ppo(episodes=128, learning_rate=1e30))
+class ByPrompt:
+    """Tells prompts apart, by their lengths, and no responses to one."""
+
+    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+        return [np.full(1 + s.spans[0].end - s.spans[0].start, float(s.spans[0].start)) for s in sequences]
+
+
+@pytest.mark.parametrize("how", ["ppo", "best_of_n"])
+def test_a_q_that_knows_prompts_but_no_responses_is_an_error(bandit: LanguagePolicy, how: str) -> None:
+    prompts = [prompt(bandit), prompt(bandit, "no")]
+    with pytest.raises(TrainingError, match="all responses to a prompt the same reward"):
+        if how == "ppo":
+            improve(bandit, ByPrompt(), prompts, ppo(), 0)
+        else:
+            improve_by_best(bandit, ByPrompt(), prompts, best_of(), 0)
+
+
+DIVERGING: dict[str, Callable[[LanguagePolicy, Checkpoint], object]] = {
+    "improve.ppo.learning_rate": lambda policy, kept: improve(
+        policy,
+        leans_to(policy, "no"),
+        [prompt(policy)],
+        ppo(episodes=256, rollout=64, learning_rate=1e30),
+        0,
+        checkpoint=kept,
+    ),
+    "improve.best_of_n.learning_rate": lambda policy, kept: improve_by_best(
+        policy,
+        leans_to(policy, "no"),
+        [prompt(policy)] * 64,
+        best_of(epochs=8.0, batch_size=4, learning_rate=1e30),
+        0,
+        checkpoint=kept,
+    ),
+    "improve.logged.learning_rate": lambda policy, kept: improve_on_log(
+        policy, log_of(policy, {"yes": 1.0, "no": -1.0}), logged(epochs=20.0, learning_rate=1e30), 0, checkpoint=kept
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", DIVERGING)
+def test_updates_that_diverge_are_an_error_that_names_their_rate(
+    bandit: LanguagePolicy, tmp_path: Path, setting: str
+) -> None:
+    kept = Checkpoint(tmp_path / "kept", "key")
+    with pytest.raises(TrainingError, match=rf"diverged: .* at a learning rate of .*; lower {setting}"):
+        DIVERGING[setting](bandit, kept)
+    found = kept.load()
+    assert found is None or all(torch.isfinite(t).all() for t in found[0].values()), "what is kept can be gone on from"
+
+
+def test_a_gradient_that_another_pass_left_behind_does_not_count(bandit: LanguagePolicy) -> None:
+    """Under LoRA the adapters of several passes are in one model."""
+    trained_now, before = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    before.grad = torch.full((1,), 1e6)
+    model = torch.nn.ParameterList([trained_now, before])
+    before.requires_grad_(False)
+    norm = take_step((0.5 * trained_now - 1.0).sum(), *optimizer_for(model, 0.1, 4))
+    assert norm == pytest.approx(0.5)
 
 
 # --- rollouts --------------------------------------------------------------------------------------------------------
@@ -419,9 +474,11 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
     luck = np.random.default_rng(0).standard_normal(len(score))
     gradients: list[torch.Tensor] = []
 
-    def record(model: torch.nn.Module, batch: Batch, objective: Objective, *_: Any) -> dict[str, float]:
+    def record(batch: Batch, objective: Objective, optimizer: torch.optim.Optimizer, *_: Any) -> dict[str, float]:
         loss, _figures = objective(batch)
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.param_groups[0]["params"])])
+        )
         return {"loss": 0.0}
 
     monkeypatch.setattr("iterative_ppo.learning.training.descend", record)
@@ -508,17 +565,18 @@ def test_ppo_follows_the_logged_pass_and_is_kept_near_the_reference_of_the_confi
 
 @pytest.fixture
 def iterated(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> Callable[..., Any]:
-    """An improvement of the tiny policy, from conversations whose log-probs are its own."""
+    """An improvement of the tiny policy, from conversations whose log-probs are its own, and `logged` or not."""
 
-    def improved(**changes: Any) -> Any:
+    def improved(logged: bool = True, **changes: Any) -> Any:
         usual = {"improve.logged.epochs": 0.0, "improve.best_of_n.epochs": 1.0, "improve.best_of_n.samples": 2}
         usual |= {"improve.q_iterations": 2, "q.epochs": 1.0, "q.samples": 2, "q.effective_size_floor": 1.0}
         config = config_with(**usual | changes)
         data = round_of(tiny_policy, to_frame(scripted, OUTCOMES, 0.3), config)
-        data = replace(data, behaviour=tiny_policy.score(data.encoded))
+        own = tiny_policy.score(data.encoded)
+        data = replace(data, behaviour=own if logged else np.full(len(own), np.nan))
         q = QModel.from_policy(tiny_policy, QSettings.of(config), seed=0)
         prompts = prompts_of(data.encoded.sequences, np.flatnonzero(data.fit))
-        return improve_policy(tiny_policy, data, data.behaviour, q, prompts, config, seed=0)
+        return improve_policy(tiny_policy, data, own, q, prompts, config, seed=0)
 
     return improved
 
@@ -543,6 +601,13 @@ def test_a_second_policy_iteration_is_against_q_of_the_student(
     assert twice.curves["ppo"][0] == once.curves["ppo"][0]
     assert abs(twice.curves["ppo"][1]["kl_to_champion"]) > 1e-3 > abs(twice.curves["ppo"][1]["kl_to_reference"])
     assert twice.report["policy_iterations"] == 2.0 and twice.report["iteration_2_fit_effective_size"] > 0
+
+
+def test_a_later_q_knows_only_the_log_probs_that_were_logged(iterated: Callable[..., Any]) -> None:
+    """What stands in for them in the logged pass tells nothing of who wrote the conversations."""
+    made = iterated(logged=False, **{"improve.policy_iterations": 2})
+    assert made.report["iteration_2_fit_turns_without_logprob"] == made.report["iteration_2_fit_turns"] > 0
+    assert "iteration_2_fit_effective_size" not in made.report
 
 
 def test_a_policy_iteration_that_the_log_does_not_support_is_left_out(iterated: Callable[..., Any]) -> None:
@@ -728,6 +793,54 @@ def test_ppo_ends_at_its_budget_of_kl_to_the_champion(bandit: LanguagePolicy) ->
     _, curve = improve(bandit, leans_to(bandit, "maybe"), [prompt(bandit)], config, 0)
     assert len(curve) < 20
     assert curve[-1]["kl_to_champion"] > 0.3 >= max(entry["kl_to_champion"] for entry in curve[:-1])
+    assert curve[-1]["updates"] == 0.0
+
+
+def distance(policy: LanguagePolicy, champion: LanguagePolicy) -> float:
+    """An estimate of KL(policy || champion) in nats a response, from many responses."""
+    said_now = policy.respond([prompt(policy)] * 4000, seed=9)
+    sequences = [single(k, prompt(policy), tokens, True) for k, tokens in enumerate(said_now.tokens)]
+    theirs = token_log_probs(champion, EncodedTable(sequences, len(sequences)))
+    return float(np.mean(said_now.logprobs - [p.sum() for p in theirs]))
+
+
+@pytest.mark.parametrize("episodes", [2560, 512])
+def test_what_the_budget_gives_is_within_it(bandit: LanguagePolicy, tmp_path: Path, episodes: int) -> None:
+    """Also where its last updates alone went too far; and a killed run gives the same."""
+    config = ppo(episodes=episodes, rollout=128, kl_budget=0.3, learning_rate=0.003)
+    given: Any = (bandit, leans_to(bandit, "maybe"), [prompt(bandit)], config, 0)
+    student, curve = improve(*given)
+    assert curve[-1]["kl_to_champion"] > 0.3, "it went too far"
+    assert 0.0 < distance(student, bandit) < 0.4
+
+    def killed(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    kept = Checkpoint(tmp_path / "ppo", "key")
+    with pytest.raises(KeyboardInterrupt):
+        improve(*given, progress=killed, checkpoint=kept)
+    resumed, again = improve(*given, checkpoint=kept)
+    assert again == curve
+    assert all(torch.equal(p, o) for p, o in zip(parameters(resumed), parameters(student), strict=True))
+
+
+def test_patience_gives_what_the_judges_liked_best(bandit: LanguagePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the student that the second rollout showed, which the first one's updates made."""
+    q, told = fitted(bandit, "later"), iter([0.1, 0.3, 0.2, 0.2, 0.1])
+
+    def judge(self: QModel, sequences: list[Encoded]) -> list[np.ndarray]:
+        value = next(told)
+        return [np.full(1, value)] * len(sequences)
+
+    monkeypatch.setattr(QModel, "judge_values", judge)
+    q = q.with_settings(judges=1)
+    monkeypatch.setattr(QModel, "running_values", lambda self, s: leans_to(bandit, "maybe").running_values(s))
+    student, curve = improve(bandit, q, [prompt(bandit)], ppo(episodes=2560, rollout=128, judge_patience=2), 0)
+    assert [entry["judge"] for entry in curve] == pytest.approx([0.1, 0.3, 0.2, 0.2])
+    run = begin(bandit.trainable_copy(), q, ppo(episodes=2560, rollout=128), [128] * 20, 1.0, 0)
+    advance(run, q, [prompt(bandit)], ppo(episodes=2560, rollout=128), 128, 1.0, 0, None)
+    assert all(torch.equal(p, o) for p, o in zip(parameters(student), parameters(run.student), strict=True))
 
 
 @pytest.mark.parametrize("log_p, reference", [([-1.0, -2.0], [-1.5, -0.5]), ([-0.1], [-0.1])])

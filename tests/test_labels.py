@@ -253,7 +253,7 @@ def changed(frame: pd.DataFrame, rows: np.ndarray, value: float) -> pd.DataFrame
     ("part", "message"),
     [
         (None, "of 240 reported conversations in all, 0 reached outcome 'purchase' and 240 did not"),
-        ("fit", r"of \d+ reported conversations to be fitted on, 0 reached .* at least 5 of each"),
+        ("fit", r"of \d+ reported conversations to be fitted on, 0 reached .* at least 5 customers of each"),
         ("evidence", r"of \d+ reported conversations held out, 0 reached .* raise data.evidence_share"),
     ],
 )
@@ -262,6 +262,22 @@ def test_one_class_is_refused(part: str | None, message: str) -> None:
     rows = np.ones(len(frame), bool) if part is None else (frame["part"] == part).to_numpy()
     with pytest.raises(TrainingError, match=message):
         fit_outcome_classifier(changed(frame, rows, 0.0), OUTCOMES, classifier_config(), 0)
+
+
+@pytest.mark.parametrize(
+    ("alike", "message"), [("won", r"did not, of 1 and \d\d+ customers; at least 5"), ("all", "of 2 and 2 customers")]
+)
+def test_too_few_customers_for_the_folds_are_refused_however_many_conversations_they_had(
+    alike: str, message: str
+) -> None:
+    frame = frame_of(*talks(240, 1.0))
+    won = frame.groupby("conversation_id")["outcome"].transform("max") > 0
+    number = pd.factorize(frame["conversation_id"])[0]
+    few = pd.Series([f"few-{k % 2}" for k in number], index=frame.index)
+    one = frame["customer_id"].mask(won, "one")
+    frame = frame.assign(customer_id=one if alike == "won" else few)
+    with pytest.raises(TrainingError, match=message):
+        fit_outcome_classifier(frame, OUTCOMES, classifier_config(), 0)
 
 
 def test_too_few_reports_are_refused() -> None:

@@ -46,7 +46,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "q.iterations": 2,
         "q.samples": 1,
         "improve.ppo.kl_coefficient": 0.0,
-        "improve.policy_iterations": 2,
+        "rounds.last_policy_iterations": 2,
         "improve.q_iterations": 1,
         **UNGUARDED,
         "rounds.max_rounds": 2,
@@ -101,6 +101,8 @@ def test_a_finished_stage_is_not_done_again(server: None, overrides: dict[str, A
     before = load_state(config.data.root)
     folders = sorted((config.data.root / "rounds" / "0001").glob("*/stage.json"))
     assert len(folders) >= 5
+    often = [read_json(round_folder(config, k) / "improved" / "stage.json")["metrics"] for k in (0, 1)]
+    assert [one["policy_iterations"] for one in often] == [1.0, 2.0], "the last round has its own"
     times = {path: path.stat().st_mtime_ns for path in folders}
     save_state(config.data.root, before.advance(phase="train", experiment=None, rounds=before.rounds[:1], round=1))
     versions = len(registry.versions(tracking.open_tracking(config), registry.POLICY))

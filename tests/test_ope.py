@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,13 @@ from iterative_ppo.config import GateConfig, load_config
 from iterative_ppo.evaluation.bootstrap import Interval, OneMore, ratio_interval
 from iterative_ppo.evaluation.ope import BLIND, INCOMPLETE, LoggedTurns, doubly_robust, estimates, per_decision
 from iterative_ppo.evaluation.weights import NO_LOG_PROBS, support, unweighted
+from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.turn_table import to_frame
+from tasks.datasets import Dataset
+from tasks.gating import gather
+from tasks.learning import PolicyVersion, fit_q_stage
 
 WEIGHTED = ("wis", "per_decision", "doubly_robust", "doubly_robust_gain")
 
@@ -308,6 +316,31 @@ def test_far_challengers_are_refused_not_misjudged() -> None:
     q = CHAIN.q_pi(champion, GAMMA)
     cells = ope_cells(champion, improved(champion, 1.0, -1.0), q, 300, 40, 31)
     assert all(cells[name].told == 0 for name in WEIGHTED)
+
+
+# --- in the gate -----------------------------------------------------------------------------------------------------
+
+
+def test_a_q_of_the_challengers_own_that_the_log_does_not_support_is_refused_and_the_night_goes_on(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path
+) -> None:
+    outcomes, place = {"purchase": 1.0}, tmp_path / "turns" / "turns.parquet"
+    frame = to_frame(scripted[:30], outcomes, 0.4)
+    logged = frame["behaviour_logprob"].mask(turn_table.actions(frame), -3.0)
+    turn_table.write(frame.assign(behaviour_logprob=logged), place, outcomes)
+    tiny_policy.save(tmp_path / "policy")
+    policy, dataset = PolicyVersion(1, tmp_path / "policy", "script"), Dataset(0, place.parent, "md5")
+    config = load_config(
+        overrides={"data.root": tmp_path, "gate.fqe": True, "gate.samples": 1, "q.epochs": 0.5, "q.value_epochs": 0.5}
+        | {"q.effective_size_floor": 1e6, "gate.states": 20}
+    )
+    q = fit_q_stage(config, policy, dataset, tmp_path / "round")
+    evidence, _ = gather(config, policy, policy.path, q.path, dataset, tmp_path)
+    refused = evidence.estimates["fqe"]
+    assert refused.refusal is not None and "fewer than q.effective_size_floor = 1e+06" in refused.refusal
+    assert math.isnan(refused.value) and refused.left_out == evidence.certificate.conversations
+    assert evidence.estimates["q_model"].refusal == BLIND and "doubly_robust_gain" in evidence.estimates
+    assert evidence.as_dict()["estimates"]["fqe"]["value"] is None
 
 
 @pytest.mark.slow

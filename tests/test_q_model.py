@@ -27,10 +27,13 @@ from iterative_ppo.learning.q_model import SETTINGS, QModel, QSettings
 from iterative_ppo.learning.regression import Regression, Targets, regress
 from iterative_ppo.learning.rounds import corpus_q, evaluate_policy, round_of
 from iterative_ppo.learning.tiny import build_policy
+from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, Turn
 from iterative_ppo.mdp.rendering import Encoded, Span, single
 from iterative_ppo.mdp.returns import acceptance_rewards, monte_carlo, one_step_targets
 from iterative_ppo.mdp.turn_table import actions, last_rows, to_frame
+from tasks.datasets import Dataset
+from tasks.learning import PolicyVersion, fit_q_stage, initial_policy_stage
 
 torch.set_num_threads(1)
 
@@ -301,9 +304,11 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
     data = a_round(tiny_policy, scripted)
     gradients: list[torch.Tensor] = []
 
-    def record(model: torch.nn.Module, batch: Any, objective: Any, *_: Any) -> dict[str, float]:
+    def record(batch: Any, objective: Any, optimizer: torch.optim.Optimizer, *_: Any) -> dict[str, float]:
         loss = objective(batch)[0]
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.param_groups[0]["params"])])
+        )
         return {"loss": 0.0}
 
     monkeypatch.setattr("iterative_ppo.learning.regression.descend", record)
@@ -364,7 +369,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_policy: LanguagePolicy, scri
     data, q = a_round(tiny_policy, scripted[:3]), new_q(tiny_policy)
     with torch.no_grad():
         next(q.model.parameters()).fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"loss of Q is nan; lower q\.learning_rate"):
+    with pytest.raises(TrainingError, match=r"gradient is nan .*; lower q\.learning_rate"):
         regress(q, data.encoded, data.returns, how(), 0)
 
 
@@ -435,6 +440,41 @@ def test_earlier_rounds_enter_one_step_fits_alone(tiny_policy: LanguagePolicy, s
     assert equal(weights(fit_q(tiny_policy, data, [later], config)), with_them), "V is this policy's alone"
 
 
+@pytest.mark.parametrize("target", ["monte_carlo", "one_step"])
+def test_earlier_conversations_of_the_policy_itself_tell_of_its_returns(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], target: str
+) -> None:
+    data, config = a_round(tiny_policy, scripted[:30]), config_with(**{"q.target": target})
+    earlier = replace(a_round(tiny_policy, scripted[30:]), own=True)
+    later = replace(earlier, returns=1 - earlier.returns)
+    one, other = (weights(fit_q(tiny_policy, data, [replay], config)) for replay in (earlier, later))
+    assert not equal(one, other)
+
+
+def test_what_the_champion_said_before_its_challenger_was_rejected_is_not_lost(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path
+) -> None:
+    """Round 0 is all its own, round 1 an A/B test that it won."""
+    tiny_policy.save(tmp_path / "policy")
+    talks = [replace(talk, policy_version="2" if k % 4 == 3 else "1") for k, talk in enumerate(scripted[:40])]
+    turns = []
+    for number, part in enumerate((talks[:20], talks[20:])):
+        kept = [talk for talk in part if number or talk.policy_version == "1"]
+        frame = to_frame(kept, OUTCOMES, 0.3)
+        turn_table.write(frame, tmp_path / "turns" / f"round={number:04d}" / "turns.parquet", OUTCOMES)
+        turns.append(int((actions(frame) & (frame["part"] == "fit")).sum()))
+    policy, dataset = PolicyVersion(1, tmp_path / "policy"), Dataset(1, tmp_path / "turns" / "round=0001", "md5")
+    for rounds, expected in ((0, turns[1]), (1, sum(turns))):
+        changes: dict[str, Any] = {
+            "data.root": tmp_path,
+            "q.replay_rounds": rounds,
+            "q.epochs": 0.5,
+            "q.value_epochs": 0.5,
+        }
+        stage = fit_q_stage(config_with(**changes), policy, dataset, tmp_path / f"with-{rounds}")
+        assert stage.metrics["fit_turns"] == expected
+
+
 def test_the_myopic_reward_looks_no_further_than_its_turn(
     tiny_policy: LanguagePolicy, scripted: list[Conversation]
 ) -> None:
@@ -445,6 +485,12 @@ def test_the_myopic_reward_looks_no_further_than_its_turn(
     plain = config_with(**{"q.target": "monte_carlo"})
     one, other = evaluate_policy(tiny_policy, data, [data], config), evaluate_policy(tiny_policy, data, [], plain)
     assert equal(weights(one), weights(other)), "Monte Carlo of the turn's own reward, without replay"
+
+
+def test_acceptance_has_its_own_range_whatever_that_of_outcomes() -> None:
+    ends: dict[str, Any] = {"data.outcome_low": -100.0, "data.outcome_high": 100.0}
+    found = [QSettings.of(config_with(**ends, **{"improve.reward": name})) for name in ("acceptance", "outcome")]
+    assert [(one.low, one.high) for one in found] == [(0.0, 1.0), (-100.0, 100.0)]
 
 
 def test_a_round_holds_outcome_returns_and_parts(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
@@ -460,9 +506,35 @@ def test_a_round_holds_outcome_returns_and_parts(tiny_policy: LanguagePolicy, sc
 def test_the_corpus_q_is_fitted_on_the_fit_part(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
     data, config = a_round(tiny_policy, scripted), config_with(**{"q.corpus_epochs": 0.5})
     forged = replace(data, returns=np.where(data.fit, data.returns, 1 - data.returns))
-    q = weights(corpus_q(tiny_policy, data, config))
-    assert equal(weights(corpus_q(tiny_policy, forged, config)), q)
-    assert not equal(q, weights(new_q(tiny_policy)))
+    one, other = corpus_q(tiny_policy, data, config), corpus_q(tiny_policy, forged, config)
+    assert one is not None and other is not None
+    assert equal(weights(one), weights(other))
+    assert not equal(weights(one), weights(new_q(tiny_policy)))
+
+
+@pytest.mark.parametrize("assigner", ["outcome", "norm_itpo"])
+def test_a_corpus_whose_outcomes_are_all_equal_gives_no_q_and_stops_nothing(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], caplog: pytest.LogCaptureFixture, assigner: str
+) -> None:
+    data = a_round(tiny_policy, scripted)
+    lost = replace(data, reward=0 * data.reward, returns=0 * data.returns)
+    assert corpus_q(tiny_policy, lost, config_with(**{"credit.assigner": assigner})) is None
+    conversations = int((data.fit & data.last).sum())
+    assert (
+        f"no Q to start from, round 0's starts anew: all {conversations} conversations' outcomes are 0" in caplog.text
+    )
+
+
+def test_a_first_policy_is_made_anew_of_another_corpus_or_other_lessons_of_the_same_size(
+    tiny_config: Config, scripted: list[Conversation], tmp_path: Path
+) -> None:
+    parts: dict[str, dict[str, Any]] = {"data": {"root": tmp_path}, "supervised": {"epochs": 0.1}}
+    quick = {name: getattr(tiny_config, name).model_copy(update=part) for name, part in parts.items()}
+    config = tiny_config.model_copy(update=quick | {"q": tiny_config.q.model_copy(update={"corpus_epochs": 0.0})})
+    one, other, *lessons = scripted[:4], scripted[4:8], scripted[8:9], scripted[9:10]
+    given = [(one, lessons[0]), (one, lessons[0]), (other, lessons[0]), (other, lessons[1])]
+    made = [initial_policy_stage(config, corpus, "talks", more) for corpus, more in given]
+    assert [stage.done_before for stage in made] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("target", ["monte_carlo", "one_step"])

@@ -17,7 +17,7 @@ import torch
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.doubts import doubts
-from iterative_ppo.evaluation.metrics import auc, calibration, r_squared
+from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, fit_q
@@ -31,7 +31,7 @@ from iterative_ppo.report.page import render
 from iterative_ppo.report.record import RunRecord
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, fit_q_stage
-from tasks.q_report import forecast, outcome_report, q_report, write_q_report
+from tasks.q_report import forecast, judged, outcome_report, q_report, write_q_report
 
 torch.set_num_threads(1)
 BOTH = {"purchase": 1.0, "contact": 0.5}
@@ -117,6 +117,43 @@ def test_the_forecast_is_held_against_the_undiscounted_outcome(fitted: Fitted) -
     assert said["isotonic"].predicted != said["as_it_is"].predicted
 
 
+def test_a_named_outcome_of_one_class_and_a_forecast_that_cannot_be_told_are_doubted(
+    fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = ~fitted.data.fit
+    frame = fitted.frame.assign(outcome_contact=fitted.frame["outcome_contact"].mask(held, 0.0))
+    metrics = write_q_report(fitted.q, fitted.data, frame, tmp_path)
+    conversations = frame["conversation_id"][held].nunique()
+    assert f"0 of {conversations} held-out conversations reached outcome 'contact'" in caplog.text
+    assert metrics["held_out_successes_contact"] == metrics["forecast_untold"] == 0
+    talks = frame["conversation_id"][held].unique()
+    kept = frame["conversation_id"].isin(talks[:3]).to_numpy() | fitted.data.fit
+    few = replace(fitted.data, fit=~(held & kept))
+    won = frame.assign(outcome=np.where(frame["conversation_id"] == talks[0], 1.0, 0.0))
+    metrics = write_q_report(fitted.q, few, won, tmp_path)
+    assert metrics["forecast_untold"] == 1 and "1 of 3 held-out conversations reached a positive" in caplog.text
+
+
+def test_what_is_judged_is_the_calibrated_forecast_of_the_outcome_and_not_of_discounted_returns(
+    fitted: Fitted, tmp_path: Path
+) -> None:
+    metrics = write_q_report(fitted.q, fitted.data, fitted.frame, tmp_path)
+    said, bins = forecast(fitted.q, fitted.data, fitted.frame), read_json(tmp_path / "calibration.json")
+    assert judged(tmp_path) == said["isotonic"]
+    assert metrics["calibration_error"] == said["isotonic"].error
+    assert metrics["calibration_error_by_chance_95"] == said["isotonic"].chance_95
+    assert metrics["discounted_calibration_error"] == bins["error"] != said["isotonic"].error
+    (tmp_path / "forecast.json").unlink()
+    assert judged(tmp_path) == Calibration(**bins)
+
+
+def test_of_turns_that_are_paid_by_themselves_there_is_no_ending_to_forecast(fitted: Fitted, tmp_path: Path) -> None:
+    myopic = replace(fitted.data, returns=fitted.data.reward)
+    metrics = write_q_report(fitted.q, myopic, fitted.frame, tmp_path)
+    assert not (tmp_path / "forecast.json").exists() and "discounted_calibration_error" not in metrics
+    assert metrics["calibration_error"] == read_json(tmp_path / "calibration.json")["error"]
+
+
 def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     fitted: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -130,6 +167,7 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     assert "raise data.evidence_share" in caplog.text
     assert np.isnan(metrics["auc"]) and not (tmp_path / "forecast.json").exists()
     assert list(doubts({"held_out_conversations": 9.0, "held_out_successes": 4.0, "fit_turns": 50.0})) == []
+    assert list(doubts({"fit_share_beyond_iterations": 0.05, "fit_longest_conversation": 31.0})) == []
 
 
 @pytest.mark.parametrize(
@@ -137,8 +175,23 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     [
         ({"held_out_conversations": 0.0, "held_out_successes": 0.0}, "no conversation is held out"),
         ({"held_out_conversations": 7.0, "held_out_successes": 7.0}, "all 7 held-out conversations reached a positive"),
+        (
+            {"held_out_conversations": 70.0, "held_out_successes": 1.0, "forecast_untold": 1.0},
+            "1 of 70 held-out conversations reached a positive outcome, too few to hold Q against",
+        ),
+        (
+            {"held_out_conversations": 70.0, "held_out_successes": 30.0, "held_out_successes_contact": 70.0},
+            "70 of 70 held-out conversations reached outcome 'contact': the AUC of its Q cannot be told",
+        ),
+        (
+            {"fit_share_beyond_iterations": 0.12, "fit_longest_conversation": 31.0},
+            "12% of the conversations that Q was fitted to have more turns than q.iterations, up to 31",
+        ),
         ({"fit_turns": 4000.0, "fit_turns_without_logprob": 1200.0}, "1,200 of 4,000 logged suggestions have no behav"),
-        ({"fit_turns": 40.0, "fit_constant_outcomes": 1.0}, "1 named outcome is the same in all 40 turns"),
+        (
+            {"fit_turns": 40.0, "fit_constant_outcomes": 1.0},
+            "1 named outcome is the same in the conversations of all 40 turns",
+        ),
     ],
 )
 def test_every_doubt_names_its_figure_and_a_remedy(figures: dict[str, float], said: str) -> None:
@@ -178,9 +231,11 @@ def test_new_weights_need_no_new_fit(
     assert read_json(second.path / "outcomes.json")["contact"]["weight"] == 3.0
     stage(outcomes=priced, **{"q.epochs": 1.0})
     assert len(fits) == 1, "anything else that is new is a new fit"
+    stage(outcomes=priced, **{"q.epochs": 1.0, "data.outcome_high": 2.0})
+    assert len(fits) == 2, "the range of outcomes is Q's"
     stage(outcomes=BOTH, **{"q.outcome_heads": False, "data.outcome_high": 1.5})
     stage(outcomes=priced, **{"q.outcome_heads": False, "data.outcome_low": -1.0, "data.outcome_high": 3.0})
-    assert len(fits) == 3, "one head for the weighted sum knows nothing of its parts"
+    assert len(fits) == 4, "one head for the weighted sum knows nothing of its parts"
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -23,13 +23,13 @@ from iterative_ppo.learning.batching import EncodedTable, collate
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log
 from iterative_ppo.learning.improve.ppo import improve
-from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
 from iterative_ppo.learning.optimization import descend, optimizer_for, pieces
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.runtime import computing
 from iterative_ppo.learning.supervised import fine_tune
 from iterative_ppo.learning.tiny import messages
-from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.conversation import Conversation, Suggestion
 from iterative_ppo.mdp.rendering import Encoded, single
 
 torch.set_num_threads(1)
@@ -372,9 +372,7 @@ def test_bfloat16_stays_near_float32_and_log_probs_are_float32(
         optimizer, schedule = optimizer_for(student.model, 0.01, 4)
         before = [p.detach().clone() for p in student.trainable_parameters()]
         for _ in range(2):
-            optimization.take_step(
-                student.model, -student.response_log_probs(batch, np.arange(2)).sum(), optimizer, schedule
-            )
+            optimization.take_step(-student.response_log_probs(batch, np.arange(2)).sum(), optimizer, schedule)
         assert any(not torch.equal(p, q) for p, q in zip(before, student.trainable_parameters(), strict=True))
         after = student.score(table)
         assert not np.array_equal(after, score, equal_nan=True), "a changed weight is not read from a stale cast"
@@ -450,7 +448,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_llama: Path, t
             return -log_p.sum() / count, {"share": (log_p < -6.0).float().sum() / count}
 
         with computing(runtime(micro_batch_tokens=tokens)):
-            figures = descend(student.model, batch, objective, optimizer, schedule)
+            figures = descend(batch, objective, optimizer, schedule)
         return {name: p.grad for name, p in student.model.named_parameters() if p.grad is not None}, figures
 
     (whole, figures), (parts, in_parts) = step(None), step(2 * widest)
@@ -606,6 +604,22 @@ def test_a_limit_that_cuts_what_the_log_says_is_told_of(
     assert not caplog.text
     share(int(found[2]), prompt=20)
     assert re.search(r"conversations are longer than policy.max_prompt_tokens = 20", caplog.text)
+
+
+def test_a_suggestion_longer_than_the_context_is_left_out_of_what_trains(
+    talks: list[Conversation], tmp_path: Path
+) -> None:
+    path = save_model(tmp_path / "model", "gpt2", messages(talks), n_positions=64)
+    policy = LanguagePolicy.load(path, PolicySettings(0.9, 48, 16, "<|abstain|>"))
+    said = Suggestion(" ".join(["yes, of course we can"] * 40), "suggested")
+    turns = list(talks[0].turns)
+    turns[0] = replace(turns[0], suggestion=said)
+    sequences, _ = policy.renderer.encode(replace(talks[0], turns=tuple(turns)))
+    assert max(len(s.tokens) for s in sequences) <= 64
+    assert not sequences[0].spans[0].trains and any(s.spans[0].trains for s in sequences[1:])
+    score = policy.score(EncodedTable(sequences, len(turns)))
+    assert np.isnan(score[0]) and np.isfinite(score[1:]).any()
+    fine_tune(policy, sequences, load_config().supervised.model_copy(update={"epochs": 1.0}), seed=0)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

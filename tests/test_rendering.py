@@ -323,3 +323,8 @@ def test_a_conversation_that_is_too_long_falls_back_to_a_row_a_turn_and_counts_w
 def test_no_prompt_is_ever_longer_than_allowed(bpe: PreTrainedTokenizerBase, talk: Conversation, limit: int) -> None:
     renderer = chatting(bpe, CHAT, limit)
     assert all(len(prompt) <= limit for prompt in prompts(renderer, talk))
+
+
+def test_a_word_for_abstaining_that_the_tokenizer_cannot_spell_is_refused(word: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ModelError, match=r"cannot spell policy\.abstain 'nothing to say'"):
+        Renderer(word, 20, 10, "nothing to say")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+BEYOND = 0.05
+"""Share of conversations that may be longer than Q has iterations."""
+
 
 def doubts(figures: Mapping[str, float]) -> Iterator[str]:
     """Of what a fit reports (policy_evaluation.fit_q) and of Q on held-out conversations, by name."""
     yield from _one_class(figures)
+    yield from _too_few(figures)
     turns, without = (int(figures.get(f"fit_turns{name}", 0)) for name in ("", "_without_logprob"))
     if without:
         yield (
@@ -17,8 +21,15 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
     if constant := int(figures.get("fit_constant_outcomes", 0)):
         what = "1 named outcome is" if constant == 1 else f"{constant} named outcomes are"
         yield (
-            f"{what} the same in all {turns:,} turns that Q was fitted to, so Q learnt a constant; collect more "
-            "conversations, or check how outcomes are labelled"
+            f"{what} the same in the conversations of all {turns:,} turns that Q was fitted to, so Q learnt at most "
+            "how soon it comes; collect more conversations, or check how outcomes are labelled"
+        )
+
+    if (share := figures.get("fit_share_beyond_iterations", 0.0)) > BEYOND:
+        yield (
+            f"{share:.0%} of the conversations that Q was fitted to have more turns than q.iterations, up to "
+            f"{int(figures['fit_longest_conversation']):,}: what Q says of their beginnings is partly of whoever led "
+            "them; set q.iterations to the usual length of a conversation"
         )
 
 
@@ -26,8 +37,9 @@ def _one_class(figures: Mapping[str, float]) -> Iterator[str]:
     """An evidence part of which all conversations end alike."""
     if "held_out_successes" not in figures:
         return
-    conversations, successes = (int(figures[f"held_out_{name}"]) for name in ("conversations", "successes"))
+    conversations, successes = _held_out(figures)
     if 0 < successes < conversations:
+        yield from _one_class_of_an_outcome(figures, conversations)
         return
     end = "reached a positive outcome" if successes else "ended without a positive outcome"
     found = f"all {conversations:,} held-out conversations {end}" if conversations else "no conversation is held out"
@@ -35,3 +47,31 @@ def _one_class(figures: Mapping[str, float]) -> Iterator[str]:
         f"{found}: neither the AUC of Q nor a calibration of it can be told; collect more conversations, or raise "
         "data.evidence_share"
     )
+
+
+def _one_class_of_an_outcome(figures: Mapping[str, float], conversations: int) -> Iterator[str]:
+    """A named outcome that all of the evidence part reached, or none of it did."""
+    for key, successes in figures.items():
+        _, mark, name = key.partition("held_out_successes_")
+        if mark and not 0 < successes < conversations:
+            yield (
+                f"{int(successes):,} of {conversations:,} held-out conversations reached outcome {name!r}: the AUC of "
+                "its Q cannot be told; collect more conversations, or raise data.evidence_share"
+            )
+
+
+def _too_few(figures: Mapping[str, float]) -> Iterator[str]:
+    """An evidence part that ends in both ways, but too seldom for a calibration to be fitted outside each fold."""
+    conversations, successes = _held_out(figures)
+    if figures.get("forecast_untold") and 0 < successes < conversations:
+        yield (
+            f"{successes:,} of {conversations:,} held-out conversations reached a positive outcome, too few "
+            "to hold Q against how they ended: five conversations, and outcomes that differ also without a fifth of "
+            "them, are needed; collect more conversations, or raise data.evidence_share"
+        )
+
+
+def _held_out(figures: Mapping[str, float]) -> tuple[int, int]:
+    """Conversations, and those with a positive outcome."""
+    conversations, successes = (int(figures.get(f"held_out_{name}", 0)) for name in ("conversations", "successes"))
+    return conversations, successes

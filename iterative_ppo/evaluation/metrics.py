@@ -41,9 +41,12 @@ def calibration(
 ) -> Calibration:
     """Expected calibration error over equal-mass bins, and its 95th percentile were the prediction perfect.
 
+    Under the null a conversation's outcomes are drawn anew together: where all are 0 or 1, each succeeds where one
+    uniform number a conversation is below the prediction; any others err as far as they did, on a side drawn for the
+    conversation (the wild bootstrap by cluster of Cameron, Gelbach and Miller 2008).
+
     Args:
-        predicted: (N,) in [0, 1]. observed: (N,). group: (N,) conversation ids: under the null each conversation
-            draws one uniform number, so that its turns succeed or fail together.
+        predicted: (N,) in [0, 1]. observed: (N,). group: (N,) conversation ids.
     """
     edges = np.quantile(predicted, np.linspace(0, 1, bins + 1)[1:-1])
     place = np.searchsorted(edges, predicted, side="right")
@@ -58,7 +61,14 @@ def calibration(
 
     rng = np.random.default_rng(seed)
     _, unit = np.unique(group, return_inverse=True)
-    null = [error((rng.random(unit.max() + 1)[unit] < predicted).astype(float)) for _ in range(draws)]
+    units, succeeds_or_fails = int(unit.max()) + 1, bool(np.isin(observed, (0.0, 1.0)).all())
+
+    def drawn() -> np.ndarray:
+        if succeeds_or_fails:
+            return (rng.random(units)[unit] < predicted).astype(float)
+        return predicted + rng.choice((-1.0, 1.0), units)[unit] * (observed - predicted)
+
+    null = [error(drawn()) for _ in range(draws)]
     return Calibration(
         means(predicted).tolist(),
         means(observed).tolist(),

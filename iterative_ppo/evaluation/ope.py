@@ -157,6 +157,12 @@ def estimates(
     return {estimate.name: estimate for estimate in found}
 
 
+def untold(name: str, conversations: int, reason: str) -> Estimate:
+    """One that could not be made of any of the conversations."""
+    nan = float("nan")
+    return Estimate(name, nan, nan, nan, unweighted(0), conversations, reason)
+
+
 def per_decision(turns: LoggedTurns) -> np.ndarray:
     """(C,) V_i = rho_i (r_i + gamma V_{i+1}) at the start."""
     return backward_recursion(turns.ratio * turns.reward, turns.gamma * turns.ratio, turns.last)[turns.first]

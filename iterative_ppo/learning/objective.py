@@ -15,9 +15,16 @@ def head_weights(config: Config) -> dict[str, float]:
 
 
 def head_range(config: Config) -> tuple[float, float]:
-    """Least and greatest value of a head: of each outcome, or of what credited rewards may sum to."""
+    """Least and greatest value of a head: of each outcome, of acceptance, or of what credited rewards may come to.
+
+    ITPO's are normalised so that what is to come of them is within 1 (credit/rewards.py:token_rewards), but without
+    discount: with it, early rewards weigh more than later ones of the other sign that make up for them, and a return of
+    T turns may be as far from 0 as 2 - gamma^(T - 1).
+    """
+    if config.improve.reward == "acceptance":
+        return 0.0, 1.0
     if config.credit.assigner == "itpo":
-        return -1.0, 1.0  # credit/rewards.py:token_rewards
+        return -2.0, 2.0
     if config.credit.assigner == "norm_itpo":
         low, high = outcome_range(config)
         return min(0.0, low), max(0.0, high)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from iterative_ppo.errors import Diverged, TrainingError
 from iterative_ppo.learning import distributed, runtime, sharding
 from iterative_ppo.learning.batching import Batch
 
@@ -27,20 +30,27 @@ def optimizer_for(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+@contextmanager
+def set_by(rate: str) -> Iterator[None]:
+    """For a block, an error of updates that diverge names the setting that their rate is from."""
+    try:
+        yield
+    except Diverged as error:
+        raise TrainingError(f"{error}; lower {rate}") from None
+
+
 def take_step(
-    model: torch.nn.Module,
     loss: torch.Tensor,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> float:
-    """One update with the gradient clipped at norm 1. Returns the norm before clipping."""
+    """One update with the gradient clipped at norm 1. Returns the norm before clipping; raises Diverged, as descend."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    return _update(model, optimizer, schedule)
+    return _update(optimizer, schedule)
 
 
 def descend(
-    model: torch.nn.Module,
     batch: Batch,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -54,7 +64,8 @@ def descend(
             piece may hold a sequence without spans.
 
     Returns the sums of the figures, of the loss, and the gradient's norm before it was clipped at 1; the same in every
-    process, and up to rounding the same however many there are.
+    process, and up to rounding the same however many there are. Raises Diverged, with nothing changed, where the
+    gradient is not a number.
     """
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, torch.Tensor] = {}
@@ -63,19 +74,24 @@ def descend(
         loss.backward()
         for name, value in {"loss": loss, **figures}.items():
             totals[name] = totals.get(name, torch.zeros(())) + value.detach().double().cpu()
-    distributed.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
-    norm = _update(model, optimizer, schedule)
-    values = distributed.summed(torch.stack(list(totals.values())).to(next(model.parameters()).device))
+    distributed.sum_gradients(_parameters(optimizer))
+    norm = _update(optimizer, schedule)
+    values = distributed.summed(torch.stack(list(totals.values())).to(_parameters(optimizer)[0].device))
     return dict(zip(totals, values.tolist(), strict=True)) | {"gradient_norm": norm}
 
 
-def _update(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
-) -> float:
-    norm = sharding.full(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+def _update(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> float:
+    """The model may hold other gradients, such as those of an adapter that was trained before: they do not count."""
+    norm = float(sharding.full(torch.nn.utils.clip_grad_norm_(_parameters(optimizer), 1.0)))
+    if not math.isfinite(norm):
+        raise Diverged(f"training diverged: its gradient is {norm} at a learning rate of {schedule.get_last_lr()[0]:g}")
     optimizer.step()
     schedule.step()
-    return float(norm)
+    return norm
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def pieces(batch: Batch, tokens: int | None) -> list[Batch]:

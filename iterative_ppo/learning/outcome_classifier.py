@@ -99,8 +99,8 @@ def fit_outcome_classifier(
         frame: turn table of conversations that are whole, all of them with a reported outcome.
 
     The metrics are, for each outcome: held-out precision, recall, AUC and cost a conversation, and the threshold.
-    Raises TrainingError, with the figure and a remedy, where there are too few, or where an outcome is the same in all
-    conversations or in all held-out ones.
+    Raises TrainingError, with the figure and a remedy, where there are too few, where an outcome is the same in all
+    conversations or in all held-out ones, or where too few customers reached it or missed it.
     """
     talks = _Talks.of(frame, tuple(outcomes))
     if len(talks.texts) < config.reported_at_least:
@@ -115,7 +115,7 @@ def fit_outcome_classifier(
     heads, metrics = [], {"classifier_fit": float(len(fit)), "classifier_held_out": float(talks.held.sum())}
     for k, name in enumerate(talks.outcomes):
         won = talks.values[:, k] > 0
-        _check_classes(won, talks.held, name)
+        _check_classes(won, talks, name)
         model, threshold = _head(words, won[fit], talks.customer[fit], config, seed)
         heads.append((model.coef_[0], model.intercept_[0], threshold, talks.values[won & ~talks.held, k].mean()))
         score = model.predict_proba(vectorizer.transform([talks.texts[i] for i in np.flatnonzero(talks.held)]))[:, 1]
@@ -150,15 +150,19 @@ class _Talks:
         )
 
 
-def _check_classes(won: np.ndarray, held: np.ndarray, name: str) -> None:
-    parts = (("in all", won, 1), ("to be fitted on", won[~held], FOLDS), ("held out", won[held], 1))
+def _check_classes(won: np.ndarray, talks: _Talks, name: str) -> None:
+    """Each fold leaves some customers out, so it is customers of both classes that must be enough."""
+    everywhere = np.ones(len(won), bool)
+    parts = (("in all", everywhere, 1), ("to be fitted on", ~talks.held, FOLDS), ("held out", talks.held, 1))
     for where, rows, least in parts:
-        if min(rows.sum(), (~rows).sum()) < least:
+        reached, missed = rows & won, rows & ~won
+        customers = [len(set(talks.customer[chosen])) for chosen in (reached, missed)]
+        if min(customers) < least:
             remedy = "raise data.evidence_share or report more" if where == "held out" else "report more of both"
             raise TrainingError(
-                f"labels.kind classifier: of {len(rows)} reported conversations {where}, {int(rows.sum())} reached "
-                f"outcome {name!r} and {int((~rows).sum())} did not; at least {least} of each are needed: {remedy}, or "
-                "set labels.kind to reported or rule"
+                f"labels.kind classifier: of {rows.sum()} reported conversations {where}, {reached.sum()} reached "
+                f"outcome {name!r} and {missed.sum()} did not, of {customers[0]} and {customers[1]} customers; at "
+                f"least {least} customers of each are needed: {remedy}, or set labels.kind to reported or rule"
             )
 
 

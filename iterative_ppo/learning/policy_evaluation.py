@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import SupportError, TrainingError, TurnTableError
+from iterative_ppo.errors import NothingToLearn, SupportError, TrainingError, TurnTableError
 from iterative_ppo.learning.batching import EncodedTable
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
@@ -27,6 +27,7 @@ class Round:
         reward, returns: (N,) r_i and G_i of the weighted outcome. last: (N,) last rows. fit: (N,) not held out.
         behaviour: (N,) log b(a_i | s_i) as logged, NaN where unknown; None where no row knows it.
         assigner: what made `reward`, the outcome or a credit assigner.
+        own: of a round of replay, whether the policy itself collected it, as where its challenger was rejected since.
         outcome_rewards, outcome_returns: (N, K) the same of each named outcome, where Q has a head for each.
     """
 
@@ -39,6 +40,7 @@ class Round:
     outcome_rewards: np.ndarray | None = None
     outcome_returns: np.ndarray | None = None
     assigner: str = "outcome"
+    own: bool = False
 
     @property
     def head_rewards(self) -> np.ndarray:
@@ -67,18 +69,19 @@ def fit_q(
     """Line 5 of Algorithm 1: Q^pi from conversations of pi, and, where the estimator takes them, of other policies.
 
     Args:
-        replay: conversations of other policies.
+        replay: earlier conversations, of other policies or, where they say so, of the policy itself.
         start: the previous round's Q, for a warm start; of one with other heads the trunk alone. None starts from the
             policy's backbone, as lstd_q always does.
 
     The result's `report` says how many turns it was fitted on, how many lack a behaviour log-prob, and their effective
-    sample size. Raises TrainingError where the outcomes are all equal or the log does not support the estimator,
-    TurnTableError where a log-prob is above 0.
+    sample size. Raises TrainingError where no row can be fitted, the outcomes are all equal or the log does not support
+    the estimator, TurnTableError where a log-prob is above 0 or infinite.
     """
     estimator, settings = estimator_of(config.q), QSettings.of(config)
-    rounds = [current] if estimator.own_only else [current, *replay]
+    rounds = [current, *(r for r in replay if r.own or not estimator.own_only)]
     data = transitions(policy, rounds, estimator, settings)
-    report = checked(data, estimator, config.q.effective_size_floor, len(settings.outcomes))
+    by_turn = current.assigner != "outcome" or config.improve.reward == "acceptance"
+    report = checked(data, estimator, config.q.effective_size_floor, len(settings.outcomes), by_turn)
     weights = bootstrap_weights(data.last, settings, config.seed)
     log = Log(policy, [r.encoded for r in rounds], config.q, config.seed, weights, progress)
     q = _first(None if config.q.target == "lstd_q" else start, policy, settings, config.seed)
@@ -96,64 +99,84 @@ def _first(start: QModel | None, policy: LanguagePolicy, settings: QSettings, se
 def transitions(
     policy: LanguagePolicy, rounds: Sequence[Round], estimator: Estimator, settings: QSettings
 ) -> Transitions:
-    """The rounds' turns, flat; the first round is the policy's own. Ratios where the estimator is off-policy."""
+    """The rounds' turns, flat; the first round is the policy's own in any case. Ratios for off-policy estimators."""
     members = settings.members + settings.judges
     ratios = [log_ratios(policy, r) if estimator.off_policy else np.full(len(r.last), np.nan) for r in rounds]
     return Transitions(
         reward=np.tile(np.concatenate([r.head_rewards for r in rounds]), (1, members)),
         returns=np.tile(np.concatenate([r.head_returns for r in rounds]), (1, members)),
         last=np.concatenate([r.last for r in rounds]),
-        own=np.concatenate([np.full(len(r.last), k == 0) for k, r in enumerate(rounds)]),
+        own=np.concatenate([np.full(len(r.last), k == 0 or r.own) for k, r in enumerate(rounds)]),
         fit=np.concatenate([r.fit for r in rounds]),
-        logged=np.concatenate([_logged(r.encoded) for r in rounds]),
+        logged=np.concatenate([logged_rows(r.encoded) for r in rounds]),
         log_ratio=np.concatenate(ratios),
         gamma=settings.gamma,
     )
 
 
-def _logged(encoded: EncodedTable) -> np.ndarray:
-    """(N,) rows whose action was logged."""
+def logged_rows(encoded: EncodedTable) -> np.ndarray:
+    """(N,) bool: rows whose action was logged and may train."""
     logged = np.zeros(encoded.rows, bool)
     logged[[span.row for s in encoded.sequences for span in s.spans if span.trains]] = True
     return logged
 
 
 def log_ratios(policy: LanguagePolicy, data: Round) -> np.ndarray:
-    """(N,) log rho_i over whole responses, NaN where the behaviour's log-prob is unknown.
+    """(N,) log rho_i over whole responses: NaN where the behaviour's log-prob is unknown, -inf where pi never says it.
 
-    Raises TurnTableError where one is above 0.
+    Raises TurnTableError where a logged one is above 0, or -inf: what was said had a probability.
     """
     if data.behaviour is None:
         return np.full(len(data.last), np.nan)
-    if (above := np.flatnonzero(data.behaviour > LOGPROB_ROUNDING)).size:
+    wrong = np.flatnonzero((data.behaviour > LOGPROB_ROUNDING) | np.isneginf(data.behaviour))
+    if wrong.size:
         raise TurnTableError(
-            f"row {above[0]}: behaviour_logprob is {data.behaviour[above[0]]:g}, expected at most 0 "
-            f"({above.size} such rows); log probabilities are natural logarithms, summed over a response's tokens"
+            f"row {wrong[0]}: behaviour_logprob is {data.behaviour[wrong[0]]:g}, expected finite and at most 0 "
+            f"({wrong.size} such rows); log probabilities are natural logarithms, summed over a response's tokens"
         )
     return policy.score(data.encoded) - data.behaviour
 
 
 def effective_size(log_ratio: np.ndarray) -> float:
-    """(sum rho)^2 / sum rho^2 over rows with a known ratio (Kish): how many rows of pi's own they are worth."""
-    known = log_ratio[np.isfinite(log_ratio)]
-    rho = np.exp(known - known.max()) if len(known) else np.zeros(1)
-    return float(rho.sum() ** 2 / max((rho**2).sum(), 1e-300))
+    """(sum rho)^2 / sum rho^2 over rows with a known ratio (Kish): how many rows of pi's own they are worth.
+
+    What pi never says, log ratio -inf, is worth nothing.
+    """
+    known = log_ratio[~np.isnan(log_ratio)]
+    top = known.max(initial=-np.inf)
+    if np.isneginf(top):
+        return 0.0
+    rho = np.exp(known - top)
+    return float(rho.sum() ** 2 / (rho**2).sum())
 
 
-def checked(data: Transitions, estimator: Estimator, effective_size_floor: float, outcomes: int) -> dict[str, float]:
-    """Figures of what is to be fitted. Raises TrainingError, with the figure and a remedy, where it teaches no Q^pi."""
+def checked(
+    data: Transitions, estimator: Estimator, effective_size_floor: float, outcomes: int, by_turn: bool = False
+) -> dict[str, float]:
+    """Figures of what is to be fitted. Raises TrainingError, with the figure and a remedy, where it teaches no Q^pi.
+
+    Outcomes are compared by conversation and without discount: where all are equal, returns differ by length alone, and
+    Q would learn how soon a conversation ends.
+
+    Args:
+        outcomes: heads of one member. by_turn: whether turns are paid each by itself (a credit assigner's rewards,
+            acceptance), so that their returns are what must differ.
+    """
     rows = data.fit & data.logged
     mine = rows if estimator.off_policy else rows & data.own
-    known = rows & np.isfinite(data.log_ratio)
+    known = rows & ~np.isnan(data.log_ratio)
     figures = {"fit_turns": float(rows.sum())}
-    if mine.any():
-        constant = np.ptp(data.returns[mine], axis=0) == 0
-        if constant.all():
-            raise TrainingError(
-                f"all {mine.sum()} returns are {data.returns[mine][0, 0]:g}: no outcome differs, so Q has nothing to "
-                "learn; collect more conversations, or check how outcomes are labelled"
-            )
-        figures["fit_constant_outcomes"] = float(constant[:outcomes].sum())
+    if not mine.any():
+        whose = "" if estimator.off_policy else " of the policy's own"
+        raise NothingToLearn(
+            f"none of {data.logged.sum()} logged suggestions is in the fit part{whose}: Q has nothing to be fitted to; "
+            "collect more conversations with logged suggestions, or lower data.evidence_share"
+        )
+    figures["fit_constant_outcomes"] = float(_alike(data, mine, outcomes, by_turn))
+    if estimator.iterations is not None:
+        turns = np.bincount(data.conversation)[np.unique(data.conversation[mine])] - 1
+        figures["fit_longest_conversation"] = float(turns.max())
+        figures["fit_share_beyond_iterations"] = float((turns > estimator.iterations).mean())
     if not estimator.off_policy:
         return figures
     figures["fit_turns_without_logprob"] = float(rows.sum() - known.sum())
@@ -171,6 +194,20 @@ def checked(data: Transitions, estimator: Estimator, effective_size_floor: float
                 "policy, or set q.target to one_step"
             )
     return figures
+
+
+def _alike(data: Transitions, rows: np.ndarray, outcomes: int, by_turn: bool) -> int:
+    """How many heads of a member learn of nothing that differs in some rows. Raises NothingToLearn where all do."""
+    told = data.returns[rows] if by_turn else data.outcomes[np.unique(data.conversation[rows])]
+    constant = np.ptp(told, axis=0) <= 1e-9 * np.abs(told).max(axis=0)
+    if constant.all():
+        what = "returns of turns" if by_turn else "conversations' outcomes"
+        found = ", ".join(f"{value:g}" for value in told[0, :outcomes])
+        raise NothingToLearn(
+            f"all {len(told)} {what} are {found}: no outcome differs, so Q has nothing to learn but how soon they "
+            "come; collect more conversations, until some end otherwise, or check how outcomes are labelled"
+        )
+    return int(constant[:outcomes].sum())
 
 
 def bootstrap_weights(last: np.ndarray, settings: QSettings, seed: int) -> np.ndarray | None:

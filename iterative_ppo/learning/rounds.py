@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,18 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config, ImproveConfig
-from iterative_ppo.errors import SupportError, TrainingError
+from iterative_ppo.errors import NothingToLearn, TrainingError
 from iterative_ppo.learning.batching import encode
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit import credited
+from iterative_ppo.learning.estimators.monte_carlo import MonteCarlo
 from iterative_ppo.learning.improve import group_trainers, ppo
 from iterative_ppo.learning.improve.best_of_n import improve_by_best
 from iterative_ppo.learning.improve.episodes import check_prompts
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, turn_advantages
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.objective import head_weights
-from iterative_ppo.learning.policy_evaluation import Round, fit_q
+from iterative_ppo.learning.policy_evaluation import Round, checked, fit_q, transitions
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.regression import Regression, regress
 from iterative_ppo.learning.sequences import Prompts
@@ -30,6 +32,7 @@ from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import acceptance_rewards, discounted_returns, rewards
 from iterative_ppo.mdp.turn_table import conversations, last_rows, outcome_columns
 
+_LOG = logging.getLogger(__name__)
 LEFT_OUT = "iteration_left_out"
 
 
@@ -90,10 +93,20 @@ class Improvement:
     report: dict[str, float] = field(default_factory=dict)
 
 
-def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Progress | None = None) -> QModel:
-    """A first Q from the outcomes of the corpus that pi_0 was cloned from: a start for round 0's, never used itself."""
+def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Progress | None = None) -> QModel | None:
+    """A first Q from the outcomes of the corpus that pi_0 was cloned from: a start for round 0's, never used itself.
+
+    None, with a warning, where they teach none: round 0's then starts from the policy's backbone.
+    """
+    settings, alone = QSettings.of(config), MonteCarlo()
+    try:
+        data, by_turn = transitions(policy, [corpus], alone, settings), config.improve.reward == "acceptance"
+        checked(data, alone, config.q.effective_size_floor, len(settings.outcomes), by_turn)
+    except NothingToLearn as error:
+        _LOG.warning("the corpus of the first policy gives no Q to start from, round 0's starts anew: %s", error)
+        return None
     corpus = credited(policy, corpus, [], config, progress).current
-    q = QModel.from_policy(policy, QSettings.of(config), config.seed)
+    q = QModel.from_policy(policy, settings, config.seed)
     how = Regression(config.q.corpus_epochs, config.q.learning_rate, 2 * config.q.batch_size, config.q.running_weight)
     regress(q, corpus.encoded, corpus.fit_returns, how, config.seed, progress)
     return q
@@ -137,7 +150,8 @@ def improve_policy(
     then has LEFT_OUT, which iteration that was.
 
     Args:
-        behaviour: (N,) log-probs of the logged actions as sampled, NaN where unknown.
+        behaviour: (N,) log-probs of the logged actions that the logged pass goes by, NaN in rows it may not learn from;
+            later Qs know those of `current` alone.
         checkpoint: where a killed improvement goes on from.
 
     Raises TrainingError where the logged pass or a later Q would learn from other rewards than Q was fitted to, and
@@ -158,8 +172,8 @@ def improve_policy(
     for number in range(1, 1 + iterations):
         if number > 1:
             try:
-                q = _q_of_student(student, replace(current, behaviour=behaviour), config, q, progress)
-            except SupportError:
+                q = _q_of_student(student, current, config, q, progress)
+            except NothingToLearn:
                 report[LEFT_OUT] = float(number)
                 break
             report |= {f"iteration_{number}_{name}": value for name, value in q.report.items()}
@@ -176,7 +190,7 @@ def improve_policy(
 def _q_of_student(
     student: LanguagePolicy, current: Round, config: Config, start: QModel, progress: Progress | None
 ) -> QModel:
-    """Q of a policy that has no conversations of its own yet, from those of another. Raises SupportError."""
+    """Q of a policy that has no conversations of its own yet, from those of another. Raises NothingToLearn."""
     fitted = {"target": "fqe", "iterations": config.improve.q_iterations}
     off_policy = config.model_copy(update={"q": config.q.model_copy(update=fitted)})
     return evaluate_policy(student, current, [], off_policy, start, progress)

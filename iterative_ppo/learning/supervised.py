@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import SupervisedConfig
@@ -66,6 +67,7 @@ def fine_tune(
             max_length=None,
             train_sampling_strategy="group_by_length",
             logging_strategy="no",
+            logging_nan_inf_filter=False,  # which would count such a loss as the mean of the others
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -86,8 +88,8 @@ def fine_tune(
         )
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
-    if not np.isfinite(loss):
-        raise TrainingError(f"supervised loss is {loss}; lower supervised.learning_rate")
+    if not np.isfinite(loss) or not all(torch.isfinite(p).all() for p in student.trainable_parameters()):
+        raise TrainingError(f"supervised fine-tuning diverged (loss {loss}); lower supervised.learning_rate")
     return student, {"loss": float(loss)}
 
 

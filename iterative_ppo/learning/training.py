@@ -61,7 +61,7 @@ def train(
         curve = values["curve"]
         resume_schedule(schedule, len(curve))
     for batch in islice(batches, len(curve), None):
-        curve.append(descend(trainee.model, batch, objective, optimizer, schedule))
+        curve.append(descend(batch, objective, optimizer, schedule))
         if after_step:
             after_step()
         if checkpoint and (len(curve) % checkpoint.every == 0 or len(curve) == steps):

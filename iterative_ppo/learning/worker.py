@@ -18,7 +18,7 @@ import torch
 
 from iterative_ppo import errors
 from iterative_ppo.config import RuntimeConfig
-from iterative_ppo.errors import IterativePPOError, TrainingError
+from iterative_ppo.errors import IterativePPOError, WorkerLost
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning import distributed
 from iterative_ppo.learning.jobs import Job, Result
@@ -32,7 +32,7 @@ _STEP = "step"
 def do(job: Job[Result], folder: Path, progress: Progress | None = None) -> Result:
     """Do a job in as many processes as `runtime.processes` says, and leave its result in `folder`.
 
-    Raises what the job raises, in whichever process, and TrainingError where a process dies.
+    Raises what the job raises, in whichever process, and WorkerLost where a process dies.
     """
     if job.config.runtime.processes == 1:
         result = job.run(progress)
@@ -95,7 +95,7 @@ def _error(scratch: Path, code: int, said: str) -> IterativePPOError:
     of_others = ("onnection", "ChildFailed")  # what the other processes say of it
     telling = [line for line in errors_said if not any(word in line for word in of_others)] or errors_said
     reason = telling[0][:300] if telling else "it said no more; is there memory enough?"
-    return TrainingError(f"a training process ended with exit code {code}: {reason}")
+    return WorkerLost(f"a training process ended with exit code {code}: {reason}")
 
 
 def work(scratch: Path) -> None:

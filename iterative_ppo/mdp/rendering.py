@@ -54,7 +54,8 @@ class Prompt:
 class Span:
     """Where a turn lies in a sequence: the response (with its end of sequence) is tokens[start:end].
 
-    V(s) is read at start - 1, Q(s, a) at end - 1. `trains` is False where the suggestion was not logged.
+    V(s) is read at start - 1, Q(s, a) at end - 1. `trains` is False where the suggestion was not logged, or is longer
+    than the policy could read.
     """
 
     row: int
@@ -84,7 +85,8 @@ class Renderer:
     `eos` ends a response: the token with which the chat template ends an assistant's turn, else the end of sequence.
     `ordinary` are the ids of tokens that are not special.
 
-    Raises ModelError where the tokenizer has no end of sequence, or its chat template fails on a plain conversation.
+    Raises ModelError where the tokenizer has no end of sequence or cannot spell `abstain`, or its chat template fails
+    on a plain conversation.
     """
 
     def __init__(
@@ -107,6 +109,12 @@ class Renderer:
         self.eos: int = self._end_of_turn() if tokenizer.chat_template else tokenizer.eos_token_id
         adds_first = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         self._first: tuple[int, ...] = (tokenizer.bos_token_id,) if adds_first else ()
+        written: Any = tokenizer.decode(list(self.ids(abstain)))
+        if abstain not in written:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: its tokens cannot spell policy.abstain {abstain!r}, and read it back as "
+                f"{written!r}; choose one in its alphabet"
+            )
 
     def _end_of_turn(self) -> int:
         """The special token after an assistant's message; some templates do not end it with the tokenizer's own."""
@@ -217,7 +225,7 @@ class Renderer:
             truncated += prompt.truncated_turns
             action = _action_of(conversation.turns[i])
             pieces.append((first_row + i, prompt.tokens, self.response(action), action.status != "missing"))
-        return (shared(pieces, self.max_tokens) or [single(*piece) for piece in pieces]), truncated
+        return (shared(pieces, self.max_tokens) or [within(self.max_tokens, *piece) for piece in pieces]), truncated
 
 
 def _action_of(turn: Turn) -> Suggestion:
@@ -228,6 +236,12 @@ def _action_of(turn: Turn) -> Suggestion:
 def single(row: int, prompt: tuple[int, ...], response: tuple[int, ...], trains: bool) -> Encoded:
     """One turn as a sequence of its own."""
     return Encoded(prompt + response, (Span(row, len(prompt), len(prompt) + len(response), trains),))
+
+
+def within(limit: int, row: int, prompt: tuple[int, ...], response: tuple[int, ...], trains: bool) -> Encoded:
+    """One turn as a sequence of at most `limit` tokens; a suggestion that is cut for it never trains."""
+    room = limit - len(prompt)
+    return single(row, prompt, response[:room], trains and len(response) <= room)
 
 
 def shared(

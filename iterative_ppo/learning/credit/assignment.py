@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import NothingToLearn, TrainingError
 from iterative_ppo.learning.batching import step_count
 from iterative_ppo.learning.credit.process_reward import Scored, fit
 from iterative_ppo.learning.credit.rewards import turn_rewards
@@ -46,7 +46,8 @@ def credited(
     Norm-ITPO's turn reward holds the conversation's outcome, so it depends on who went on speaking: conversations of
     other policies then teach nothing of this one's Q, and `replay` is left out.
 
-    Raises TrainingError where the fit part's outcomes are all equal or out of range, or it holds no logged suggestion.
+    Raises NothingToLearn where the fit part's outcomes are all equal or it holds no logged suggestion, TrainingError
+    where they are out of range.
     """
     c = config.credit
     if c.assigner == "outcome":
@@ -108,12 +109,12 @@ def _check(outcome: np.ndarray, rows: int, assigner: str, low_high: tuple[float,
     """The outcomes to learn from, of the fit part's conversations with a logged suggestion."""
     remedy = "or set credit.assigner to outcome"
     if not len(outcome):
-        raise TrainingError(
+        raise NothingToLearn(
             f"none of the {rows} rows of the fit part holds a logged suggestion, whose tokens credit.assigner "
             f"{assigner} scores; log what was suggested, {remedy}"
         )
     if np.ptp(outcome) == 0:
-        raise TrainingError(
+        raise NothingToLearn(
             f"all {len(outcome)} outcomes of the fit part are {outcome[0]:g}: none differs, so credit.assigner "
             f"{assigner} cannot tell which turns matter; collect more conversations, or check how outcomes are labelled"
         )

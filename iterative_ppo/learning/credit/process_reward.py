@@ -17,6 +17,7 @@ from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.batching import Batch, collate, inference_batches
 from iterative_ppo.learning.credit.rewards import Turns
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
+from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.training import Progress, train
@@ -129,5 +130,6 @@ def fit(
         weight = torch.from_numpy(pull[owner[places[said]]]).to(log_p)
         return (weight * log_p[torch.from_numpy(said).to(log_p.device)]).sum(), {}
 
-    train(phi, drawn(), len(batches), objective, config.learning_rate, progress, after_step=after_step)
+    with set_by("credit.learning_rate"):
+        train(phi, drawn(), len(batches), objective, config.learning_rate, progress, after_step=after_step)
     return losses

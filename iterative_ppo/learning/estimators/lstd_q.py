@@ -19,6 +19,7 @@ class LSTDQ:
 
     ridge: float
     own_only = False
+    iterations = None
     needs_ratios = False
     off_policy = True
 

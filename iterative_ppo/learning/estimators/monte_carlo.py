@@ -12,6 +12,7 @@ class MonteCarlo:
     """E[G | s, a] of pi's own conversations: unbiased without any bootstrap, and of the greatest variance."""
 
     own_only = True
+    iterations = None
     needs_ratios = False
     off_policy = False
 

@@ -17,6 +17,7 @@ class OneStep:
     """
 
     own_only = False
+    iterations = None
     needs_ratios = False
     off_policy = False
 

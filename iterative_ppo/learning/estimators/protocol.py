@@ -21,7 +21,8 @@ class Transitions:
     Attributes:
         reward: (N, H) r_i. returns: (N, H) G_i. last: (N,) last rows of conversations, which are terminal.
         own: (N,) rows of pi's own conversations. fit: (N,) rows that may be learnt from. logged: (N,) with an action.
-        log_ratio: (N,) log rho_i = log pi(a_i | s_i) - log b(a_i | s_i), NaN where not known.
+        log_ratio: (N,) log rho_i = log pi(a_i | s_i) - log b(a_i | s_i), NaN where not known, -inf where pi never
+            says it.
     """
 
     reward: np.ndarray
@@ -40,6 +41,16 @@ class Transitions:
     def of_own(self, values: np.ndarray) -> np.ndarray:
         """(N, H) values of pi's own rows among them: what tells of Q^pi without a correction."""
         return np.where((self.fit & self.own)[:, None], values, np.nan)
+
+    @property
+    def conversation(self) -> np.ndarray:
+        """(N,) number of each row's conversation, 0 to C - 1."""
+        return np.cumsum(self.last) - self.last
+
+    @property
+    def outcomes(self) -> np.ndarray:
+        """(C, H) what each conversation's rewards sum to, without discount."""
+        return np.stack([np.bincount(self.conversation, column) for column in self.reward.T], axis=1)
 
     @property
     def behaviour_returns(self) -> np.ndarray:
@@ -98,6 +109,10 @@ class Estimator(Protocol):
     @property
     def own_only(self) -> bool:
         """Whether it learns from pi's own conversations alone."""
+
+    @property
+    def iterations(self) -> int | None:
+        """How often it is fitted to targets from itself, at least once a turn of a conversation; None where never."""
 
     @property
     def needs_ratios(self) -> bool:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import BestOfNConfig
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
-from iterative_ppo.learning.improve.episodes import RewardModel, check_prompts
+from iterative_ppo.learning.improve.episodes import SAME_REWARD, RewardModel, check_prompts
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.sequences import Answered, Prompts
 from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.rendering import single
@@ -45,8 +46,8 @@ def improve_by_best(
 ) -> tuple[LanguagePolicy, Curve]:
     """A copy of `policy` moved towards what Q prefers of its own responses, and its curve. Zero epochs change nothing.
 
-    Raises TrainingError where there is no prompt, or Q is not a number or the same for every response; ModelError where
-    a prompt is longer than the model's context.
+    Raises TrainingError where there is no prompt, Q is not a number or the same for all responses to every prompt, or
+    the pass diverges; ModelError where a prompt is longer than the model's context.
     """
     if not config.epochs:
         return policy, []
@@ -61,9 +62,8 @@ def improve_by_best(
         return -log_p.sum() / usual, {}
 
     batches = training_batches(liked, config.batch_size, config.epochs, policy.pad, np.random.default_rng(seed))
-    curve = train(student, batches, steps, objective, config.learning_rate, progress, checkpoint)
-    if not np.isfinite(curve[-1]["loss"]):
-        raise TrainingError("the sampled pass diverged; lower improve.best_of_n.learning_rate")
+    with set_by("improve.best_of_n.learning_rate"):
+        curve = train(student, batches, steps, objective, config.learning_rate, progress, checkpoint)
     return student, curve
 
 
@@ -82,7 +82,7 @@ def _choose(
     """
     surer, rng = policy.at(config.temperature * policy.settings.temperature), np.random.default_rng(seed)
     chosen: list[tuple[int, ...]] = []
-    low, high = np.inf, -np.inf
+    spread, largest = 0.0, 0.0
     for number, begin in enumerate(range(0, len(prompts), PROMPTS)):
         kept = checkpoint and checkpoint.beside(f"chosen-{number}")
         block = kept and _kept_block(kept, rng)
@@ -93,19 +93,19 @@ def _choose(
             if progress:
                 progress(begin + len(block.responses), len(prompts))
         chosen += block.responses
-        low, high = min(low, block.low), max(high, block.high)
-    if high - low <= 1e-6 * max(abs(low), abs(high)):
-        raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
+        spread, largest = max(spread, block.spread), max(largest, block.largest)
+    if spread <= 1e-6 * largest:
+        raise NothingToLearn(SAME_REWARD)
     return chosen
 
 
 @dataclass(frozen=True)
 class Block:
-    """The chosen responses to some prompts, and the least and the greatest Q of all their candidates."""
+    """The chosen responses to some prompts; of all candidates, Q's widest range in a prompt and its largest size."""
 
     responses: list[tuple[int, ...]]
-    low: float
-    high: float
+    spread: float
+    largest: float
 
 
 def _chosen_block(surer: LanguagePolicy, q: RewardModel, prompts: Prompts, n: int, rng: np.random.Generator) -> Block:
@@ -113,9 +113,10 @@ def _chosen_block(surer: LanguagePolicy, q: RewardModel, prompts: Prompts, n: in
     candidates = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
     worth = np.array([values[-1] for values in q.running_values(candidates)]).reshape(-1, n)
     if not np.isfinite(worth).all():
-        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+        raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
     winners = best(worth, responses.finished.reshape(-1, n))
-    return Block([responses.tokens[k * n + j] for k, j in enumerate(winners)], float(worth.min()), float(worth.max()))
+    liked = [responses.tokens[k * n + j] for k, j in enumerate(winners)]
+    return Block(liked, float(np.ptp(worth, axis=1).max()), float(np.abs(worth).max()))
 
 
 def _keep(place: Checkpoint, block: Block, rng: np.random.Generator) -> None:
@@ -123,7 +124,7 @@ def _keep(place: Checkpoint, block: Block, rng: np.random.Generator) -> None:
         "tokens": torch.tensor([token for response in block.responses for token in response]),
         "lengths": torch.tensor([len(response) for response in block.responses]),
     }
-    place.save(tensors, {"low": block.low, "high": block.high, "generator": rng.bit_generator.state})
+    place.save(tensors, {"spread": block.spread, "largest": block.largest, "generator": rng.bit_generator.state})
 
 
 def _kept_block(place: Checkpoint, rng: np.random.Generator) -> Block | None:
@@ -134,4 +135,4 @@ def _kept_block(place: Checkpoint, rng: np.random.Generator) -> Block | None:
     tensors, values = found
     rng.bit_generator.state = values["generator"]
     responses = [tuple(part.tolist()) for part in tensors["tokens"].split(tensors["lengths"].tolist())]
-    return Block(responses, values["low"], values["high"])
+    return Block(responses, values["spread"], values["largest"])

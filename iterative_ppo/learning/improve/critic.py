@@ -43,7 +43,7 @@ class LearnedCritic:
             values = self._values(piece, sequence, position - 1) / self.scale
             return ((values - torch.from_numpy(wanted[at]).to(values)) ** 2).sum() / usual, {}
 
-        return descend(self.q.model, batch, objective, self.optimizer, self.schedule)["loss"]
+        return descend(batch, objective, self.optimizer, self.schedule)["loss"]
 
     def _values(self, batch: Batch, sequence: np.ndarray, position: np.ndarray) -> torch.Tensor:
         """(N,) values at some positions: outcomes weighted, the mean over members."""

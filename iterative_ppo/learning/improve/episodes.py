@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import ModelError, TrainingError
+from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
 from iterative_ppo.learning import loading, runtime
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.sequences import Beginnings, Prompts, prompt_lengths
 from iterative_ppo.mdp.rendering import Encoded, single
+
+SAME_REWARD = "Q gives all responses to a prompt the same reward: nothing to improve; the round is rejected"
 
 
 class RewardModel(Protocol):
@@ -46,12 +48,14 @@ def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
 class Episodes:
     """Sampled responses, one sequence each.
 
-    Per episode (N,): Q, KL in both directions to the reference. Per token, in lists of (length,): log-probs as sampled
+    Per episode (N,): Q, KL in both directions to the reference. `spread` is the greatest difference that the tokens of
+    one response make to its running value. Per token, in lists of (length,): log-probs as sampled
     and of the reference, value, advantage as GAE left it, and the return that a critic learns.
     """
 
     table: EncodedTable
     q: np.ndarray
+    spread: float
     kl: np.ndarray
     reverse_kl: np.ndarray
     finished: np.ndarray
@@ -152,7 +156,7 @@ def roll_out(
     q_values = q.running_values(sequences)
     reward = response_rewards(q_values, responses.finished, scale, config.missing_eos_penalty)
     if not np.isfinite(reward).all():
-        raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+        raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
     values = critic.running_values(sequences) if critic else [value / scale for value in q_values]
     old = token_log_probs(policy, table) if runtime.current().bfloat16 else responses.token_logprobs
     anchor = old if reference is None else token_log_probs(reference, table)
@@ -168,6 +172,7 @@ def roll_out(
     return Episodes(
         table,
         np.array([value[-1] for value in q_values]),
+        float(max(np.ptp(value) for value in q_values)),
         kl,
         reverse,
         responses.finished,

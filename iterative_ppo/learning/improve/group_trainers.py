@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +20,19 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import ImproveConfig
-from iterative_ppo.errors import ConfigError, TrainingError
+from iterative_ppo.errors import ConfigError, NothingToLearn, TrainingError
 from iterative_ppo.learning import distributed, runtime
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import (
+    SAME_REWARD,
     RewardModel,
     check_prompts,
     kl_both_ways,
     response_rewards,
     token_log_probs,
 )
-from iterative_ppo.learning.improve.ppo import Run, adapted, begin, spent
+from iterative_ppo.learning.improve.ppo import Run, adapted, begin, guarded, spent
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Prompts
@@ -72,17 +74,26 @@ def improve(
         raise ConfigError(f"improve.algorithm {config.algorithm} trains in one process; set runtime.processes to 1")
     rollout = config.group_rollout
     rollouts = c.episodes // rollout
-    run = begin(policy, q, c, [rollout] * rollouts, scale, seed)
+    looks = rollouts + guarded(c)
+    run = begin(policy.trainable_copy(), q, c, [rollout] * rollouts, scale, seed)
     if checkpoint:
         run.load(checkpoint)
-    drawn = np.random.default_rng(seed).integers(len(prompts), size=(rollouts, rollout // config.group.size))
-    left = drawn[len(run.curve) :].ravel()
-    if len(left) and not spent(run.curve, c):
+    drawn = np.random.default_rng(seed).integers(len(prompts), size=(looks, rollout // config.group.size))
+    left = [[prompts[int(i)] for i in row] for row in drawn[len(run.curve) :]]
+    if left and not spent(run.curve, c):
         groups = Groups(run, reference or policy, champion, q, config, scale, seed)
         recorder = Recorder(groups, rollouts, progress, checkpoint)
-        _train([prompts[int(i)] for i in left], groups, recorder)
+        with suppress(Spent):
+            if learns := left[: rollouts - len(run.curve)]:
+                _train([prompt for row in learns for prompt in row], groups, recorder)
+            if guarded(c):
+                groups.look(left[-1])
     _refuse_diverged(run.student)
-    return run.student, run.curve
+    return run.result(), run.curve
+
+
+class Spent(Exception):  # noqa: N818 (no error: it ends the updates)
+    """The rollout shows a budget spent, so nothing more is learnt."""
 
 
 @dataclass
@@ -103,15 +114,15 @@ class Groups:
         _refuse_diverged(student)
         seed = self.seed + 7919 * (len(self.run.curve) + 1)
         torch.manual_seed(seed)  # TRL shuffles the rollout: after a kill, as it would have been
-        student.model.eval()
-        try:
+        with without_dropout(student):
             responses = student.respond([tuple(prompt) for prompt in prompts[::size]], seed, samples=size)
-        finally:
-            student.model.train()
         return [list(tokens) for tokens in responses.tokens]
 
     def reward(self, prompts: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        """Q(s, a) / scale of each response, less its penalty. Begins the rollout's entry in the curve."""
+        """Q(s, a) / scale of each response, less its penalty. Begins the rollout's entry in the curve.
+
+        Raises Spent where the entry shows that nothing is to be learnt from it any more.
+        """
         pairs = enumerate(zip(prompts, completion_ids, strict=True))
         sequences = [single(k, tuple(prompt), tuple(tokens), True) for k, (prompt, tokens) in pairs]
         eos = self.run.student.renderer.eos
@@ -119,15 +130,20 @@ class Groups:
         values = self.q.running_values(sequences)
         reward = response_rewards(values, finished, self.scale, self.config.ppo.missing_eos_penalty)
         if not np.isfinite(reward).all():
-            raise TrainingError("Q gave a reward that is not a number; the round is rejected")
+            raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
         worth = np.array([value[-1] for value in values])
         spread = np.ptp(worth.reshape(-1, self.config.group.size), axis=1).max()
         if not self.run.curve and spread <= 1e-6 * np.abs(worth).max():
-            raise TrainingError(
-                "Q gives all responses to a prompt the same reward: nothing to improve; the round is rejected"
-            )
+            raise NothingToLearn(SAME_REWARD)
         self.run.curve.append(self._described(EncodedTable(sequences, len(sequences)), worth, finished))
+        if not self.run.look(self.config.ppo):
+            raise Spent
         return [float(value) for value in reward]
+
+    def look(self, prompts: Prompts) -> None:
+        """A rollout that nothing is learnt from: what the last updates made of the student."""
+        repeated = [list(prompt) for prompt in prompts for _ in range(self.config.group.size)]
+        self.reward(repeated, self.respond(repeated))
 
     def _described(self, table: EncodedTable, worth: np.ndarray, finished: np.ndarray) -> dict[str, float]:
         """A rollout's figures, as in PPO's curve."""
@@ -143,6 +159,7 @@ class Groups:
             "entropy": float(-np.concatenate(mine).mean()),
             "response_tokens": float(np.mean(lengths)),
             "missing_eos": float(1.0 - finished.mean()),
+            "updates": 0.0,
         }
         if self.champion is not None:
             theirs = token_log_probs(self.champion, table)
@@ -162,6 +179,7 @@ class Recorder(TrainerCallback):
         if not logs or "loss" not in logs:  # the summary at the end of training
             return
         run, config = self.groups.run, self.groups.config.ppo
+        _refuse_diverged(run.student)
         run.curve[-1] |= {ours: float(logs[theirs]) for theirs, ours in TOLD.items()}
         run.curve[-1]["updates"] = float(args.logging_steps)
         run.beta = adapted(run.beta, run.curve[-1]["kl_to_reference"], config)
@@ -204,8 +222,20 @@ class PolicyHooks:
             attention_mask.split(batch_size or len(input_ids)),
             strict=True,
         )
-        log_p = torch.cat([padded_log_probs(scorer, ids, mask, logits_to_keep) for ids, mask in parts])
+        with without_dropout(scorer):
+            log_p = torch.cat([padded_log_probs(scorer, ids, mask, logits_to_keep) for ids, mask in parts])
         return log_p, -log_p.detach(), None
+
+
+@contextmanager
+def without_dropout(policy: LanguagePolicy) -> Iterator[None]:
+    """TRL trains in the mode that has dropout, and switches off the modules alone: some families have it elsewhere."""
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        yield
+    finally:
+        policy.model.train(training)
 
 
 def padded_log_probs(policy: LanguagePolicy, ids: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:

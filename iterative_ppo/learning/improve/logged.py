@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import LoggedConfig
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.learning.batching import Batch, EncodedTable, step_count, trained_turns, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.ppo import clipped, surrogate
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.returns import discounted_returns
@@ -67,7 +68,7 @@ def improve_on_log(
         return policy, []
     spread = data.advantage[usable].std()
     if np.ptp(data.advantage[usable]) <= 1e-9 * np.abs(data.advantage[usable]).max():
-        raise TrainingError("all logged advantages are equal: nothing to learn from (are all outcomes the same?)")
+        raise NothingToLearn("all logged advantages are equal: nothing to learn from (are all outcomes the same?)")
     advantage = (data.advantage - data.advantage[usable].mean()) / spread
     student = policy.trainable_copy()
     usual = turns.sum() / step_count(len(sequences), config.batch_size, 1.0)
@@ -81,7 +82,6 @@ def improve_on_log(
         return -value.sum() / usual, {"clip_fraction": outside.sum() / usual}
 
     batches = training_batches(sequences, config.batch_size, config.epochs, policy.pad, np.random.default_rng(seed))
-    curve = train(student, batches, steps, objective, config.learning_rate, progress, checkpoint)
-    if not np.isfinite(curve[-1]["loss"]):
-        raise TrainingError("the logged pass diverged; lower improve.logged.learning_rate")
+    with set_by("improve.logged.learning_rate"):
+        curve = train(student, batches, steps, objective, config.learning_rate, progress, checkpoint)
     return student, curve

@@ -1,7 +1,8 @@
 """Token-level PPO against a frozen Q (line 7 of Algorithm 1; Schulman et al. 2017, arXiv 1707.06347).
 
 The critic is the frozen Q's own running value, so no second network is trained, or a copy of Q that learns on. The KL
-penalty is fixed or adapts to a target; a budget of KL to the champion, or judges that PPO does not see, end it early.
+penalty is fixed or adapts to a target. A budget of KL to the champion, or judges that PPO does not see, end it early:
+the result is then the policy that the last rollout within the budget showed, or the one that the judges liked best.
 A killed run goes on from its last rollout and ends with the weights of an unbroken one.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import TrainingError
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.learning.batching import Batch, training_batches
 from iterative_ppo.learning.checkpoint import (
     Checkpoint,
@@ -27,6 +28,7 @@ from iterative_ppo.learning.checkpoint import (
 )
 from iterative_ppo.learning.improve.critic import LearnedCritic
 from iterative_ppo.learning.improve.episodes import (
+    SAME_REWARD,
     Episodes,
     RewardModel,
     check_prompts,
@@ -34,9 +36,10 @@ from iterative_ppo.learning.improve.episodes import (
     token_log_probs,
 )
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.optimization import descend, optimizer_for
+from iterative_ppo.learning.optimization import descend, optimizer_for, set_by
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Prompts
+from iterative_ppo.learning.sharding import sharded
 from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.rendering import Encoded
 
@@ -76,9 +79,26 @@ class Run:
     rng: np.random.Generator
     beta: float
     curve: Curve = field(default_factory=list)
+    kept: dict[str, torch.Tensor] | None = None
+    """Where it is guarded, the weights of the best policy that a rollout has shown so far."""
+
+    def look(self, config: PPOConfig) -> bool:
+        """Whether to go on from the student that the last rollout showed; it is kept where it is the best so far."""
+        within = config.kl_budget is None or self.curve[-1]["kl_to_champion"] <= config.kl_budget
+        judged = [entry["judge"] for entry in self.curve] if config.judge_patience is not None else []
+        if guarded(config) and within and (not judged or judged[-1] == max(judged)):
+            self.kept = self.student.training_state()
+        return not spent(self.curve, config)
+
+    def result(self) -> LanguagePolicy:
+        """The student; of a guarded run, as it was at its best."""
+        if self.kept is not None:
+            self.student.load_training_state(self.kept)
+        return self.student
 
     def save(self, checkpoint: Checkpoint) -> None:
         tensors = with_prefix("policy", self.student.training_state()) | optimizer_tensors(self.optimizer)
+        tensors |= with_prefix("kept", self.kept or {})
         if self.critic:
             tensors |= self.critic.tensors()
         generator = self.rng.bit_generator.state
@@ -90,6 +110,7 @@ class Run:
             return
         tensors, values = found
         self.student.load_training_state(below_prefix("policy", tensors))
+        self.kept = below_prefix("kept", tensors) or None
         load_optimizer(self.optimizer, tensors)
         self.rng.bit_generator.state = values["generator"]
         self.beta, self.curve = values["beta"], values["curve"]
@@ -120,29 +141,32 @@ def improve(
         scale: the reward is Q / scale, so that beta means the same whatever Q's spread.
         rollout_size: responses a rollout; None means the configured number.
 
-    Raises TrainingError where there is no prompt, the reward is constant over the first rollout or not a number, or
-    an update is not finite; ModelError, before any training, where a prompt is longer than the model's context.
+    Raises TrainingError where there is no prompt, Q is not a number or, in the first rollout, tells no response from
+    another, or an update is not finite; ModelError, before any training, where a prompt is longer than the model's
+    context.
     """
     if not config.episodes:
         return policy, []
     check_prompts(policy, prompts)
     sizes = _rollouts(config.episodes, rollout_size or config.rollout)
     reference = reference or policy
-    run = begin(policy, q, config, sizes, scale, seed)
-    if checkpoint:
-        run.load(checkpoint)
-    for k in range(len(run.curve), len(sizes)):
-        if spent(run.curve, config):
-            break
-        anchor = None if k == 0 and reference is policy else reference
-        advance(run, q, prompts, config, sizes[k], scale, seed, anchor, champion)
-        if checkpoint and ((k + 1) % checkpoint.every == 0 or k + 1 == len(sizes)):
-            run.save(checkpoint)
-        if progress:
-            progress(k + 1, len(sizes))
-    if not all(torch.isfinite(p).all() for p in run.student.trainable_parameters()):
-        raise TrainingError("PPO diverged; lower improve.ppo.learning_rate")
-    return run.student, run.curve
+    student = policy.trainable_copy()
+    with sharded(student):
+        run = begin(student, q, config, sizes, scale, seed)
+        if checkpoint:
+            run.load(checkpoint)
+        looks = len(sizes) + guarded(config)  # what the last updates made of a guarded student is to be seen too
+        for k in range(len(run.curve), looks):
+            if spent(run.curve, config):
+                break
+            anchor = None if k == 0 and reference is policy else reference
+            size = sizes[min(k, len(sizes) - 1)]
+            advance(run, q, prompts, config, size, scale, seed, anchor, champion, learns=k < len(sizes))
+            if checkpoint and ((k + 1) % checkpoint.every == 0 or k + 1 == looks):
+                run.save(checkpoint)
+            if progress:
+                progress(k + 1, looks)
+        return run.result(), run.curve
 
 
 def _rollouts(episodes: int, size: int) -> list[int]:
@@ -151,9 +175,8 @@ def _rollouts(episodes: int, size: int) -> list[int]:
     return [size] * whole + [rest] * (rest > 0)
 
 
-def begin(policy: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: list[int], scale: float, seed: int) -> Run:
-    """A run on rollouts of these sizes, with the updates that they ask for still before it."""
-    student = policy.trainable_copy()
+def begin(student: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: list[int], scale: float, seed: int) -> Run:
+    """A run on rollouts of these sizes, with the updates that they ask for still before it; it changes the student."""
     steps = sum(config.epochs * -(-size // config.minibatch_size) for size in sizes)
     optimizer, schedule = optimizer_for(student.model, config.learning_rate, steps)
     critic = None
@@ -173,25 +196,34 @@ def advance(
     seed: int,
     reference: LanguagePolicy | None,
     champion: LanguagePolicy | None = None,
+    learns: bool = True,
 ) -> None:
     """The run's next rollout, of `size` responses, and all epochs on it; its curve grows by an entry.
 
     Args:
         reference: None means the student as it is, which holds before its first update alone.
+        learns: False only looks, as a rollout does that finds a budget spent.
     """
     number = len(run.curve) + 1
     chosen = [prompts[i] for i in run.rng.integers(len(prompts), size=size)]
     episodes = roll_out(run.student, reference, q, chosen, config, scale, seed + 7919 * number, run.beta, run.critic)
-    if number == 1 and np.ptp(episodes.q) <= 1e-6 * np.abs(episodes.q).max():
-        raise TrainingError("Q gives every response the same reward: nothing to improve; the round is rejected")
+    if number == 1 and min(np.ptp(episodes.q), episodes.spread) <= 1e-6 * np.abs(episodes.q).max():
+        raise NothingToLearn(SAME_REWARD)
     entry = _described(episodes, run, q, champion)
-    entry |= _update(run, episodes, config)
     run.curve.append(entry)
+    goes_on = run.look(config) and learns
+    with set_by("improve.ppo.learning_rate, or improve.ppo.critic_learning_rate where it is that"):
+        entry |= _update(run, episodes, config) if goes_on else {"updates": 0.0}
     run.beta = adapted(run.beta, entry["kl_to_reference"], config)
 
 
+def guarded(config: PPOConfig) -> bool:
+    """Whether a run may end at less than all of its rollouts, and with an earlier student than its last."""
+    return config.kl_budget is not None or config.judge_patience is not None
+
+
 def spent(curve: Curve, config: PPOConfig) -> bool:
-    """Whether a budget is spent: KL to the champion, or the patience with judges that no longer see a rise."""
+    """Whether the last rollout shows a budget spent: KL to the champion, or patience with judges that see no rise."""
     if not curve:
         return False
     if config.kl_budget is not None and curve[-1]["kl_to_champion"] > config.kl_budget:
@@ -218,7 +250,7 @@ def _update(run: Run, episodes: Episodes, config: PPOConfig) -> dict[str, float]
     figures: dict[str, list[float]] = {}
     sequences = episodes.table.sequences
     for batch in training_batches(sequences, config.minibatch_size, config.epochs, student.pad, run.rng):
-        told = descend(student.model, batch, objective, run.optimizer, run.schedule)
+        told = descend(batch, objective, run.optimizer, run.schedule)
         if run.critic:
             told["critic_loss"] = run.critic.learn(batch, episodes.returns, usual)
         for name, value in told.items():
