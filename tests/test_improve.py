@@ -34,7 +34,7 @@ from iterative_ppo.learning.improve.episodes import (
     token_log_probs,
 )
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, logged_objective, turn_advantages
-from iterative_ppo.learning.improve.ppo import adapted, advance, begin, clipped, improve, surrogate
+from iterative_ppo.learning.improve.ppo import _update, adapted, advance, begin, clipped, improve, surrogate
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import Objective, optimizer_for, take_step
 from iterative_ppo.learning.q_model import QModel, QSettings
@@ -367,6 +367,43 @@ def test_advantages_are_whitened_over_response_tokens_alone(
         assert episodes.kl[k] == pytest.approx(float((own[k] - other[k]).sum()), abs=1e-4)
     every = np.concatenate(raw)
     assert flat == pytest.approx((every - every.mean()) / every.std(), abs=1e-3)
+
+
+def test_a_rollouts_advantages_and_its_clipped_loss_longhand(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    """Plain loops in float64, from log-probs as sampled and the running values of Q, agree to 1e-6."""
+    prompts = [tiny_policy.renderer.prompt(t.state(i)).tokens for t in scripted[:6] for i in range(len(t.turns) - 1)]
+    q = QModel.from_policy(tiny_policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    reference, student, scale, beta = with_noise(tiny_policy), with_noise(tiny_policy), 0.5, 0.3
+    config = ppo(kl_coefficient=beta, epochs=1, minibatch_size=len(prompts))
+    episodes = roll_out(tiny_policy, reference, q, prompts, config, scale, seed=0)
+    old, anchor = episodes.old_log_p, token_log_probs(reference, episodes.table)
+    values = q.running_values(episodes.table.sequences)
+
+    plain: list[float] = []
+    for k, running in enumerate(values):
+        length = len(old[k])
+        reward = [-beta * (float(old[k][t]) - float(anchor[k][t])) for t in range(length)]
+        reward[-1] += float(running[-1]) / scale - (0.0 if episodes.finished[k] else config.missing_eos_penalty)
+        v = [float(x) / scale for x in running[:-1]] + [0.0]
+        delta = [reward[t] + v[t + 1] - v[t] for t in range(length)]
+        plain += [sum(config.gae_lambda ** (j - t) * delta[j] for j in range(t, length)) for t in range(length)]
+    mean = sum(plain) / len(plain)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in plain) / len(plain))
+    white = [(x - mean) / (spread + 1e-8) for x in plain]
+    assert np.concatenate(episodes.whitened()) == pytest.approx(white, abs=1e-6)
+
+    now = [float(x) for part in token_log_probs(student, episodes.table) for x in part]
+    before = [float(x) for part in old for x in part]
+    ratio = [math.exp(one - other) for one, other in zip(now, before, strict=True)]
+    bounded = [min(max(r, 1.0 - config.clip), 1.0 + config.clip) for r in ratio]
+    gains = [min(r * a, b * a) for r, b, a in zip(ratio, bounded, white, strict=True)]
+    run = begin(student, q, config, [len(prompts)], scale, 0)
+    told = _update(run, episodes, config)
+    assert told["loss"] == pytest.approx(-sum(gains) / len(gains), abs=1e-6)
+    assert told["clip_fraction"] == pytest.approx(sum(abs(r - 1.0) > config.clip for r in ratio) / len(ratio))
+    assert 0.1 < told["clip_fraction"] < 0.9
 
 
 def with_noise(policy: LanguagePolicy) -> LanguagePolicy:
