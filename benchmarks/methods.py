@@ -27,6 +27,11 @@ LEARNERS: dict[str, Learner] = {
 }
 COLLECTORS: dict[str, Callable[[Any, int, Config, int], Any]] = {ONLINE: online_rloo, REFUEL: refuel}
 """Those that have their conversations in a way of their own."""
+ALONE: dict[str, Any] = {
+    "improve.best_of_n.epochs": 0.0,
+    "improve.ppo.kl_coefficient": 0.3,
+    "improve.ppo.reference": "champion",
+}
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
     TWICE: {"improve.policy_iterations": 2},
@@ -37,11 +42,14 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {} for name in COLLECTORS},
     MYOPIC: {"improve.reward": "acceptance", "q.corpus_epochs": 0.0},
     "paper's shape: PPO alone, KL to pi_i, Monte Carlo Q": {
-        "improve.best_of_n.epochs": 0.0,
-        "improve.ppo.kl_coefficient": 0.3,
+        **ALONE,
         "improve.ppo.episodes": 3072,
-        "improve.ppo.reference": "champion",
         "q.target": "monte_carlo",
+    },
+    "the paper's shape with one-step Q: PPO alone, KL to pi_i": {
+        **ALONE,
+        "improve.ppo.episodes": 6144,
+        "improve.ppo.learning_rate": 0.001,
     },
 }
 ROUNDS = {OURS: 5, MONTE_CARLO: 1, MYOPIC: 1}
