@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.evaluation.coverage import coverage
+from iterative_ppo.evaluation.coverage import beyond_reach, coverage
 from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset, of_policy, served_by
 
@@ -19,13 +19,15 @@ SAMPLED_ROWS = 100_000
 def coverage_metrics(config: Config, model: Path, label: str, dataset: Dataset) -> dict[str, float]:
     """Coverage of a policy's held-out actions by the round's fit part; `_own` is what its own conversations cover.
 
-    With personas also how many of the policy's own responses theirs are worth (effective sample size), and the share.
+    With personas also how many of the policy's own responses theirs are worth (effective sample size), and the share;
+    with them or another arm, how many of their states are beyond what its own conversations tell V of.
 
     Args:
         model: where the policy is.
         label: what its conversations carry in the turn table.
     """
-    frame = pd.concat([block[served_by(block, label)] for block in _sampled(dataset, config)], ignore_index=True)
+    every = pd.concat(list(_sampled(dataset, config)), ignore_index=True)
+    frame = every[served_by(every, label)].reset_index(drop=True)
     own, fit = of_policy(frame, label), frame["part"] == "fit"
     asked, led = frame[own & ~fit], frame[~own & fit].reset_index(drop=True)
     tables = {"_own": frame[own & fit], "": frame[fit]} if len(led) else {"": frame[fit]}
@@ -36,6 +38,10 @@ def coverage_metrics(config: Config, model: Path, label: str, dataset: Dataset) 
             metrics[f"coverage_distinct_actions{suffix}"] = found.distinct_actions
             metrics[f"coverage_extrapolated{suffix}"] = found.extrapolated
             metrics["coverage_neighbours"] = float(found.neighbours)
+    others = every[~of_policy(every, label) & (every["part"] == "fit")].reset_index(drop=True)
+    far = beyond_reach(others, frame[own & fit], asked, config.seed) if len(others) else None
+    if far is not None:
+        metrics["coverage_beyond_reach"] = far
     return metrics | (_worth(config, model, label, dataset) if len(led) else {})
 
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.q_exploration import CHAIN, GAMMA, POLICY, SEEDS, explored_log, value
 from iterative_ppo.config import PersonaConfig, load_config
 from iterative_ppo.errors import ConfigError
-from iterative_ppo.evaluation.coverage import coverage
+from iterative_ppo.evaluation.coverage import beyond_reach, coverage
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, State, Suggestion, Turn
 from iterative_ppo.mdp.rendering import single
@@ -169,6 +169,7 @@ def test_traffic_logs_the_persona_and_its_exact_behaviour(
     found = coverage_metrics(config, tmp_path / "policy", "1", Dataset(0, tmp_path / "turns.parquet", ""))
     assert 0 < found["coverage_effective_size"] < found["coverage_persona_turns"]
     assert found["coverage_distinct_actions"] > found["coverage_distinct_actions_own"]
+    assert 0.0 <= found["coverage_beyond_reach"] <= 1.0
 
     monkeypatch.setattr("tasks.exploration.SAMPLED_ROWS", len(frame) // 2)
     sampled = coverage_metrics(config, tmp_path / "policy", "1", Dataset(0, tmp_path / "turns.parquet", ""))
@@ -251,6 +252,22 @@ def test_more_kinds_of_actions_are_seen_wherever_they_lie_in_the_table() -> None
     assert first == 1.0 and second > 5 and third > 5
 
 
+def test_others_states_are_within_reach_where_they_are_as_near_as_the_policys_own() -> None:
+    words = [f"word{k}" for k in range(30)]
+    rng = np.random.default_rng(0)
+
+    def talks(vocabulary: list[str], count: int) -> pd.DataFrame:
+        return log(*[(" ".join(rng.choice(vocabulary, 6)), "a") for _ in range(count)])
+
+    fitted, held_out = talks(words, 400), talks(words, 200)
+    assert beyond_reach(talks(words, 200), fitted, held_out) == pytest.approx(0.05, abs=0.06)
+    strange = talks([f"other{k}" for k in range(30)], 200)
+    assert beyond_reach(strange, fitted, held_out) == 1.0
+    half = pd.concat([talks(words, 200), strange.assign(conversation_id="x" + strange["conversation_id"])])
+    assert beyond_reach(half.reset_index(drop=True), fitted, held_out) == pytest.approx(0.52, abs=0.08)
+    assert beyond_reach(fitted.iloc[:0], fitted, held_out) is None
+
+
 def test_nothing_is_said_of_nothing() -> None:
     empty = log(("hi", "a")).iloc[1:]
     assert coverage(empty, log(("hi", "a"))) is None and coverage(log(("hi", "a")), empty) is None
@@ -261,7 +278,7 @@ def test_the_report_says_what_is_covered() -> None:
 
     found = {"coverage_distinct_actions": 9.25, "coverage_extrapolated": 0.04, "coverage_neighbours": 20.0}
     own = {"coverage_distinct_actions_own": 6.0, "coverage_extrapolated_own": 0.1}
-    more = {"coverage_persona_turns": 900.0, "coverage_effective_size": 310.0}
+    more = {"coverage_persona_turns": 900.0, "coverage_effective_size": 310.0, "coverage_beyond_reach": 0.3}
     one = RoundRecord(0, q=found | own | more, origins={"reported": 1200, "classifier:3": 40, "none": 7})
     facts = round_row(RunRecord.__new__(RunRecord), one)["facts"]
     assert "Outcomes of its conversations: 1,200 reported, 40 by classifier 3, 7 that nobody reported" in facts
@@ -270,3 +287,5 @@ def test_the_report_says_what_is_covered() -> None:
         "(without personas 6.0 and 10.0%)"
     ) in facts
     assert "Personas made 900 suggestions, worth 310 of the policy's own (effective sample size)" in facts
+    told = "30.0% of the states that others reached are farther from the policy's own than 95% of those: V guesses"
+    assert told in facts

@@ -14,6 +14,8 @@ import pandas as pd
 from iterative_ppo.mdp.turn_table import actions
 
 NEIGHBOURS, STATES, LOGGED_AT_MOST, ALIKE = 20, 500, 20_000, 0.5
+USUAL = 0.95
+"""Share of a policy's own held-out states that are counted as within reach of what V was fitted to."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -55,6 +57,30 @@ def coverage(asked: pd.DataFrame, logged: pd.DataFrame, seed: int = 0) -> Covera
     known = [any(_alike(own, other) for other in row) for own, row in zip(mine["action"], said, strict=True)]
     distinct = np.mean([len(set(row)) for row in said])
     return Coverage(len(mine), count, float(distinct), 1.0 - float(np.mean(known)))
+
+
+def beyond_reach(others: pd.DataFrame, fitted: pd.DataFrame, held_out: pd.DataFrame, seed: int = 0) -> float | None:
+    """Share of others' states that are farther from V's than all but a twentieth of the policy's own held-out ones.
+
+    One-step targets take V's word in states that other policies reached. What V is worth there no return of theirs
+    tells, for they went on otherwise; so this tells how far from its own conversations it is asked. About .05 is as
+    near as its own. None where one of the tables holds no action.
+
+    Args:
+        others: conversations of other policies, personas or arms. fitted, held_out: the policy's own.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+
+    rng = np.random.default_rng(seed)
+    given = ((fitted, LOGGED_AT_MOST), (held_out, STATES), (others, STATES))
+    known, own, asked = (_chosen(frame, count, rng)["state"] for frame, count in given)
+    if not (len(known) and len(own) and len(asked)):
+        return None
+    vectorizer = TfidfVectorizer(token_pattern=_WORD.pattern)
+    nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(vectorizer.fit_transform(known))
+    usual, far = (nearest.kneighbors(vectorizer.transform(states))[0][:, 0] for states in (own, asked))
+    return float(np.mean(far > np.quantile(usual, USUAL) + 1e-9))
 
 
 def _chosen(frame: pd.DataFrame, count: int, rng: np.random.Generator) -> pd.DataFrame:

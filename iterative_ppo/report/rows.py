@@ -145,6 +145,9 @@ def _coverage(q: Mapping[str, float]) -> Iterator[str]:
         worth = words.count(q["coverage_effective_size"])
         turns = words.count(q.get("coverage_persona_turns"), "suggestions")
         yield f"Personas made {turns}, worth {worth} of the policy's own (effective sample size)"
+    if "coverage_beyond_reach" in q:
+        far = words.percent(q["coverage_beyond_reach"])
+        yield f"{far} of the states that others reached are farther from the policy's own than 95% of those: V guesses"
 
 
 def _improvement(one: RoundRecord) -> Iterator[str]:
