@@ -587,13 +587,6 @@ class Config(Frozen):
             )
         return self
 
-    def in_round(self, number: int) -> Config:
-        """What holds in a round: the last that `rounds` allows has its own number of policy iterations."""
-        most = max(self.improve.policy_iterations, self.rounds.last_policy_iterations)
-        if number + 1 < self.rounds.max_rounds or most == self.improve.policy_iterations:
-            return self
-        return self.model_copy(update={"improve": self.improve.model_copy(update={"policy_iterations": most})})
-
     @model_validator(mode="after")
     def _explored(self) -> Config:
         if self.exploration.share and self.q.target in ON_POLICY:
@@ -602,6 +595,13 @@ class Config(Frozen):
                 "conversations alone; set q.target to one_step, fqe or retrace, or exploration.share to 0"
             )
         return self
+
+    def in_round(self, number: int) -> Config:
+        """What holds in a round: the last that `rounds` allows has its own number of policy iterations."""
+        most = max(self.improve.policy_iterations, self.rounds.last_policy_iterations)
+        if number + 1 < self.rounds.max_rounds or most == self.improve.policy_iterations:
+            return self
+        return self.model_copy(update={"improve": self.improve.model_copy(update={"policy_iterations": most})})
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from iterative_ppo.evaluation.degeneration import repeated_ngrams
 from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain
 from iterative_ppo.evaluation.gate import Decision, offline_gate
 from iterative_ppo.evaluation.guardrails import Said, guarded
-from iterative_ppo.evaluation.ope import LoggedTurns, estimates, untold
+from iterative_ppo.evaluation.ope import Estimate, LoggedTurns, estimates, untold
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.learning.objective import outcome_range
 from iterative_ppo.mdp import turn_table
@@ -116,15 +116,15 @@ def gather(
         before = speak(old, new, q, prompts, config.gate.samples, config.seed)
         after = speak(new, old, q, prompts, config.gate.samples, config.seed)
         turns = logged_turns(new, q, current, rows, after.q.mean(axis=1), config)
-        found = estimates(turns, config.gate, config.seed)
+        modelled, refused = turns, dict[str, Estimate]()
+        model: Literal["q_model", "fqe"] = "q_model"
         if config.gate.fqe:
             try:
                 own = fqe(new, q, current, config)
                 sampled = speak(new, old, own, prompts, config.gate.samples, config.seed).q.mean(axis=1)
-                modelled = logged_turns(new, own, current, rows, sampled, config)
-                found = estimates(modelled, config.gate, config.seed, "fqe")
+                modelled, model = logged_turns(new, own, current, rows, sampled, config), "fqe"
             except NothingToLearn as error:  # the logs cannot tell, the A/B test can
-                found["fqe"] = untold("fqe", int(turns.last.sum()), str(error))
+                refused = {"fqe": untold("fqe", int(turns.last.sum()), str(error))}
                 _LOG.warning("the challenger's own Q (gate.fqe) is refused, so the champion's stands in: %s", error)
     speakers = Speakers(old, new, before, after)
     stage = load_stage(q_stage)
@@ -148,7 +148,7 @@ def gather(
         q_r2=stage.metrics.get("r2", float("nan")),
         state_baseline_r2=stage.metrics.get("state_only_r2", float("nan")),
         certificate=certify(turns, config.gate, config.seed),
-        estimates=found,
+        estimates=estimates(modelled, config.gate, config.seed, model) | refused,
         guardrails=guarded(config.gate.guardrails, said, said_now, config.gate.alpha),
     )
     return evidence, examples(config, dataset, facts.iloc[rows], speakers)

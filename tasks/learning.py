@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +80,8 @@ def initial_policy_stage(
         "seed": config.seed,
         "source": source,
         "conversations": len(corpus),
-        "corpus": _content(corpus),
-        "lessons": _content(lessons),
+        "corpus": fingerprint(*corpus),
+        "lessons": fingerprint(*lessons),
         "code": 1,
     } | _credit(config)
 
@@ -125,14 +124,6 @@ def initial_policy_stage(
         return {**metrics, "truncated_turns": sum(forgotten)}
 
     return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
-
-
-def _content(conversations: Sequence[Conversation]) -> str:
-    """A short hash of conversations, of which one at a time becomes text."""
-    digest = sha256()
-    for talk in conversations:
-        digest.update(repr(talk).encode())
-    return digest.hexdigest()[:16]
 
 
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:

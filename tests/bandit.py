@@ -8,6 +8,7 @@ import numpy as np
 
 from iterative_ppo.config import Config
 from iterative_ppo.learning.batching import EncodedTable
+from iterative_ppo.learning.improve.episodes import token_log_probs
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.tiny import build_policy
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
@@ -39,6 +40,13 @@ class Taste:
         return values
 
 
+class ByPrompt:
+    """A Q that tells prompts apart, by their lengths, and no responses to one."""
+
+    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+        return [np.full(1 + s.spans[0].end - s.spans[0].start, float(s.spans[0].start)) for s in sequences]
+
+
 def said(policy: LanguagePolicy, text: str) -> tuple[int, ...]:
     return policy.renderer.response(Suggestion(text, "suggested"))
 
@@ -64,3 +72,11 @@ def prompt(policy: LanguagePolicy, *before: str) -> tuple[int, ...]:
 def probability(policy: LanguagePolicy, text: str) -> float:
     table = EncodedTable([single(0, prompt(policy), said(policy, text), True)], 1)
     return float(np.exp(policy.score(table)[0]))
+
+
+def distance(policy: LanguagePolicy, champion: LanguagePolicy) -> float:
+    """An estimate of KL(policy || champion) in nats a response, from many responses."""
+    said_now = policy.respond([prompt(policy)] * 4000, seed=9)
+    sequences = [single(k, prompt(policy), tokens, True) for k, tokens in enumerate(said_now.tokens)]
+    theirs = token_log_probs(champion, EncodedTable(sequences, len(sequences)))
+    return float(np.mean(said_now.logprobs - [p.sum() for p in theirs]))

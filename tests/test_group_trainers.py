@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import trl
-from bandit import Taste, build_bandit, leans_to, likes, probability, prompt, said
+from bandit import ByPrompt, Taste, build_bandit, distance, leans_to, likes, probability, prompt, said
 
 from iterative_ppo.config import Config, ImproveConfig, LoRAConfig, load_config
 from iterative_ppo.errors import ConfigError, ModelError, TrainingError
@@ -244,10 +244,7 @@ def test_what_the_budget_gives_is_the_student_before_it_was_spent(bandit: Langua
         c = config(algorithm, kl_budget=0.3, episodes=episodes, learning_rate=0.005)
         student, curve = improve(bandit, leans_to(bandit, "maybe"), [prompt(bandit)], c, 0, champion=bandit)
         assert curve[-1]["kl_to_champion"] > 0.3 and curve[-1]["updates"] == 0.0
-        said_now = student.respond([prompt(bandit)] * 4000, seed=9)
-        table = EncodedTable([single(k, prompt(bandit), t, True) for k, t in enumerate(said_now.tokens)], 4000)
-        theirs = [p.sum() for p in token_log_probs(bandit, table)]
-        assert 0.0 < np.mean(said_now.logprobs - theirs) < 0.4
+        assert 0.0 < distance(student, bandit) < 0.4
 
 
 @pytest.mark.parametrize("algorithm", GROUPED)
@@ -298,10 +295,6 @@ def test_a_useless_q_is_an_error(bandit: LanguagePolicy, algorithm: str, reward:
 
 
 def test_a_q_that_knows_prompts_but_no_responses_is_an_error(bandit: LanguagePolicy) -> None:
-    class ByPrompt:
-        def running_values(self, sequences: Any) -> list[np.ndarray]:
-            return [np.full(1 + s.spans[0].end - s.spans[0].start, float(s.spans[0].start)) for s in sequences]
-
     with pytest.raises(TrainingError, match="all responses to a prompt the same reward"):
         improve(bandit, ByPrompt(), [prompt(bandit), prompt(bandit, "no")], config("grpo"), 0)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bandit import WORDS, Taste, build_bandit, leans_to, likes, probability, prompt, said
+from bandit import WORDS, ByPrompt, Taste, build_bandit, distance, leans_to, likes, probability, prompt, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -273,13 +273,6 @@ def test_a_q_that_is_the_same_for_every_response_is_an_error(
 def test_a_reward_that_is_no_number_is_an_error(bandit: LanguagePolicy, value: float) -> None:
     with pytest.raises(TrainingError, match="not a number"):
         trained(bandit, ppo(), q=Taste(lambda tokens: value if len(tokens) == 2 else 0.0))
-
-
-class ByPrompt:
-    """Tells prompts apart, by their lengths, and no responses to one."""
-
-    def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
-        return [np.full(1 + s.spans[0].end - s.spans[0].start, float(s.spans[0].start)) for s in sequences]
 
 
 @pytest.mark.parametrize("how", ["ppo", "best_of_n"])
@@ -831,14 +824,6 @@ def test_ppo_ends_at_its_budget_of_kl_to_the_champion(bandit: LanguagePolicy) ->
     assert len(curve) < 20
     assert curve[-1]["kl_to_champion"] > 0.3 >= max(entry["kl_to_champion"] for entry in curve[:-1])
     assert curve[-1]["updates"] == 0.0
-
-
-def distance(policy: LanguagePolicy, champion: LanguagePolicy) -> float:
-    """An estimate of KL(policy || champion) in nats a response, from many responses."""
-    said_now = policy.respond([prompt(policy)] * 4000, seed=9)
-    sequences = [single(k, prompt(policy), tokens, True) for k, tokens in enumerate(said_now.tokens)]
-    theirs = token_log_probs(champion, EncodedTable(sequences, len(sequences)))
-    return float(np.mean(said_now.logprobs - [p.sum() for p in theirs]))
 
 
 @pytest.mark.parametrize("episodes", [2560, 512])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from gate_evidence import UNGUARDED
+from stores import stores
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
@@ -26,9 +27,7 @@ CONVERSATIONS = 120
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("night")
     return {
-        "data.root": str(root / "data"),
-        "tracking.uri": f"sqlite:///{root}/mlruns/mlflow.db",
-        "tracking.artifacts": str(root / "mlruns" / "artifacts"),
+        **stores(root),
         "simulator.corpus_conversations": 200,
         "simulator.conversations": CONVERSATIONS,
         "abtest.conversations": 2 * CONVERSATIONS,

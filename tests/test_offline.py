@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from gate_evidence import UNGUARDED
+from stores import stores
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
@@ -37,9 +38,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(root: Path, log: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "data.root": str(root / "data"),
-        "tracking.uri": f"sqlite:///{root}/mlruns/mlflow.db",
-        "tracking.artifacts": str(root / "mlruns" / "artifacts"),
+        **stores(root),
         "source.kind": "table",
         "source.path": str(log),
         "policy.hidden_size": 16,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from gate_evidence import UNGUARDED
+from stores import stores
 
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.renovation import Renovation, Script
@@ -23,9 +24,7 @@ CONVERSATIONS = 60
 @pytest.fixture
 def overrides(tmp_path: Path) -> dict[str, Any]:
     return {
-        "data.root": str(tmp_path / "data"),
-        "tracking.uri": f"sqlite:///{tmp_path}/mlruns/mlflow.db",
-        "tracking.artifacts": str(tmp_path / "mlruns" / "artifacts"),
+        **stores(tmp_path),
         "simulator.corpus_conversations": 100,
         "simulator.conversations": CONVERSATIONS,
         "policy.hidden_size": 16,

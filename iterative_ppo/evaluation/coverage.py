@@ -42,17 +42,12 @@ def coverage(asked: pd.DataFrame, logged: pd.DataFrame, seed: int = 0) -> Covera
         asked: whole conversations of the policy itself, as a turn table; its actions are what Q will be asked about.
         logged: conversations that Q was fitted on, whoever led them. Larger tables are sampled, to bound the memory.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.neighbors import NearestNeighbors
-
     rng = np.random.default_rng(seed)
     theirs, mine = (_chosen(frame, count, rng) for frame, count in ((logged, LOGGED_AT_MOST), (asked, STATES)))
     if not len(theirs) or not len(mine):
         return None
-    vectorizer = TfidfVectorizer(token_pattern=_WORD.pattern)
     count = min(NEIGHBOURS, len(theirs))
-    nearest = NearestNeighbors(n_neighbors=count, metric="cosine").fit(vectorizer.fit_transform(theirs["state"]))
-    found = nearest.kneighbors(vectorizer.transform(mine["state"]), return_distance=False)
+    ((_, found),) = _nearest(theirs["state"], count, mine["state"])
     said = theirs["action"].to_numpy()[found]
     known = [any(_alike(own, other) for other in row) for own, row in zip(mine["action"], said, strict=True)]
     distinct = np.mean([len(set(row)) for row in said])
@@ -69,18 +64,23 @@ def beyond_reach(others: pd.DataFrame, fitted: pd.DataFrame, held_out: pd.DataFr
     Args:
         others: conversations of other policies, personas or arms. fitted, held_out: the policy's own.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.neighbors import NearestNeighbors
-
     rng = np.random.default_rng(seed)
     given = ((fitted, LOGGED_AT_MOST), (held_out, STATES), (others, STATES))
     known, own, asked = (_chosen(frame, count, rng)["state"] for frame, count in given)
     if not (len(known) and len(own) and len(asked)):
         return None
-    vectorizer = TfidfVectorizer(token_pattern=_WORD.pattern)
-    nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(vectorizer.fit_transform(known))
-    usual, far = (nearest.kneighbors(vectorizer.transform(states))[0][:, 0] for states in (own, asked))
+    usual, far = (distance[:, 0] for distance, _ in _nearest(known, 1, own, asked))
     return float(np.mean(far > np.quantile(usual, USUAL) + 1e-9))
+
+
+def _nearest(known: pd.Series, count: int, *asked: pd.Series) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each series of A states the cosine distances (A, count) to the nearest known ones, and which those are."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+
+    words = TfidfVectorizer(token_pattern=_WORD.pattern)
+    nearest = NearestNeighbors(n_neighbors=count, metric="cosine").fit(words.fit_transform(known))
+    return [nearest.kneighbors(words.transform(states)) for states in asked]
 
 
 def _chosen(frame: pd.DataFrame, count: int, rng: np.random.Generator) -> pd.DataFrame:

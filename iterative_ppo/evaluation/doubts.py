@@ -24,7 +24,6 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
             f"{what} the same in the conversations of all {turns:,} turns that Q was fitted to, so Q learnt at most "
             "how soon it comes; collect more conversations, or check how outcomes are labelled"
         )
-
     if (share := figures.get("fit_share_beyond_iterations", 0.0)) > BEYOND:
         yield (
             f"{share:.0%} of the conversations that Q was fitted to have more turns than q.iterations, up to "

@@ -88,9 +88,14 @@ def fine_tune(
         )
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
-    if not np.isfinite(loss) or not all(torch.isfinite(p).all() for p in student.trainable_parameters()):
+    if not np.isfinite(loss) or not finite(student):
         raise TrainingError(f"supervised fine-tuning diverged (loss {loss}); lower supervised.learning_rate")
     return student, {"loss": float(loss)}
+
+
+def finite(policy: LanguagePolicy) -> bool:
+    """Whether all that TRL trained is numbers; its trainers do not ask."""
+    return all(bool(torch.isfinite(p).all()) for p in policy.trainable_parameters())
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from iterative_ppo.config import BestOfNConfig
 from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
-from iterative_ppo.learning.improve.episodes import SAME_REWARD, RewardModel, check_prompts
+from iterative_ppo.learning.improve.episodes import NO_NUMBER, SAME_REWARD, RewardModel, check_prompts
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.sequences import Answered, Prompts
@@ -113,7 +113,7 @@ def _chosen_block(surer: LanguagePolicy, q: RewardModel, prompts: Prompts, n: in
     candidates = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
     worth = np.array([values[-1] for values in q.running_values(candidates)]).reshape(-1, n)
     if not np.isfinite(worth).all():
-        raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
+        raise NothingToLearn(NO_NUMBER)
     winners = best(worth, responses.finished.reshape(-1, n))
     liked = [responses.tokens[k * n + j] for k, j in enumerate(winners)]
     return Block(liked, float(np.ptp(worth, axis=1).max()), float(np.abs(worth).max()))

@@ -21,6 +21,7 @@ from iterative_ppo.learning.sequences import Beginnings, Prompts, prompt_lengths
 from iterative_ppo.mdp.rendering import Encoded, single
 
 SAME_REWARD = "Q gives all responses to a prompt the same reward: nothing to improve; the round is rejected"
+NO_NUMBER = "Q gave a reward that is not a number; the round is rejected"
 
 
 class RewardModel(Protocol):
@@ -49,8 +50,8 @@ class Episodes:
     """Sampled responses, one sequence each.
 
     Per episode (N,): Q, KL in both directions to the reference. `spread` is the greatest difference that the tokens of
-    one response make to its running value. Per token, in lists of (length,): log-probs as sampled
-    and of the reference, value, advantage as GAE left it, and the return that a critic learns.
+    one response make to its running value. Per token, in lists of (length,): log-probs as sampled and of the reference,
+    value, advantage as GAE left it, and the return that a critic learns.
     """
 
     table: EncodedTable
@@ -156,7 +157,7 @@ def roll_out(
     q_values = q.running_values(sequences)
     reward = response_rewards(q_values, responses.finished, scale, config.missing_eos_penalty)
     if not np.isfinite(reward).all():
-        raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
+        raise NothingToLearn(NO_NUMBER)
     values = critic.running_values(sequences) if critic else [value / scale for value in q_values]
     old = token_log_probs(policy, table) if runtime.current().bfloat16 else responses.token_logprobs
     anchor = old if reference is None else token_log_probs(reference, table)

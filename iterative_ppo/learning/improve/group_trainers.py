@@ -25,6 +25,7 @@ from iterative_ppo.learning import distributed, runtime
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import (
+    NO_NUMBER,
     SAME_REWARD,
     RewardModel,
     check_prompts,
@@ -36,7 +37,7 @@ from iterative_ppo.learning.improve.ppo import Run, adapted, begin, guarded, spe
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Prompts
-from iterative_ppo.learning.supervised import lent
+from iterative_ppo.learning.supervised import finite, lent
 from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.rendering import single
 
@@ -83,12 +84,12 @@ def improve(
     if left and not spent(run.curve, c):
         groups = Groups(run, reference or policy, champion, q, config, scale, seed)
         recorder = Recorder(groups, rollouts, progress, checkpoint)
+        _refuse_diverged(run.student)
         with suppress(Spent):
             if learns := left[: rollouts - len(run.curve)]:
                 _train([prompt for row in learns for prompt in row], groups, recorder)
             if guarded(c):
                 groups.look(left[-1])
-    _refuse_diverged(run.student)
     return run.result(), run.curve
 
 
@@ -111,7 +112,6 @@ class Groups:
     def respond(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """One response a prompt; equal prompts are neighbours, in groups of the configured size."""
         student, size = self.run.student, self.config.group.size
-        _refuse_diverged(student)
         seed = self.seed + 7919 * (len(self.run.curve) + 1)
         torch.manual_seed(seed)  # TRL shuffles the rollout: after a kill, as it would have been
         with without_dropout(student):
@@ -130,7 +130,7 @@ class Groups:
         values = self.q.running_values(sequences)
         reward = response_rewards(values, finished, self.scale, self.config.ppo.missing_eos_penalty)
         if not np.isfinite(reward).all():
-            raise NothingToLearn("Q gave a reward that is not a number; the round is rejected")
+            raise NothingToLearn(NO_NUMBER)
         worth = np.array([value[-1] for value in values])
         spread = np.ptp(worth.reshape(-1, self.config.group.size), axis=1).max()
         if not self.run.curve and spread <= 1e-6 * np.abs(worth).max():
@@ -324,5 +324,5 @@ def _trl(algorithm: str) -> tuple[Any, Any]:
 
 
 def _refuse_diverged(policy: LanguagePolicy) -> None:
-    if not all(torch.isfinite(p).all() for p in policy.trainable_parameters()):
+    if not finite(policy):
         raise TrainingError("the group updates diverged; lower improve.ppo.learning_rate")
