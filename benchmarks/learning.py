@@ -10,6 +10,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 
 from benchmarks.learning_table import table
 from benchmarks.methods import (
+    ASKED,
     COLLECTORS,
+    DEPLOYMENTS,
     EVALUATION,
-    EXACT,
     FORKS,
     LEARNERS,
     METHODS,
@@ -44,32 +46,27 @@ GREEDY = 1e-3
 def run_cell(method: str, seed: int, rounds: int) -> None:
     """One method and seed, round by round from where it stopped."""
     torch.set_num_threads(1)  # cells run side by side, and threads that outnumber the cores are far slower than one
-    config = configuration(method, seed)
+    config, deployments = configuration(method, seed), DEPLOYMENTS.get(method, 1)
     folder, forks = cell_path(method, seed), method in FORKS
     if forks:
         run_cell(OURS, seed, rounds - 1)
-    for number in range(int(forks), rounds + 1):
-        place = folder / f"{number}"
-        if (place / "result.json").exists():
+    for deployment in range(int(forks), deployments * rounds + 1):
+        place, (number, within) = folder / f"{deployment}", divmod(deployment, deployments)
+        if not place.exists():
+            with whole_directory(place) as draft:
+                began = time.process_time()
+                if deployment == 0:
+                    _begin(config, method, draft)
+                else:
+                    begun = cell_path(OURS, seed) if forks else folder
+                    _improve(config, method, begun / f"{deployment - 1}", deployment - 1, draft)
+                took = time.process_time() - began
+                result = {} if within else _measured(config, method, number, draft)
+                write_json(draft / "result.json", {**result, "cpu_seconds": took})
+            if not within:
+                print(f"{method}, seed {seed}, round {number}: {result['success']:.3f}", flush=True)
+        if not within:
             _greedily(config, number, place)
-            continue
-        began = time.process_time()
-        with whole_directory(place) as draft:
-            if number == 0:
-                _begin(config, method, draft)
-            else:
-                begun = cell_path(OURS, seed) if forks else folder
-                _improve(config, method, begun / f"{number - 1}", number - 1, draft)
-            trained = time.process_time()
-            started = cell_path(OURS, seed) / "0" / "result.json"
-            if number == 0 and method != OURS and started.exists():
-                result = read_json(started)
-            else:
-                result = _measure(config, number, draft, EVALUATION if number in EXACT else ROUND)
-            result |= {"cpu_seconds": trained - began, "cpu_seconds_evaluation": time.process_time() - trained}
-            write_json(draft / "result.json", result)
-        _greedily(config, number, place)
-        print(f"{method}, seed {seed}, round {number}: {result['success']:.3f}", flush=True)
 
 
 def first_round(config: Config) -> tuple[Any, Any, list[Any], Path]:
@@ -99,25 +96,28 @@ def _begin(config: Config, method: str, draft: Path) -> None:
 
 
 def _improve(config: Config, method: str, before: Path, number: int, draft: Path) -> None:
-    """One round from the policy in `before`, on 1,500 fresh conversations of it."""
+    """One deployment's from the policy in `before`, the `number`-th of its cell, on fresh conversations of it."""
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.mdp import turn_table
 
     policy = LanguagePolicy.load(before / "model")
-    seed = 10_000 * (config.seed + 1) + number
+    seed, size = 10_000 * (config.seed + 1) + number, config.simulator.conversations
     if method in COLLECTORS:
-        COLLECTORS[method](policy, ROUND, config, seed).save(draft / "model")
+        COLLECTORS[method](policy, size, config, seed).save(draft / "model")
         return
-    talks = collect(policy, environment(config), ROUND, seed, str(number))
+    talks = collect(policy, environment(config), size, seed, str(number))
     if method in LEARNERS:
         LEARNERS[method](policy, talks, config).save(draft / "model")
         return
     frame = to_rows(config, talks)
     turn_table.write(frame, draft / "turns.parquet", config.outcomes)
-    _policy_iteration(config, policy, frame, before, draft).save(draft / "model")
+    earlier = [before.parent / f"{k}" / "turns.parquet" for k in range(number, 0, -1)]
+    _policy_iteration(config, policy, frame, before / "q", earlier, draft).save(draft / "model")
 
 
-def _policy_iteration(config: Config, policy: Any, frame: Any, before: Path, draft: Path) -> Any:
+def _policy_iteration(
+    config: Config, policy: Any, frame: Any, first: Path, earlier: Sequence[Path], draft: Path
+) -> Any:
     """Lines 5 to 7 of Algorithm 1, in memory: the same functions as the pipeline's stages."""
     from iterative_ppo.learning.improve.episodes import prompts_of
     from iterative_ppo.learning.q_model import QModel
@@ -125,29 +125,32 @@ def _policy_iteration(config: Config, policy: Any, frame: Any, before: Path, dra
     from iterative_ppo.mdp import turn_table
 
     current = round_of(policy, frame, config)
-    earlier = before / "turns.parquet"
-    replay = [round_of(policy, turn_table.read(earlier, config.outcomes), config)] if earlier.exists() else []
-    start = QModel.load(before / "q") if config.q.warm_start and (before / "q").exists() else None
-    q = evaluate_policy(policy, current, replay[: config.q.replay_rounds], config, start)
+    seen = [turn_table.read(path, config.outcomes) for path in earlier[: config.q.replay_rounds]]
+    replay = [round_of(policy, rows, config) for rows in seen]
+    start = QModel.load(first) if config.q.warm_start and first.exists() else None
+    q = evaluate_policy(policy, current, replay, config, start)
     q.save(draft / "q")
     behaviour = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
     prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
     return improve_policy(policy, current, behaviour, q, prompts, config, config.seed).policy
 
 
-def _measure(config: Config, number: int, draft: Path, conversations: int) -> dict[str, float]:
-    """Success and manners on fresh conversations."""
+def _measured(config: Config, method: str, number: int, draft: Path) -> dict[str, float]:
+    """Success and manners on fresh conversations; of pi_0, which all methods of a seed share, once."""
+    started = cell_path(OURS, config.seed) / "0" / "result.json"
+    if number == 0 and method != OURS and started.exists():
+        return read_json(started)
     from iterative_ppo.environments.phrases import parse
     from iterative_ppo.learning.language_model import LanguagePolicy
 
     policy = LanguagePolicy.load(draft / "model")
-    talks = collect(policy, environment(config), conversations, 5_000_000 + 1000 * config.seed + number, "evaluation")
+    talks = collect(policy, environment(config), EVALUATION, 5_000_000 + 1000 * config.seed + number, "evaluation")
     actions = [turn.suggestion for talk in talks for turn in talk.turns if turn.suggestion]
     said = [a.text or "" for a in actions if a.status == "suggested"]
     adopted = [turn.adoption == "verbatim" for talk in talks for turn in talk.turns if turn.adoption]
     return {
         "success": outcome_of(talks).rate,
-        "conversations": conversations,
+        "conversations": EVALUATION,
         "well_formed": float(np.mean([parse(text).kind != "unclear" for text in said])) if said else 1.0,
         "abstained": 1.0 - len(said) / len(actions),
         "verbatim": float(np.mean(adopted)) if adopted else 0.0,
@@ -158,18 +161,18 @@ def _greedily(config: Config, number: int, place: Path) -> None:
     """Success where every message is the likeliest one."""
     from iterative_ppo.learning.language_model import LanguagePolicy
 
-    if number not in EXACT or (place / "greedy.json").exists():
+    if (place / "greedy.json").exists():
         return
     policy = LanguagePolicy.load(place / "model").at(GREEDY)
-    talks = collect(policy, environment(config), ROUND, 7_000_000 + 1000 * config.seed + number, "greedy")
-    write_json(place / "greedy.json", {"success": outcome_of(talks).rate, "conversations": ROUND})
+    talks = collect(policy, environment(config), EVALUATION, 7_000_000 + 1000 * config.seed + number, "greedy")
+    write_json(place / "greedy.json", {"success": outcome_of(talks).rate, "conversations": EVALUATION})
 
 
 def main() -> None:
     """Run all cells in `--jobs` processes, then print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ASKED)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="run these alone")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "SEED"), help="one method and seed, in this process")
@@ -181,7 +184,7 @@ def main() -> None:
     seeds = list(range(arguments.seeds))
     for method in arguments.methods:  # the first makes each seed's pi_0, which the others share
         _in_processes([(method, seed) for seed in seeds], arguments)
-    whole = arguments.methods == list(METHODS) and arguments.rounds >= max(EXACT[:-1])
+    whole = arguments.methods == list(METHODS) and arguments.rounds >= ASKED
     write("bench-learning", table(seeds, arguments.rounds, arguments.methods), whole)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.methods import EVALUATION, LAST, METHODS, OURS, ROUNDS, TWICE, cell_path, configuration
+from benchmarks.methods import EVALUATION, LAST, METHODS, OURS, ROUNDS, SMALL, TWICE, configuration, round_paths
 from benchmarks.results_file import figure, mean_interval
 from iterative_ppo.environments.renovation import Script
 from iterative_ppo.environments.rollout import collect
@@ -17,6 +18,7 @@ from tasks.traffic import environment, outcome_of
 
 EACH_TIME = ", two policy iterations a round"
 IN_THE_LAST = ", three policy iterations in the last"
+DEPLOYED = ", a deployment every 500"
 Results = dict[tuple[str, int], list[dict[str, Any]]]
 """By method and round, a result for each seed."""
 
@@ -27,22 +29,29 @@ def table(seeds: list[int], rounds: int, methods: Collection[str] = tuple(METHOD
     asked = {cell: results for cell, results in found.items() if cell[0] in methods}
     rows = [row for (method, number), results in asked.items() for row in _described(method, number, results, seeds)]
     rows += _margins(found, seeds, methods)
-    return [*rows, *_targets(found, seeds, rounds), *_steps(found, seeds)] if {OURS, LAST} & set(methods) else rows
+    return (
+        [*rows, *_targets(found, seeds, rounds), *_steps(found, seeds)] if {OURS, LAST, SMALL} & set(methods) else rows
+    )
 
 
 def _finished(seeds: list[int], rounds: int) -> Results:
     found: Results = {}
     for method in METHODS:
         for number in range(ROUNDS.get(method, rounds) + 1):
-            places = [cell_path(method, seed) / f"{number}" for seed in seeds]
-            if all((place / "result.json").exists() for place in places):
-                found[method, number] = [_result(place) for place in places]
+            made = [round_paths(method, seed, number) for seed in seeds]
+            if all((places[-1] / "result.json").exists() for places in made):
+                found[method, number] = [_result(places) for places in made]
     return found
 
 
-def _result(place: Any) -> dict[str, Any]:
-    greedy = place / "greedy.json"
-    return read_json(place / "result.json") | {"greedy": read_json(greedy)["success"] if greedy.exists() else None}
+def _result(places: Sequence[Path]) -> dict[str, Any]:
+    """What the last of a round's policies reaches, and what all of them cost."""
+    told, greedy = [read_json(place / "result.json") for place in places], places[-1] / "greedy.json"
+    return {
+        **told[-1],
+        "cpu_seconds": sum(one["cpu_seconds"] for one in told),
+        "greedy": read_json(greedy)["success"] if greedy.exists() else None,
+    }
 
 
 def _rates(results: list[dict[str, Any]]) -> np.ndarray:
@@ -55,23 +64,29 @@ def _described(method: str, number: int, results: list[dict[str, Any]], seeds: l
     rows = [figure(f"success, {method}, round {number}", mean, (low, high), seeds=seeds, cpu_seconds=cpu)]
     for name, key in (("well-formed messages", "well_formed"), ("success, greedy", "greedy")):
         values = [result[key] for result in results]
-        if results[0]["conversations"] == EVALUATION and None not in values:
+        if None not in values:
             mean, low, high = mean_interval(values)
             rows.append(figure(f"{name}, {method}, round {number}", mean, (low, high), seeds=seeds))
     return rows
 
 
 def _margins(found: Results, seeds: list[int], methods: Collection[str]) -> list[dict[str, Any]]:
-    """Of ours over every other method, then of ours with more policy iterations over every baseline."""
+    """Of ours over every other method, then of each variant of it over every baseline."""
     rows = []
-    variants = {OURS, TWICE, LAST}
-    for mine, others, how in ((OURS, {OURS}, ""), (TWICE, variants, EACH_TIME), (LAST, variants, IN_THE_LAST)):
+    variants = {OURS, TWICE, LAST, SMALL}
+    compared = (
+        (OURS, {OURS}, ""),
+        (TWICE, variants, EACH_TIME),
+        (LAST, variants, IN_THE_LAST),
+        (SMALL, variants, DEPLOYED),
+    )
+    for mine, others, how in compared:
         for (method, number), results in found.items():
             if not {method, mine} & set(methods):
                 continue
             if method not in others and number and (mine, number) in found:
                 mean, low, high = mean_interval(list(_rates(found[mine, number]) - _rates(results)))
-                target = (None, None) if method in (TWICE, LAST) else ("> 0", low > 0)
+                target = (None, None) if method in variants else ("> 0", low > 0)
                 rows.append(figure(f"margin over {method}, round {number}{how}", mean, (low, high), *target, seeds))
     return rows
 
@@ -84,36 +99,43 @@ def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, An
         (OURS, 1, 0.58, "0.58"),
         (OURS, 3, 0.82, "0.82"),
         (LAST, 3, 0.82, "0.82"),
+        (SMALL, 1, 0.58, "0.58"),
+        (SMALL, 3, 0.82, "0.82"),
+        (SMALL, 5, 0.97 * oracle, "97 % of the oracle's"),
         (OURS, 5, 0.97 * oracle, "97 % of the oracle's"),
     ]
     for method, number, least, said in aims:
         if (method, number) in found:
-            how = "" if method == OURS else IN_THE_LAST
+            how = {OURS: "", LAST: IN_THE_LAST, SMALL: DEPLOYED}[method]
             mean, low, high = mean_interval(list(_rates(found[method, number])))
             rows.append(
                 figure(f"success after {number} rounds{how}", mean, (low, high), f">= {said}", mean >= least, seeds)
             )
-    if (OURS, rounds) in found:
-        after = _rates(found[OURS, rounds])
-        ratio, low, high = mean_interval(list(after / start))
-        rows.append(figure(f"success after {rounds} rounds over pi_0's", ratio, (low, high), ">= 3", ratio >= 3, seeds))
-        well = [[result["well_formed"] for result in found[OURS, number]] for number in (0, rounds)]
+    for method, how in ((OURS, ""), (SMALL, DEPLOYED)):
+        if (method, rounds) not in found:
+            continue
+        ratio, low, high = mean_interval(list(_rates(found[method, rounds]) / start))
+        name = f"success after {rounds} rounds over pi_0's{how}"
+        rows.append(figure(name, ratio, (low, high), ">= 3", ratio >= 3, seeds))
+        well = [[result["well_formed"] for result in found[method, number]] for number in (0, rounds)]
         mean, low, high = mean_interval(list(np.array(well[1]) - np.array(well[0])))
-        rows.append(figure("well-formed messages less pi_0's", mean, (low, high), ">= -0.02", mean >= -0.02, seeds))
+        rows.append(
+            figure(f"well-formed messages less pi_0's{how}", mean, (low, high), ">= -0.02", mean >= -0.02, seeds)
+        )
     return [*rows, figure("the scripted oracle's success", oracle, None, ">= .80", oracle >= 0.8)]
 
 
 def _steps(found: Results, seeds: list[int]) -> list[dict[str, Any]]:
     """How many rounds of ours are worse than the one before, at .05 over all of them (Bonferroni)."""
-    numbers = [number for method, number in found if method == OURS and number]
-    pairs = [
-        (before, after)
-        for number in numbers
-        for before, after in zip(found[OURS, number - 1], found[OURS, number], strict=True)
-    ]
-    worse = [ab_test(_arm(after), _arm(before), 0.05).p_value < 0.05 / len(pairs) for before, after in pairs]
-    name = f"rounds significantly worse than the one before, of {len(pairs)}"
-    return [figure(name, sum(worse), None, "0", not any(worse), seeds)]
+    rows = []
+    for mine, how in ((OURS, ""), (SMALL, DEPLOYED)):
+        numbers = [number for method, number in found if method == mine and number]
+        pairs = [pair for n in numbers for pair in zip(found[mine, n - 1], found[mine, n], strict=True)]
+        worse = [ab_test(_arm(after), _arm(before), 0.05).p_value < 0.05 / len(pairs) for before, after in pairs]
+        name = f"rounds significantly worse than the one before, of {len(pairs)}{how}"
+        if pairs:
+            rows.append(figure(name, sum(worse), None, "0", not any(worse), seeds))
+    return rows
 
 
 def _arm(result: dict[str, Any]) -> Arm:

@@ -12,10 +12,11 @@ from iterative_ppo.files import fingerprint
 
 WORK = Path(__file__).parent / "work" / "learning"
 ROUND, EVALUATION = 1500, 5000
-EXACT = (0, 3, 5)
-"""Rounds after which success is measured on more conversations, and greedily."""
+ASKED = 3
+"""Rounds of each method, where nobody asks for another number."""
 OURS, TWICE = "iterative PPO", "iterative PPO, two policy iterations a round"
 LAST = "iterative PPO, three policy iterations in the last round"
+SMALL = "iterative PPO, a deployment every 500 conversations"
 MONTE_CARLO = "the same with Monte Carlo Q"
 CLONING, MYOPIC = "filtered behaviour cloning", "myopic: trained on acceptance"
 ONLINE, REFUEL = "trajectory RLOO, updated every 250 conversations", "REFUEL"
@@ -36,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
     TWICE: {"improve.policy_iterations": 2},
     LAST: {"improve.policy_iterations": 3},
+    SMALL: {"q.replay_rounds": 5},
     MONTE_CARLO: {"q.target": "monte_carlo", "q.corpus_epochs": 0.0},
     "best of n by Q, cloned": {"improve.ppo.episodes": 0},
     **{name: {} for name in LEARNERS},
@@ -52,16 +54,26 @@ METHODS: dict[str, dict[str, Any]] = {
         "improve.ppo.learning_rate": 0.001,
     },
 }
-ROUNDS = {OURS: 5, MONTE_CARLO: 1, MYOPIC: 1}
+ROUNDS = {OURS: 5, SMALL: 5, MONTE_CARLO: 1, MYOPIC: 1}
 """Rounds of those that do not make as many as asked for."""
+DEPLOYMENTS = {SMALL: 3}
+"""How many policies those deploy, one after the other, in each round's conversations that deploy more than one."""
 FORKS = {LAST}
 """Those of which each round goes on from ours of the round before, as where it is the last one."""
 
 
 def configuration(method: str, seed: int) -> Config:
-    return load_config(None, {"seed": seed, "simulator.conversations": ROUND, **METHODS[method]})
+    size = ROUND // DEPLOYMENTS.get(method, 1)
+    return load_config(None, {"seed": seed, "simulator.conversations": size, **METHODS[method]})
 
 
 def cell_path(method: str, seed: int) -> Path:
     key = fingerprint(configuration(method, seed).model_dump(mode="json"))
     return WORK / f"{fingerprint(method)[:6]}-{seed}-{key}"
+
+
+def round_paths(method: str, seed: int, number: int) -> list[Path]:
+    """Where a cell keeps the policies that it makes of a round's conversations, the one it ends with last."""
+    deployments = DEPLOYMENTS.get(method, 1)
+    made = range(deployments * (number - 1) + 1, deployments * number + 1) if number else [0]
+    return [cell_path(method, seed) / f"{k}" for k in made]
