@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files side by side, one thread each: threads that outnumber the cores are far slower than one.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: run test test-slow check format bench bench-run bench-learning bench-star bench-q bench-gate bench-ppo bench-guard install clean
 
@@ -10,7 +12,7 @@ run: $(STAMP)
 	$(BIN)/ippo run
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -20,7 +22,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(TEST)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -29,9 +29,9 @@ def table(seeds: list[int], rounds: int, methods: Collection[str] = tuple(METHOD
     asked = {cell: results for cell, results in found.items() if cell[0] in methods}
     rows = [row for (method, number), results in asked.items() for row in _described(method, number, results, seeds)]
     rows += _margins(found, seeds, methods)
-    return (
-        [*rows, *_targets(found, seeds, rounds), *_steps(found, seeds)] if {OURS, LAST, SMALL} & set(methods) else rows
-    )
+    if not {OURS, LAST, SMALL} & set(methods):
+        return rows
+    return [*rows, *_targets(found, seeds, rounds), *_steps(found, seeds)]
 
 
 def _finished(seeds: list[int], rounds: int) -> Results:
@@ -92,7 +92,7 @@ def _margins(found: Results, seeds: list[int], methods: Collection[str]) -> list
 
 
 def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, Any]]:
-    start, oracle = _rates(found[OURS, 0]), _oracle()
+    start, oracle = _rates(next(found[method, 0] for method in METHODS if (method, 0) in found)), _oracle()
     mean, low, high = mean_interval(list(start))
     rows = [figure("pi_0's success", mean, (low, high), ".15 to .25", bool(0.15 <= mean <= 0.25), seeds)]
     aims: list[tuple[str, int, float, str]] = [

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import learning_table, q, q_cells, results_file
-from benchmarks.methods import MONTE_CARLO, OURS
+from benchmarks import learning_table, methods, q, q_cells, results_file
+from benchmarks.methods import MONTE_CARLO, OURS, SMALL, configuration
 from benchmarks.q_cells import FITTED, cell, sections
 from benchmarks.results_file import figure, jackknifed, mean_interval, merged, write
 from iterative_ppo.config import load_config
-from iterative_ppo.files import read_json
+from iterative_ppo.files import read_json, write_json
 
 
 def names(rows: list[dict[str, Any]]) -> list[str]:
@@ -73,5 +73,20 @@ def test_of_learning_the_methods_asked_for_alone_are_told(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(learning_table, "_finished", finished)
     rows = names(learning_table.table([0], 1, [MONTE_CARLO]))
-    assert rows == [f"success, {MONTE_CARLO}, round {k}" for k in (0, 1)] + [f"margin over {MONTE_CARLO}, round 1"]
+    told = [f"{what}, {MONTE_CARLO}, round {k}" for k in (0, 1) for what in ("success", "well-formed messages")]
+    assert rows == [*told, f"margin over {MONTE_CARLO}, round 1"]
     assert {"pi_0's success", "success after 1 rounds"} <= set(names(learning_table.table([0], 1)))
+
+
+def test_of_a_method_that_deploys_more_often_the_last_policy_of_a_round_is_told_and_the_cost_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "WORK", tmp_path)
+    for k in range(4):
+        reached = {"success": 0.1 * k, "well_formed": 1.0, "conversations": 100} if k in (0, 3) else {}
+        write_json(methods.cell_path(SMALL, 0) / f"{k}" / "result.json", {**reached, "cpu_seconds": 10.0})
+    rows = {row["figure"]: row for row in learning_table.table([0], 1, ["pi_0 sharpened", SMALL])}
+    assert f"success, {SMALL}, round 0" in rows
+    assert rows[f"success, {SMALL}, round 1"]["value"] == pytest.approx(0.3)
+    assert rows[f"success, {SMALL}, round 1"]["cpu_seconds"] == 30.0
+    assert configuration(SMALL, 0).simulator.conversations == configuration(OURS, 0).simulator.conversations // 3
