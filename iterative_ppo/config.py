@@ -242,6 +242,10 @@ class QConfig(Frozen):
     """Responses of the policy a state, for E_pi Q(s, .)."""
     polyak: float = Field(gt=0.0, le=1.0)
     """Share of the way that archer's target network goes to the fitted one in each step."""
+    expectile: float | None = Field(gt=0.0, lt=1.0)
+    """Of archer: V is this expectile of its target network's Q over the logged actions, and no response is sampled
+    (implicit Q-learning, arXiv 2110.06169; above .5 that is Q of a better policy than wrote the log, .9 in archer's
+    paper). null: V is the mean over responses of the policy."""
     ridge: float = Positive
     """Ridge penalty of lstd_q."""
     effective_size_floor: float = Positive
@@ -277,6 +281,10 @@ class QConfig(Frozen):
     def _together(self) -> QConfig:
         if self.target == "lstd_q" and self.loss != "mse":
             raise ValueError("target lstd_q is linear in its features; set q.loss to mse")
+        if self.expectile is not None and (self.target != "archer" or self.loss == "hl_gauss"):
+            raise ValueError(
+                "expectile is archer's, under loss bce or mse; set q.target to archer, or q.expectile to null"
+            )
         if self.pessimism and self.members < 2:
             raise ValueError("pessimism needs the spread of members; set q.members to 2 or more, or q.pessimism to 0")
         return self

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.chain import ACTIONS, Chain, greedy
@@ -21,6 +22,7 @@ from iterative_ppo.evaluation.metrics import calibration, calibrator, recalibrat
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
 from iterative_ppo.learning.estimators.table import enumerated
+from iterative_ppo.learning.forward import backbone
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, checked, effective_size, fit_q
 from iterative_ppo.learning.q_model import QModel, QSettings
@@ -230,6 +232,61 @@ def test_fqe_archer_and_lstd_q_have_one_fixed_point(frames: dict[str, pd.DataFra
     for target in ("fqe", "archer"):
         assert distance(chain_q(target, frames), lstd) < 1e-4
     assert distance(chain_q("retrace", frames), lstd) > 1e-4, "Retrace reads further, so it errs otherwise"
+
+
+def implicit(frames: dict[str, pd.DataFrame], expectile: float) -> np.ndarray:
+    """(S, A) Q of ArCHer's offline form from the behaviour's log."""
+    table, data = enumerated(frames["behaviour"], CHAIN.state_of, ACTIONS, POLICY, GAMMA)
+    overrides = {"q.target": "archer", "q.iterations": 400, "q.expectile": expectile}
+    estimator_of(load_config(overrides=overrides).q).fit(table, data)
+    return table.q
+
+
+def test_implicit_q_learning_at_a_half_is_the_behaviours_q_and_above_it_what_its_expectiles_say(
+    frames: dict[str, pd.DataFrame],
+) -> None:
+    """Whatever the policy: it looks at the logged actions alone. The referee writes Q = r + gamma P V out."""
+    assert distance(implicit(frames, 0.5), CHAIN.q_pi(BEHAVIOUR, GAMMA)) < 0.03
+
+    def slope(v: float, q: np.ndarray, said: np.ndarray) -> float:
+        return float(said @ (np.where(q > v, 0.9, 0.1) * (q - v)))
+
+    v = np.zeros(CHAIN.states)
+    for _ in range(60):
+        q = CHAIN.reward + GAMMA * CHAIN.transition @ v
+        v = np.array([optimize.brentq(slope, -9, 9, args=pair) for pair in zip(q, BEHAVIOUR, strict=True)])
+    assert distance(implicit(frames, 0.9), q) < 0.03
+    assert distance(q, CHAIN.q_pi(BEHAVIOUR, GAMMA)) > 0.1
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_a_networks_v_learns_the_expectile_of_its_targets_and_q_their_mean(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], loss: str
+) -> None:
+    """Targets of V are 1 or 0 by the toss of a coin, whose .9 expectile is about .9; those of Q are .3."""
+    long = {"q.value_epochs": 60.0, "q.value_learning_rate": 0.01, "q.running_weight": 0.0}
+    config = small(**{"q.target": "archer", "q.loss": loss, **long})
+    data = a_round(tiny_policy, scripted[:20], config)
+    coin = np.random.default_rng(0).integers(2, size=len(data.last)).astype(float)[:, None]
+    found = {}
+    for expectile in (None, 0.5, 0.9):
+        q = QModel.from_policy(tiny_policy, QSettings.of(config), 0)
+        for weight in backbone(q.model).parameters():  # which could learn the tosses by heart
+            weight.requires_grad_(False)
+        network = Network(q, Log(tiny_policy, [data.encoded], config.q, 0))
+        network.fit(np.full_like(coin, 0.3), coin, schedule="value", expectile=expectile)
+        found[expectile] = network.values()
+    ones = coin[~data.last].mean()
+    assert np.nanmean(found[0.9].v) == pytest.approx(0.9 * ones / (0.9 * ones + 0.1 * (1 - ones)), abs=0.03)
+    assert np.nanmean(found[None].v) == pytest.approx(ones, abs=0.03)
+    assert np.allclose(found[None].v, found[0.5].v, equal_nan=True)
+    assert all(np.nanmean(values.q) == pytest.approx(0.3, abs=0.05) for values in found.values())
+
+
+@pytest.mark.parametrize("wrong", [{"q.target": "fqe"}, {"q.target": "archer", "q.loss": "hl_gauss"}])
+def test_an_expectile_is_archers_alone(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expectile is archer's, under loss bce or mse"):
+        load_config(overrides={"q.expectile": 0.9, **wrong})
 
 
 @pytest.mark.slow
@@ -542,6 +599,17 @@ def test_archers_target_network_lags_behind_its_critic(
     monkeypatch.setattr(Network, "fit", spied)
     fit_q(tiny_policy, data, [], config)
     assert len(told) == 2 and 0 < told[0][0] < told[0][1]
+
+
+def test_implicit_q_learning_samples_no_response_and_asks_for_no_support(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(**{"q.target": "archer", "q.expectile": 0.9, "q.effective_size_floor": 1e9})
+    data = a_round(tiny_policy, scripted[:20], config)
+    monkeypatch.setattr(LanguagePolicy, "respond", None)
+    q = fit_q(tiny_policy, data, [], config)
+    assert np.isfinite(q.evaluate(data.encoded).q[data.fit & ~data.last]).all()
+    assert "fit_effective_size" not in q.report
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------

@@ -42,19 +42,29 @@ class Targets:
     Attributes:
         q: at the response's end and between. v: at the prompt's end. weight: of each row and head.
         usable: (N,) rows that have a target.
+        expectile: of v's targets, that V learns; None is their mean, as .5 is.
     """
 
     q: np.ndarray
     v: np.ndarray
     weight: np.ndarray
     usable: np.ndarray
+    expectile: float | None = None
 
     @classmethod
-    def of(cls, q: np.ndarray, heads: int, v: np.ndarray | None = None, weight: np.ndarray | None = None) -> Targets:
+    def of(
+        cls,
+        q: np.ndarray,
+        heads: int,
+        v: np.ndarray | None = None,
+        weight: np.ndarray | None = None,
+        expectile: float | None = None,
+    ) -> Targets:
         """Targets of (N,) or (N, K) values, K columns repeated for each member; rows with NaN are left out."""
         spread = _columns(q, heads)
         ones = np.ones(spread.shape, np.float32) if weight is None else weight.astype(np.float32)
-        return cls(spread, spread if v is None else _columns(v, heads), ones, np.isfinite(spread).all(axis=1))
+        usable = np.isfinite(spread).all(axis=1)
+        return cls(spread, spread if v is None else _columns(v, heads), ones, usable, expectile)
 
 
 def _columns(values: np.ndarray, heads: int) -> np.ndarray:
@@ -128,6 +138,9 @@ def _regression_loss(q: QModel, batch: Batch, targets: Targets, running_weight: 
     device = logits.device
     chosen = logits[torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)]
     outputs = q.outputs(chosen, torch.from_numpy(at_end).to(device))
-    losses = q.settings.scale.loss(outputs, torch.from_numpy(target).to(device))
-    weighted = torch.from_numpy(weights).float().to(device) * losses
+    aim, weight_of = torch.from_numpy(target).to(device), torch.from_numpy(weights).float().to(device)
+    if targets.expectile is not None:  # the gradient of bce and mse is linear in aim - value, so each finds it
+        above = aim[len(span) :] > q.settings.scale.value(outputs[len(span) :].detach())
+        weight_of[len(span) :] *= 2 * torch.where(above, targets.expectile, 1 - targets.expectile)
+    weighted = weight_of * q.settings.scale.loss(outputs, aim)
     return weighted.sum() / ((2.0 + running_weight) * usual * q.settings.heads)

@@ -25,6 +25,6 @@ def estimator_of(config: QConfig) -> Estimator:
         "fqe": FQE(config.iterations),
         "retrace": Retrace(config.trace_decay, config.iterations),
         "lstd_q": LSTDQ(config.ridge),
-        "archer": ArCHer(config.iterations),
+        "archer": ArCHer(config.iterations, config.expectile),
     }
     return made[config.target]

@@ -138,8 +138,9 @@ class Network:
         schedule: Schedule = "q",
         share: float = 1.0,
         target: Learner | None = None,
+        expectile: float | None = None,
     ) -> None:
-        targets = Targets.of(q, self.q.settings.heads, v, self.log.row_weights)
+        targets = Targets.of(q, self.q.settings.heads, v, self.log.row_weights, expectile)
         how, log = regression(self.log.config, schedule), self.log
         follow = None
         if target is not None:

@@ -85,12 +85,14 @@ class Learner(Protocol):
         schedule: Schedule = "q",
         share: float = 1.0,
         target: Learner | None = None,
+        expectile: float | None = None,
     ) -> None:
         """Regress on (N, H) targets of Q and of V (None: the mean of Q's), leaving out rows with NaN in `q`.
 
         Args:
             share: of the schedule's passes.
             target: a network that follows with each step (Polyak averaging).
+            expectile: V learns this expectile of its targets; None is their mean, as .5 is.
         """
 
     def features(self) -> Features:

@@ -52,13 +52,14 @@ class Table:
         schedule: Schedule = "q",
         share: float = 1.0,
         target: Learner | None = None,
+        expectile: float | None = None,
     ) -> None:
         wanted = q if v is None else v
         rows = np.isfinite(q[:, 0]) & (self.action >= 0)
         state, action = self.state[rows], self.action[rows]
         cell = np.ravel_multi_index((state, action), self.q.shape)
         self.q = _means(cell, q[rows, 0], self.q.ravel()).reshape(self.q.shape)
-        self.v = _means(state, wanted[rows, 0], self.v)
+        self.v = _expectiles(state, wanted[rows, 0], self.v, 0.5 if expectile is None else expectile)
         if target is not None:
             assert isinstance(target, Table)
             target.q += self.polyak * (self.q - target.q)
@@ -81,10 +82,19 @@ class Table:
         return np.where(self.state < 0, np.nan, values[self.state])[:, None]
 
 
-def _means(cell: np.ndarray, values: np.ndarray, before: np.ndarray) -> np.ndarray:
-    count = np.bincount(cell, minlength=len(before))
-    total = np.bincount(cell, weights=values, minlength=len(before))
-    return np.where(count > 0, total / np.maximum(count, 1), before)
+def _means(cell: np.ndarray, values: np.ndarray, before: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+    count = np.bincount(cell, weight, minlength=len(before))
+    total = np.bincount(cell, values if weight is None else values * weight, minlength=len(before))
+    return np.where(count > 0, total / np.where(count > 0, count, 1.0), before)
+
+
+def _expectiles(cell: np.ndarray, values: np.ndarray, before: np.ndarray, expectile: float) -> np.ndarray:
+    """The mean where what is above it weighs `expectile` and the rest 1 - expectile: found by repeating it."""
+    found, last = _means(cell, values, before), before
+    while expectile != 0.5 and not np.array_equal(found, last):
+        weight = np.where(values > found[cell], expectile, 1 - expectile)
+        found, last = _means(cell, values, before, weight), found
+    return found
 
 
 def enumerated(
