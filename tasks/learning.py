@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from tasks.stage import Stage, made_with, run_stage
 from tasks.suitability import cut_by_limits, tell_of_rates
 
 if TYPE_CHECKING:
+    from iterative_ppo.learning.checkpoint import Checkpoint
     from iterative_ppo.learning.jobs import Evaluation
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.policy_evaluation import Round
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 PROMPTS = "prompts.parquet"
-IMPROVING = "improving"
+FITTING, IMPROVING = "fitting", "improving"
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
     "policy": {"lora", "save"},
@@ -146,6 +148,7 @@ def fit_q_stage(
 ) -> Stage:
     """Line 5: Q of the policy from its own conversations, and what it is worth on held-out ones.
 
+    Killed, it goes on from the checkpoint that it keeps beside itself.
     With a credit assigner all of these figures are about its turn rewards, which it leaves in credit.parquet; the
     metric `objective_is_credited` is 1 then, and credit.json says what that means. A Q that is here already and differs
     by the weights of its outcomes alone is not fitted again: it is read under the new ones.
@@ -166,6 +169,7 @@ def fit_q_stage(
 
     def work(draft: Path) -> Mapping[str, float]:
         from iterative_ppo.learning.jobs import Crediting, Evaluation
+        from iterative_ppo.learning.rounds import UPDATES
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.worker import do
 
@@ -178,15 +182,32 @@ def fit_q_stage(
                 with progress("assigning credit to turns") as report:
                     credit = do(Crediting(config, policy.path, current, others), draft, report)
                 current, others, metrics = credit.current, credit.replay, credit.report
-            job = Evaluation(config, policy.path, start, current, others)
-            q = reweighted_q(job, folder / "q", inputs, draft)
-            if q is None:
-                with progress("fitting Q") as report:
-                    q = do(job, draft, report)
+            with _resumable(folder / FITTING, fingerprint(inputs)) as checkpoint:
+                job = Evaluation(config, policy.path, start, current, others, checkpoint.part("q", UPDATES))
+                q = reweighted_q(job, folder / "q", inputs, draft)
+                if q is None:
+                    with progress("fitting Q") as report:
+                        q = do(job, draft, report)
             metrics |= q.report | write_q_report(q, current, facts, draft)
         return metrics | origin_metrics(facts) | coverage_metrics(config, policy.path, policy.label, dataset)
 
-    return run_stage(folder / "q", inputs, work)
+    stage = run_stage(folder / "q", inputs, work)
+    shutil.rmtree(folder / FITTING, ignore_errors=True)
+    return stage
+
+
+@contextmanager
+def _resumable(path: Path, key: str, *begun: Mapping[str, Any]) -> Iterator[Checkpoint]:
+    """For a block that trains, a place to go on from (checkpoint.take_up), emptied where the training itself fails."""
+    from iterative_ppo.learning.checkpoint import take_up
+
+    checkpoint = take_up(path, key, *(begun or ({}, {})))
+    try:
+        yield checkpoint
+    except TrainingError as error:
+        if not isinstance(error, WorkerLost):  # it would come again, and may advise to change a setting
+            checkpoint.clear()
+        raise
 
 
 def reweighted_q(job: Evaluation, fitted: Path, inputs: Mapping[str, Any], draft: Path) -> QModel | None:
@@ -260,27 +281,25 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         inputs["fit"] = config.q.model_dump()
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.checkpoint import take_up
         from iterative_ppo.learning.jobs import Improving, stored_credit
         from iterative_ppo.learning.rounds import LEFT_OUT
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.sequences import Beginnings
         from iterative_ppo.learning.worker import do
 
-        checkpoint = take_up(folder / IMPROVING, fingerprint(inputs), *_begun_with(config, policy, prompts.dataset))
-        with computing(config.runtime), token_folder(draft) as held:
+        begun = _begun_with(config, policy, prompts.dataset)
+        with (
+            _resumable(folder / IMPROVING, fingerprint(inputs), *begun) as checkpoint,
+            computing(config.runtime),
+            token_folder(draft) as held,
+        ):
             current, behaviour, figures = _behaviour(config, policy, prompts.dataset, held)
             states = Beginnings.whole(held / "prompts", read_prompts(prompts.path / PROMPTS))
             if config.credit.assigner != "outcome":
                 current = stored_credit(current, q_path.parent, config)
             with progress("improving the policy") as report:
                 job = Improving(config, policy.path, q_path, current, behaviour, states, checkpoint)
-                try:
-                    result = do(job, draft, report)
-                except TrainingError as error:
-                    if not isinstance(error, WorkerLost):  # it would come again, and may advise to change a setting
-                        checkpoint.clear()
-                    raise
+                result = do(job, draft, report)
         if number := result.report.get(LEFT_OUT):
             _LOG.warning(
                 "policy iteration %d is left out: to the policy so far the conversations are worth fewer suggestions "

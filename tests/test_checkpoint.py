@@ -103,6 +103,10 @@ class Night:
     def unfinished(self) -> Path:
         return self.root / "improving"
 
+    @property
+    def fitting(self) -> Path:
+        return self.root / "fitting"
+
     def data(self, md5: str, talks: int, number: int = 0, logprob: float | None = -3.0) -> Dataset:
         rows = [
             Conversation(
@@ -177,6 +181,37 @@ def test_a_killed_stage_refuses_another_configuration_and_goes_on_with_its_own(
     night.improve()
     assert told[-2:] == [3, 4] and 1 not in told
     assert not night.unfinished.exists()
+
+
+def test_a_killed_fit_of_q_goes_on_and_another_begins_anew(
+    night: Night, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rounds, "UPDATES", 1)
+    updates: list[tuple[int, int]] = []
+
+    def report(done: int, total: int) -> None:
+        updates.append((done, total))
+        if len(updates) == killed_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning, "progress", lambda _: nullcontext(report))
+    killed_after = 10**9
+    whole, every = content_hash(night.fit_q().path / "model"), len(updates)
+    assert not night.fitting.exists()
+    for changes in ({}, {"q.epochs": 2.0}):
+        shutil.rmtree(night.root / "q")
+        updates.clear()
+        killed_after = 3
+        with pytest.raises(KeyboardInterrupt):
+            night.fit_q()
+        assert night.fitting.exists()
+        updates.clear()
+        killed_after = 10**9
+        stage = night.fit_q(**changes)
+        assert (content_hash(stage.path / "model") == whole) == (not changes)
+        assert not night.fitting.exists()
+        assert (len(updates) == every - 3) == (not changes)
+        assert ("an unfinished training of other data" in caplog.text) == bool(changes)
 
 
 def test_new_data_begin_anew(night: Night, kill: Callable[[int | None], list[int]]) -> None:

@@ -19,6 +19,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.chain import ACTIONS, Chain, greedy
 from iterative_ppo.errors import ConfigError, TrainingError, TurnTableError
 from iterative_ppo.evaluation.metrics import calibration, calibrator, recalibrated
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
 from iterative_ppo.learning.estimators.table import enumerated
@@ -610,6 +611,37 @@ def test_implicit_q_learning_samples_no_response_and_asks_for_no_support(
     q = fit_q(tiny_policy, data, [], config)
     assert np.isfinite(q.evaluate(data.encoded).q[data.fit & ~data.last]).all()
     assert "fit_effective_size" not in q.report
+
+
+@pytest.mark.parametrize("target", ["one_step", "td_lambda", "fqe", "archer"])
+@pytest.mark.parametrize("stopped", [2, 5])
+def test_a_killed_fit_ends_with_the_same_weights(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path, target: str, stopped: int
+) -> None:
+    """Within its first regression or a later one, of the same network or another."""
+    changes = {"q.epochs": 2.0, "q.value_epochs": 2.0, "q.value_batch_size": 10, "q.batch_size": 10}
+    config, told = small(**{"q.target": target, **changes}), list[tuple[int, int]]()
+    data = a_round(tiny_policy, scripted[:20], config)
+
+    def fitted(place: Path | None) -> QModel:
+        kept = place and Checkpoint(place / "q", "key", 1)
+        return fit_q(tiny_policy, data, [], config, None, lambda *step: told.append(step), kept)
+
+    whole = fitted(None)
+    updates, fits = len(told), [k for k, (done, _) in enumerate(told) if done == 1]
+    assert len(fits) == (2 if target == "one_step" else 3) and fits[1] <= 4 < updates
+
+    def killed(*step: int) -> None:
+        told.append((step[0], step[1]))
+        if len(told) == stopped:
+            raise KeyboardInterrupt
+
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        fit_q(tiny_policy, data, [], config, None, killed, Checkpoint(tmp_path / "q", "key", 1))
+    told.clear()
+    again = fitted(tmp_path)
+    assert len(told) == updates - stopped and same(again, whole) and again.report == whole.report
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Checkpoint:
 
 
 def take_up(path: Path, key: str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Checkpoint:
-    """The place of an improvement of several loops, with what was kept there if the same improvement was begun in it.
+    """The place of a training of several loops, with what was kept there if the same training was begun in it.
 
     What was begun of another champion or on other data is void, whatever the settings: it makes room with a warning, so
     that no night waits for a person. Where the settings alone differ, a person changed them, and may want the work
@@ -89,7 +89,7 @@ def take_up(path: Path, key: str, settings: Mapping[str, Any], given: Mapping[st
         return Checkpoint(path, key)
     check_settings(path, settings, given)
     if _unfinished(path):
-        _LOG.warning("%s: an unfinished improvement of other data, or of another policy or Q; it begins anew", path)
+        _LOG.warning("%s: an unfinished training of other data, or of another policy or Q; it begins anew", path)
     shutil.rmtree(path, ignore_errors=True)
     write_json(path / BEGUN, {"key": key, "settings": settings, "given": given})
     return Checkpoint(path, key)
@@ -127,6 +127,20 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
             yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:
             yield f"{prefix}{name} was {old}, is {new}"
+
+
+def weights_of(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copies of parameters by name, whole in every process."""
+    return {name: full(parameter.detach()).clone() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def load_weights(parameters: Mapping[str, torch.nn.Parameter], state: Mapping[str, torch.Tensor]) -> None:
+    """Take up what `weights_of` the same parameters gave. Raises StoreError for another model's."""
+    if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in state.items()}:
+        raise StoreError("the checkpoint's weights are those of another model or adapter; remove it to begin anew")
+    for name, parameter in parameters.items():
+        parameter.copy_(like(state[name], parameter))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:

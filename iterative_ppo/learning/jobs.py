@@ -93,12 +93,13 @@ class Evaluation:
     start: Path | None
     current: Round
     replay: tuple[Round, ...]
+    checkpoint: Checkpoint | None = None
 
     def run(self, progress: Progress | None = None) -> QModel:
         device = self.config.runtime.device
         policy = LanguagePolicy.load(self.policy, device=device)
         start = QModel.load(self.start, device) if self.start else None
-        return evaluate_policy(policy, self.current, self.replay, self.config, start, progress)
+        return evaluate_policy(policy, self.current, self.replay, self.config, start, progress, self.checkpoint)
 
     def save(self, result: QModel, folder: Path) -> None:
         result.save(folder / "model")

@@ -19,6 +19,7 @@ from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning import adapters, distributed, loading, runtime, sharding
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches, response_positions
+from iterative_ppo.learning.checkpoint import load_weights, weights_of
 from iterative_ppo.learning.forward import backbone, last_hidden, own_logits, vocabulary_logits
 from iterative_ppo.learning.runtime import threads
 from iterative_ppo.learning.sampling import (
@@ -198,19 +199,15 @@ class LanguagePolicy:
 
     def training_state(self) -> dict[str, torch.Tensor]:
         """What training changes, by name, for a checkpoint."""
-        with self.active():
-            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        return {name: sharding.full(p.detach()).clone() for name, p in trained}
+        return weights_of(self._trained())
 
     def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take up what `training_state` of a copy made in the same way gave. Raises StoreError for another's."""
+        load_weights(self._trained(), state)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
         with self.active():
-            mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if {name: p.shape for name, p in mine.items()} != {name: p.shape for name, p in state.items()}:
-            raise StoreError("the checkpoint's weights are those of another model or adapter; remove it to begin anew")
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(sharding.like(state[name], parameter))
+            return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """Weights of the model without its vocabulary head, adapters merged: what a Q starts from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,12 @@ import numpy as np
 from iterative_ppo.config import Config
 from iterative_ppo.errors import NothingToLearn, SupportError, TrainingError, TurnTableError
 from iterative_ppo.learning.batching import EncodedTable
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel, QSettings
+from iterative_ppo.learning.training import Progress
 
 LOGPROB_ROUNDING = 1e-6
 
@@ -64,7 +66,8 @@ def fit_q(
     replay: Iterable[Round],
     config: Config,
     start: QModel | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> QModel:
     """Line 5 of Algorithm 1: Q^pi from conversations of pi, and, where the estimator takes them, of other policies.
 
@@ -72,6 +75,7 @@ def fit_q(
         replay: earlier conversations, of other policies or, where they say so, of the policy itself.
         start: the previous round's Q, for a warm start; of one with other heads the trunk alone. None starts from the
             policy's backbone, as lstd_q always does.
+        checkpoint: beside which a killed fit goes on.
 
     The result's `report` says how many turns it was fitted on, how many lack a behaviour log-prob, and their effective
     sample size. Raises TrainingError where no row can be fitted, the outcomes are all equal or the log does not support
@@ -83,7 +87,7 @@ def fit_q(
     by_turn = current.assigner != "outcome" or config.improve.reward == "acceptance"
     report = checked(data, estimator, config.q.effective_size_floor, len(settings.outcomes), by_turn)
     weights = bootstrap_weights(data.last, settings, config.seed)
-    log = Log(policy, [r.encoded for r in rounds], config.q, config.seed, weights, progress)
+    log = Log(policy, [r.encoded for r in rounds], config.q, config.seed, weights, progress, checkpoint)
     q = _first(None if config.q.target == "lstd_q" else start, policy, settings, config.seed)
     estimator.fit(Network(q, log), data)
     q.report |= report

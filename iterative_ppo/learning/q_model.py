@@ -31,6 +31,7 @@ from iterative_ppo.errors import ConfigError, ModelError, StoreError, did_you_me
 from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning import branching
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
+from iterative_ppo.learning.checkpoint import load_weights, weights_of
 from iterative_ppo.learning.forward import backbone, last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.loading import alike, holds
@@ -160,6 +161,14 @@ class QModel:
 
     def copy(self) -> QModel:
         return QModel(copy.deepcopy(self.model), self.settings, self.pad)
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What training changes, by name, for a checkpoint."""
+        return weights_of(dict(self.model.named_parameters()))
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up what `training_state` of one of the same shape gave. Raises StoreError for another's."""
+        load_weights(dict(self.model.named_parameters()), state)
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
         """Weights of the network without its heads."""

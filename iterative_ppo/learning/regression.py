@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.batching import (
@@ -17,12 +17,11 @@ from iterative_ppo.learning.batching import (
     trained_turns,
     training_batches,
 )
-from iterative_ppo.learning.optimization import descend, optimizer_for, set_by
+from iterative_ppo.learning.checkpoint import Checkpoint, below_prefix
+from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Chosen
-from iterative_ppo.learning.sharding import in_shards
-
-Progress = Callable[[int, int], None]
+from iterative_ppo.learning.training import Progress, train
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,41 @@ def _columns(values: np.ndarray, heads: int) -> np.ndarray:
     return columns if columns.shape[1] == heads else np.tile(columns, (1, heads // columns.shape[1]))
 
 
-@in_shards
+@dataclass(frozen=True)
+class TargetNetwork:
+    """A network that goes `polyak` of the way to the fitted one after each update."""
+
+    q: QModel
+    polyak: float
+
+    def beside(self, fitted: QModel) -> Followed:
+        return Followed(fitted, self.q)
+
+
+@dataclass
+class Followed:
+    """A Q under training and the target network that follows it: a checkpoint holds both."""
+
+    fitted: QModel
+    target: QModel
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.fitted.model
+
+    @model.setter
+    def model(self, model: PreTrainedModel) -> None:
+        self.fitted.model = model
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        both = {"fitted": self.fitted, "target": self.target}
+        return {f"{name}.{key}": t for name, q in both.items() for key, t in q.training_state().items()}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.fitted.load_training_state(below_prefix("fitted", state))
+        self.target.load_training_state(below_prefix("target", state))
+
+
 def regress(
     q: QModel,
     encoded: EncodedTable,
@@ -80,14 +113,16 @@ def regress(
     how: Regression,
     seed: int,
     progress: Progress | None = None,
-    after_step: Callable[[], None] | None = None,
+    target: TargetNetwork | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> float:
     """Fit `q` in place to one target a row, at the prompt's end, the response's end, and (weighted) between.
 
     Args:
         targets: (N,) in the outcome's units, or (N, K) with a column for each outcome; rows with NaN are left out. Or
             Targets, with a column for each head.
-        after_step: called after each update.
+        target: a network that follows with each update.
+        checkpoint: where a killed fit goes on from, and what makes a finished one again.
 
     Returns the mean loss of the last tenth of the steps. Raises TrainingError where nothing is left to fit, or the
     loss is not finite.
@@ -98,22 +133,24 @@ def regress(
     steps = step_count(len(usable), how.batch_size, how.epochs)
     if not steps:
         raise TrainingError("no turn has both a logged suggestion and a target: nothing to fit Q to")
-    optimizer, schedule = optimizer_for(q.model, how.learning_rate, steps)
     usual = trained.sum() / step_count(len(usable), how.batch_size, 1.0)
 
     def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return _regression_loss(q, batch, wanted, how.running_weight, usual), {}
 
-    losses = []
-    rng = np.random.default_rng(seed)
-    for step, batch in enumerate(training_batches(usable, how.batch_size, how.epochs, q.pad, rng)):
-        with set_by("q.learning_rate, or q.value_learning_rate where it is that"):
-            losses.append(descend(batch, objective, optimizer, schedule)["loss"])
-        if after_step:
-            after_step()
-        if progress:
-            progress(step + 1, steps)
-    return float(np.mean(losses[-max(1, steps // 10) :]))
+    batches = training_batches(usable, how.batch_size, how.epochs, q.pad, np.random.default_rng(seed))
+    with set_by("q.learning_rate, or q.value_learning_rate where it is that"):
+        curve = train(
+            q if target is None else target.beside(q),
+            batches,
+            steps,
+            objective,
+            how.learning_rate,
+            progress,
+            checkpoint,
+            None if target is None else lambda: target.q.follow(q, target.polyak),
+        )
+    return float(np.mean([update["loss"] for update in curve[-max(1, steps // 10) :]]))
 
 
 def _regression_loss(q: QModel, batch: Batch, targets: Targets, running_weight: float, usual: float) -> torch.Tensor:

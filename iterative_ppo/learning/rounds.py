@@ -34,6 +34,8 @@ from iterative_ppo.mdp.turn_table import conversations, last_rows, outcome_colum
 
 _LOG = logging.getLogger(__name__)
 LEFT_OUT = "iteration_left_out"
+UPDATES = 50
+"""Between two checkpoints of a supervised pass."""
 
 
 def round_of(policy: LanguagePolicy, frame: pd.DataFrame, config: Config) -> Round:
@@ -119,15 +121,20 @@ def evaluate_policy(
     config: Config,
     start: QModel | None = None,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> QModel:
-    """Line 5: fit Q^pi, to turn rewards where credit.assigner says so; `current` may bring them, or gets them here."""
+    """Line 5: fit Q^pi, to turn rewards where credit.assigner says so; `current` may bring them, or gets them here.
+
+    Args:
+        checkpoint: beside which a killed fit goes on.
+    """
     report: dict[str, float] = {}
     if current.assigner != config.credit.assigner:
         credit = credited(policy, current, replay, config, progress)
         current, replay, report = credit.current, credit.replay, credit.report
     if config.improve.reward == "acceptance":
         config = config.model_copy(update={"q": config.q.model_copy(update={"target": "monte_carlo"})})
-    q = fit_q(policy, current, replay, config, start, progress)
+    q = fit_q(policy, current, replay, config, start, progress, checkpoint)
     q.report |= report
     return q
 
@@ -172,7 +179,8 @@ def improve_policy(
     for number in range(1, 1 + iterations):
         if number > 1:
             try:
-                q = _q_of_student(student, current, config, q, progress)
+                kept = checkpoint and checkpoint.part(f"q-{number}", UPDATES)
+                q = _q_of_student(student, current, config, q, progress, kept)
             except NothingToLearn:
                 report[LEFT_OUT] = float(number)
                 break
@@ -188,12 +196,17 @@ def improve_policy(
 
 
 def _q_of_student(
-    student: LanguagePolicy, current: Round, config: Config, start: QModel, progress: Progress | None
+    student: LanguagePolicy,
+    current: Round,
+    config: Config,
+    start: QModel,
+    progress: Progress | None,
+    checkpoint: Checkpoint | None,
 ) -> QModel:
     """Q of a policy that has no conversations of its own yet, from those of another. Raises NothingToLearn."""
     fitted = {"target": "fqe", "iterations": config.improve.q_iterations}
     off_policy = config.model_copy(update={"q": config.q.model_copy(update=fitted)})
-    return evaluate_policy(student, current, [], off_policy, start, progress)
+    return evaluate_policy(student, current, [], off_policy, start, progress, checkpoint)
 
 
 @dataclass(frozen=True)
@@ -222,10 +235,10 @@ class Passes:
             advantage = turn_advantages(self.current.reward, self.current.last, values.v, gamma, c.logged.gae_lambda)
             data = LoggedData(self.current.encoded, advantage, np.where(usable, self.behaviour, np.nan))
             student, logged = improve_on_log(
-                student, data, c.logged, self.seed, self.progress, self._kept("logged", 50)
+                student, data, c.logged, self.seed, self.progress, self._kept("logged", UPDATES)
             )
         student, best = improve_by_best(
-            student, q, self.prompts, c.best_of_n, self.seed, self.progress, self._kept("best_of_n", 50)
+            student, q, self.prompts, c.best_of_n, self.seed, self.progress, self._kept("best_of_n", UPDATES)
         )
         student, sampled = improve_on_samples(
             student,

@@ -66,7 +66,8 @@ def train(
             after_step()
         if checkpoint and (len(curve) % checkpoint.every == 0 or len(curve) == steps):
             weights = with_prefix("weights", trainee.training_state())
-            checkpoint.save(weights | optimizer_tensors(optimizer), {"curve": curve})
+            going = optimizer_tensors(optimizer) if len(curve) < steps else {}
+            checkpoint.save(weights | going, {"curve": curve})
         if progress:
             progress(len(curve), steps)
     return curve

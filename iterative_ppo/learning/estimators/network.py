@@ -14,11 +14,12 @@ import torch
 
 from iterative_ppo.config import QConfig
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.estimators.protocol import Features, Learner, Schedule
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.q_model import QModel, Values
-from iterative_ppo.learning.regression import Regression, Targets, regress
+from iterative_ppo.learning.regression import Regression, TargetNetwork, Targets, regress
 from iterative_ppo.learning.sequences import Joined, SequenceFile
 from iterative_ppo.mdp.rendering import Encoded, single
 
@@ -33,7 +34,8 @@ class Log:
 
     Attributes:
         row_weights: (N, H) weight of each row for each head; None is 1.
-        seeds: one for each fit, in order.
+        checkpoint: beside which each fit keeps what it needs to go on after a kill, and finished ones their weights.
+        numbers: of the fits, in order.
     """
 
     policy: LanguagePolicy
@@ -42,10 +44,8 @@ class Log:
     seed: int
     row_weights: np.ndarray | None = None
     progress: Progress | None = None
-    seeds: Iterator[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "seeds", count(self.seed))
+    checkpoint: Checkpoint | None = None
+    numbers: Iterator[int] = field(default_factory=count, init=False)
 
     @cached_property
     def encoded(self) -> EncodedTable:
@@ -142,16 +142,12 @@ class Network:
     ) -> None:
         targets = Targets.of(q, self.q.settings.heads, v, self.log.row_weights, expectile)
         how, log = regression(self.log.config, schedule), self.log
-        follow = None
+        how, number, slow = replace(how, epochs=how.epochs * share), next(log.numbers), None
         if target is not None:
             assert isinstance(target, Network)
-            slow = target.q
-
-            def follow() -> None:
-                slow.follow(self.q, log.config.polyak)
-
-        how = replace(how, epochs=how.epochs * share)
-        loss = regress(self.q, log.encoded, targets, how, next(log.seeds), log.progress, follow)
+            slow = TargetNetwork(target.q, log.config.polyak)
+        kept = log.checkpoint and log.checkpoint.beside(f"{number}")
+        loss = regress(self.q, log.encoded, targets, how, log.seed + number, log.progress, slow, kept)
         self.q.report["fit_loss"] = loss
 
     def weights(self) -> np.ndarray:
