@@ -83,19 +83,26 @@ def q_report(q: QModel, current: Round, frame: pd.DataFrame) -> tuple[dict[str, 
 
 
 def outcome_report(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, Any]:
-    """The same for the head of each named outcome, with its weight in R; empty where Q has one head."""
+    """The same for the head of each named outcome, with its weight in R; empty where Q has one head.
+
+    Its calibration is that of the forecast which counts, against the undiscounted outcome, where there is one.
+    """
     if current.outcome_returns is None:
         return {}
     values = q.outcome_values(current.encoded)
     held = ~current.fit & np.isfinite(values.q[:, 0])
     ids = frame["conversation_id"].to_numpy(dtype=str)[held]
     found: dict[str, Any] = {}
+    ended, within = _ended(current, current.head_rewards), (q.settings.low, q.settings.high)
     for k, (name, weight) in enumerate(q.settings.outcomes.items()):
         if not held.any():
             break
         returns, won = current.outcome_returns[held, k], _ending(frame, outcome_columns([name])[0])[held] > 0
-        bins = _reliability(values.q[held, k], returns, ids, (q.settings.low, q.settings.high))
+        discounted = _reliability(values.q[held, k], returns, ids, within)
+        said = _forecasts(values.q[held, k], ended[held, k], ids, within)
+        bins = said[JUDGED] if said else discounted
         figures = _fit(values.q[held, k], values.v[held, k], returns, won, bins)
+        figures |= {f"discounted_{name}": error for name, error in _calibrated(discounted).items()} if said else {}
         figures["held_out_successes"] = float(len(np.unique(ids[won])))
         known = {key: value for key, value in figures.items() if np.isfinite(value)}
         found[name] = {"weight": weight, "metrics": known, "calibration": asdict(bins)}
@@ -109,9 +116,20 @@ def forecast(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, Calibr
     """
     values = q.evaluate(current.encoded)
     held = ~current.fit & np.isfinite(values.q)
-    ids, number = frame["conversation_id"].to_numpy(dtype=str)[held], np.cumsum(current.last) - current.last
-    ended = np.bincount(number, current.reward)[number][held]
-    unit, ended = (_unit(x, value_range(q)) for x in (values.q[held], ended))
+    ids = frame["conversation_id"].to_numpy(dtype=str)[held]
+    return _forecasts(values.q[held], _ended(current, current.reward[:, None])[held, 0], ids, value_range(q))
+
+
+def _ended(current: Round, rewards: np.ndarray) -> np.ndarray:
+    """(N, K) what the rewards (N, K) of each row's conversation sum to."""
+    number = np.cumsum(current.last) - current.last
+    return np.stack([np.bincount(number, column)[number] for column in rewards.T], axis=1)
+
+
+def _forecasts(
+    predicted: np.ndarray, ended: np.ndarray, ids: np.ndarray, low_high: tuple[float, float]
+) -> dict[str, Calibration]:
+    unit, ended = (_unit(x, low_high) for x in (predicted, ended))
     try:
         isotonic, scaled = (recalibrated(unit, ended, ids, method) for method in ("isotonic", "temperature"))
     except TrainingError:

@@ -17,7 +17,7 @@ import torch
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.doubts import doubts
-from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared
+from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared, recalibrated
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, fit_q
@@ -85,7 +85,10 @@ def test_each_outcome_is_judged_by_its_own_head_and_returns(fitted: Fitted) -> N
     assert figures["r2"] == pytest.approx(r_squared(truth, said)) and figures["auc"] == auc(ends[held] > 0, said)
     assert figures["state_only_r2"] == pytest.approx(r_squared(truth, heads.v[held, 1]))
     ids = fitted.frame["conversation_id"].to_numpy(str)[held]
-    assert found["contact"]["calibration"]["error"] == pytest.approx(calibration(said, truth, ids).error)
+    mapped = recalibrated(said, ends[held], ids, "isotonic")
+    assert found["contact"]["calibration"]["error"] == pytest.approx(calibration(mapped, ends[held], ids).error)
+    assert figures["calibration_error"] == found["contact"]["calibration"]["error"]
+    assert figures["discounted_calibration_error"] == pytest.approx(calibration(said, truth, ids).error)
 
 
 def test_of_several_members_an_outcome_is_told_by_those_that_improvement_sees(fitted: Fitted) -> None:
