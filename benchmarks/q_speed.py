@@ -23,13 +23,15 @@ from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.returns import discounted_returns
-from iterative_ppo.mdp.turn_table import to_frame
+from iterative_ppo.mdp.turn_table import last_rows, to_frame
 
 TURNS = 10_000_000
 FITTED_TO, HELD_OUT, SAME_LOSS = 1500, 1000, 0.01
 """Conversations of the fits that prefix sharing is timed on, those that both are judged by, and nats tolerated."""
 GAMMA, SMALL, LARGE = 0.95, 2000, 64_000
 """From SMALL to LARGE conversations memory should not grow; they are far apart, for peaks differ by chance."""
+STEPS = 40
+"""Of a fit of either: a shorter one seldom meets a batch of long conversations, which the peak is about."""
 
 
 def returns_speed(turns: int = TURNS) -> dict[str, float]:
@@ -127,7 +129,7 @@ def fit_memory(conversations: int) -> dict[str, float]:
 
 
 def fitted(path: Path) -> dict[str, float]:
-    """Read, encode, fit a few steps (as long for any size), evaluate; peaks of resident memory in MiB (Linux)."""
+    """Read, encode, fit as many steps of any size, evaluate; peaks of resident memory in MiB (Linux)."""
     from iterative_ppo.learning.policy_evaluation import fit_q
     from iterative_ppo.learning.rounds import round_from, round_of
     from iterative_ppo.learning.tiny import build_policy
@@ -135,7 +137,10 @@ def fitted(path: Path) -> dict[str, float]:
     config = load_config()
     few = list(itertools.islice(turn_table.conversations(next(turn_table.blocks(path, config.outcomes, 4000))), 300))
     policy = build_policy(few, config.policy, 0)
-    small = config.model_copy(update={"q": config.q.model_copy(update={"epochs": 0.01, "value_epochs": 0.01})})
+    talks = sum(int(last_rows(block).sum()) for block in turn_table.blocks(path, config.outcomes))
+    q = config.q
+    passes = {"epochs": STEPS * q.batch_size / talks, "value_epochs": STEPS * q.value_batch_size / talks}
+    small = config.model_copy(update={"q": q.model_copy(update=passes)})
     warmed = to_frame(few, config.outcomes, 0.15)
     fit_q(policy, round_of(policy, warmed, small), [], small)
     before = _peak_mib()
@@ -155,7 +160,7 @@ def speed(seeds: Sequence[int]) -> list[Row]:
     known = sections(load_config(), *FITTED)
     returns = cell("speed", "returns", 0, [TURNS, GAMMA], returns_speed)
     memory = cell("speed", "memory", 0, [LARGE // 4, known], lambda: encoding_memory(LARGE // 4))
-    small, large = (cell("speed", "fit-memory", n, known, lambda n=n: fit_memory(n)) for n in (SMALL, LARGE))
+    small, large = (cell("speed", "fit-memory", n, [known, STEPS], lambda n=n: fit_memory(n)) for n in (SMALL, LARGE))
     grows = large["peak_mib"] / small["peak_mib"]
     a_turn = 2**20 * (large["peak_mib"] - small["peak_mib"]) / (large["turns"] - small["turns"])
     fast = returns["ratio"] <= 10

@@ -199,7 +199,8 @@ class PolicyConfig(Frozen):
     max_prompt_tokens: int = Count
     max_response_tokens: int = Count
     abstain: str = Field(min_length=1)
-    """The response that means: no suggestion."""
+    """The response that means: no suggestion. A tiny model has a token of its own for it; of a base model, one that its
+    tokenizer keeps in reserve is such a token, and any other text is spelled in several."""
 
     @property
     def fine_tuned(self) -> bool:

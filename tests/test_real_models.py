@@ -29,7 +29,7 @@ from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.runtime import computing
 from iterative_ppo.learning.supervised import fine_tune
 from iterative_ppo.learning.tiny import messages
-from iterative_ppo.mdp.conversation import Conversation, Suggestion
+from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion
 from iterative_ppo.mdp.rendering import Encoded, single
 
 torch.set_num_threads(1)
@@ -620,6 +620,23 @@ def test_a_suggestion_longer_than_the_context_is_left_out_of_what_trains(
     score = policy.score(EncodedTable(sequences, len(turns)))
     assert np.isnan(score[0]) and np.isfinite(score[1:]).any()
     fine_tune(policy, sequences, load_config().supervised.model_copy(update={"epochs": 1.0}), seed=0)
+
+
+def test_a_reserved_token_of_the_model_is_the_abstain_action_in_one_token(
+    talks: list[Conversation], tmp_path: Path
+) -> None:
+    """It may then be said, though other special tokens may not; any other text abstains too, in more tokens."""
+    path = save_model(tmp_path / "model", "llama", messages(talks), chat=True)
+    reserved, spelled = (LanguagePolicy.load(path, replace(SETTINGS, abstain=w)) for w in ("<|reserved|>", "[none]"))
+    token, *end = reserved.renderer.response(ABSTAIN)
+    assert end == [reserved.renderer.eos] and token == reserved.tokenizer.convert_tokens_to_ids("<|reserved|>")
+    assert token not in reserved.banned and token in spelled.banned
+    assert len(spelled.renderer.response(ABSTAIN)) > 2
+    for policy in (reserved, spelled):
+        said = policy.suggestion(policy.renderer.response(ABSTAIN), -2.0)
+        assert said == Suggestion("", "abstained", -2.0)
+        prompts = prompts_of(policy, talks[:1])
+        assert np.isfinite(policy.score(table_of(prompts[:1], [policy.renderer.response(ABSTAIN)]))).all()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
