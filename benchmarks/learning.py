@@ -96,7 +96,7 @@ def _begin(config: Config, method: str, draft: Path) -> None:
 
 
 def _improve(config: Config, method: str, before: Path, number: int, draft: Path) -> None:
-    """One deployment's from the policy in `before`, the `number`-th of its cell, on fresh conversations of it."""
+    """The policy that comes after the one in `before`, its cell's `number`-th, from fresh conversations of that."""
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.mdp import turn_table
 
@@ -158,10 +158,14 @@ def _measured(config: Config, method: str, number: int, draft: Path) -> dict[str
 
 
 def _greedily(config: Config, number: int, place: Path) -> None:
-    """Success where every message is the likeliest one."""
+    """Success where every message is the likeliest one; of pi_0, which all methods of a seed share, once."""
     from iterative_ppo.learning.language_model import LanguagePolicy
 
     if (place / "greedy.json").exists():
+        return
+    started = cell_path(OURS, config.seed) / "0" / "greedy.json"
+    if number == 0 and started.exists():
+        write_json(place / "greedy.json", read_json(started))
         return
     policy = LanguagePolicy.load(place / "model").at(GREEDY)
     talks = collect(policy, environment(config), EVALUATION, 7_000_000 + 1000 * config.seed + number, "greedy")

@@ -40,8 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
     TWICE: {"improve.policy_iterations": 2},
     LAST: {"improve.policy_iterations": 3},
-    SMALL: REPLAYED,
     MONTE_CARLO: {"q.target": "monte_carlo", "q.corpus_epochs": 0.0},
+    SMALL: REPLAYED,
     "best of n by Q, cloned": {"improve.ppo.episodes": 0},
     **{name: {} for name in LEARNERS},
     **{name: {} for name in COLLECTORS},
@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
 ROUNDS = {OURS: 5, SMALL: 5, MONTE_CARLO: 1, MYOPIC: 1}
 """Rounds of those that do not make as many as asked for."""
 DEPLOYMENTS = {SMALL: 3, ALONE_SMALL: 3}
-"""How many policies those deploy, one after the other, in each round's conversations that deploy more than one."""
+"""Policies that a method deploys, one after the other, within a round's conversations; elsewhere one."""
 FORKS = {LAST}
 """Those of which each round goes on from ours of the round before, as where it is the last one."""
 

@@ -234,11 +234,12 @@ class SupervisedConfig(Frozen):
 class QConfig(Frozen):
     target: Literal["monte_carlo", "one_step", "td_lambda", "sarsa", "fqe", "retrace", "lstd_q", "archer"]
     """What Q is regressed on. The paper's are Monte Carlo returns; one_step is r + gamma V(s') with a Monte Carlo V;
-    td_lambda and sarsa bootstrap from Q of the logged actions, fqe, retrace, lstd_q and archer from the policy's."""
+    td_lambda and sarsa bootstrap from Q of the logged actions, fqe, retrace, lstd_q and archer (without expectile)
+    from the policy's."""
     trace_decay: float = Share
     """The lambda of td_lambda and retrace."""
     iterations: int = Count
-    """Fits of td_lambda, sarsa, fqe, retrace and archer, each against a frozen copy; at least the usual horizon."""
+    """Fits of td_lambda, sarsa, fqe, retrace and archer, each to targets from before it; at least the usual horizon."""
     samples: int = Count
     """Responses of the policy a state, for E_pi Q(s, .)."""
     polyak: float = Field(gt=0.0, le=1.0)

@@ -158,7 +158,7 @@ def fqe(challenger: LanguagePolicy, start: QModel, current: Round, config: Confi
     """The challenger's own Q by fitted Q evaluation on the fit part, from the champion's Q on."""
     from iterative_ppo.learning.policy_evaluation import fit_q
 
-    evaluation = config.q.model_copy(update={"target": "fqe"})
+    evaluation = config.q.model_copy(update={"target": "fqe", "expectile": None})
     return fit_q(challenger, current, [], config.model_copy(update={"q": evaluation}), start)
 
 

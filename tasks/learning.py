@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,7 @@ def fit_q_stage(
     } | _credit(config)
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.jobs import Crediting, Evaluation
+        from iterative_ppo.learning.jobs import TURN_REWARDS, Crediting, Evaluation
         from iterative_ppo.learning.rounds import UPDATES
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.worker import do
@@ -182,10 +182,12 @@ def fit_q_stage(
                 with progress("assigning credit to turns") as report:
                     credit = do(Crediting(config, policy.path, current, others), draft, report)
                 current, others, metrics = credit.current, credit.replay, credit.report
-            with _resumable(folder / FITTING, fingerprint(inputs)) as checkpoint:
-                job = Evaluation(config, policy.path, start, current, others, checkpoint.part("q", UPDATES))
-                q = reweighted_q(job, folder / "q", inputs, draft)
-                if q is None:
+            job = Evaluation(config, policy.path, start, current, others)
+            q = reweighted_q(job, folder / "q", inputs, draft)
+            if q is None:
+                credited = [content_hash(rewards) for rewards in draft.glob(TURN_REWARDS)]
+                with _resumable(folder / FITTING, fingerprint(inputs, credited)) as checkpoint:
+                    job = replace(job, checkpoint=checkpoint.part("q", UPDATES))
                     with progress("fitting Q") as report:
                         q = do(job, draft, report)
             metrics |= q.report | write_q_report(q, current, facts, draft)
@@ -197,11 +199,13 @@ def fit_q_stage(
 
 
 @contextmanager
-def _resumable(path: Path, key: str, *begun: Mapping[str, Any]) -> Iterator[Checkpoint]:
+def _resumable(
+    path: Path, key: str, settings: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None
+) -> Iterator[Checkpoint]:
     """For a block that trains, a place to go on from (checkpoint.take_up), emptied where the training itself fails."""
     from iterative_ppo.learning.checkpoint import take_up
 
-    checkpoint = take_up(path, key, *(begun or ({}, {})))
+    checkpoint = take_up(path, key, settings, given)
     try:
         yield checkpoint
     except TrainingError as error:

@@ -211,7 +211,7 @@ def test_a_killed_fit_of_q_goes_on_and_another_begins_anew(
         assert (content_hash(stage.path / "model") == whole) == (not changes)
         assert not night.fitting.exists()
         assert (len(updates) == every - 3) == (not changes)
-        assert ("an unfinished training of other data" in caplog.text) == bool(changes)
+        assert ("an unfinished training with other data, models or settings" in caplog.text) == bool(changes)
 
 
 def test_new_data_begin_anew(night: Night, kill: Callable[[int | None], list[int]]) -> None:
@@ -242,9 +242,10 @@ def test_killed_within_a_later_policy_iteration_it_ends_with_the_same_weights(
         patched.setattr(learning, "progress", lambda _: nullcontext(report))
         night.improve(**twice)
     assert (night.unfinished / "ppo-2").exists()
+    assert (night.unfinished / "q-2-1").exists()
     told = kill(None)
     stage = night.improve(**twice)
-    assert told[-2:] == [3, 4], "the second iteration's rollouts go on where they stopped"
+    assert told == [3, 4], "the second iteration's rollouts go on where they stopped, and its Q is not fitted again"
     assert content_hash(stage.path / "model") == whole
     assert stage.metrics["policy_iterations"] == 2.0
 

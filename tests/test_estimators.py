@@ -22,7 +22,7 @@ from iterative_ppo.evaluation.metrics import calibration, calibrator, recalibrat
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
-from iterative_ppo.learning.estimators.table import enumerated
+from iterative_ppo.learning.estimators.table import Table, enumerated
 from iterative_ppo.learning.forward import backbone
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, checked, effective_size, fit_q
@@ -258,6 +258,18 @@ def test_implicit_q_learning_at_a_half_is_the_behaviours_q_and_above_it_what_its
         v = np.array([optimize.brentq(slope, -9, 9, args=pair) for pair in zip(q, BEHAVIOUR, strict=True)])
     assert distance(implicit(frames, 0.9), q) < 0.03
     assert distance(q, CHAIN.q_pi(BEHAVIOUR, GAMMA)) > 0.1
+
+
+@light
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=3), st.integers(1, 40))
+def test_the_expectile_of_a_state_is_found_however_few_or_equal_its_values(values: list[float], repeats: int) -> None:
+    q = np.array(values * repeats)
+    last = np.tile([False, True], len(q))
+    table, rows = Table(np.ones((1, 1)), np.where(last, -1, 0), np.where(last, -1, 0)), np.where(last, np.nan, 0.0)
+    rows[~last] = q
+    table.fit(rows[:, None], expectile=0.9)
+    slope = np.where(q > table.v[0], 0.9, 0.1) * (q - table.v[0])
+    assert slope.sum() == pytest.approx(0.0, abs=1e-9 * len(q))
 
 
 @pytest.mark.parametrize("loss", ["bce", "mse"])
@@ -614,11 +626,11 @@ def test_implicit_q_learning_samples_no_response_and_asks_for_no_support(
 
 
 @pytest.mark.parametrize("target", ["one_step", "td_lambda", "fqe", "archer"])
-@pytest.mark.parametrize("stopped", [2, 5])
+@pytest.mark.parametrize("stopped", [2, 5, 7])
 def test_a_killed_fit_ends_with_the_same_weights(
     tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path, target: str, stopped: int
 ) -> None:
-    """Within its first regression or a later one, of the same network or another."""
+    """Within its first regression or a later one, of the same network or another; those before are not made again."""
     changes = {"q.epochs": 2.0, "q.value_epochs": 2.0, "q.value_batch_size": 10, "q.batch_size": 10}
     config, told = small(**{"q.target": target, **changes}), list[tuple[int, int]]()
     data = a_round(tiny_policy, scripted[:20], config)
@@ -640,8 +652,14 @@ def test_a_killed_fit_ends_with_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         fit_q(tiny_policy, data, [], config, None, killed, Checkpoint(tmp_path / "q", "key", 1))
     told.clear()
-    again = fitted(tmp_path)
+    looks, look = [], Log.mean_of_samples
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Log, "mean_of_samples", lambda *asked: looks.append(1) or look(*asked))
+        again = fitted(tmp_path)
     assert len(told) == updates - stopped and same(again, whole) and again.report == whole.report
+    begun = sum(first < stopped for first in fits)
+    assert len(looks) == (2 - max(0, begun - 2) if target in ("fqe", "archer") else 0)
+    assert len(list(tmp_path.iterdir())) == (2 if target == "one_step" else 1), "one kept fit a network"
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------

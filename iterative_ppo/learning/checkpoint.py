@@ -42,6 +42,11 @@ class Checkpoint:
         """A place next to this one, for what its loop learns from."""
         return replace(self, path=self.path.with_name(f"{self.path.name}-{name}"))
 
+    def newest(self) -> int:
+        """The greatest number of a place `beside` that holds something, -1 where none does."""
+        held = (place.parent.name for place in self.path.parent.glob(f"{self.path.name}-*/{STATE}"))
+        return max((int(name.rpartition("-")[2]) for name in held), default=-1)
+
     def save(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Keep tensors and JSON-able values, in place of what was kept before. The first process writes."""
         if distributed.rank() == 0:
@@ -72,12 +77,14 @@ class Checkpoint:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def take_up(path: Path, key: str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Checkpoint:
+def take_up(
+    path: Path, key: str, settings: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """The place of a training of several loops, with what was kept there if the same training was begun in it.
 
     What was begun of another champion or on other data is void, whatever the settings: it makes room with a warning, so
     that no night waits for a person. Where the settings alone differ, a person changed them, and may want the work
-    that was done: that is an error.
+    that was done: that is an error. A training that names no settings makes room in any case.
 
     Args:
         key: of everything that the result depends on.
@@ -87,9 +94,10 @@ def take_up(path: Path, key: str, settings: Mapping[str, Any], given: Mapping[st
     """
     if _begun(path).get("key") == key:
         return Checkpoint(path, key)
+    settings, given = settings or {}, given or {}
     check_settings(path, settings, given)
     if _unfinished(path):
-        _LOG.warning("%s: an unfinished training of other data, or of another policy or Q; it begins anew", path)
+        _LOG.warning("%s: an unfinished training with other data, models or settings; it begins anew", path)
     shutil.rmtree(path, ignore_errors=True)
     write_json(path / BEGUN, {"key": key, "settings": settings, "given": given})
     return Checkpoint(path, key)
@@ -112,7 +120,7 @@ def _begun(path: Path) -> dict[str, Any]:
     begun = path / BEGUN
     kept: Any = read_json(begun) if begun.exists() else {}
     if not isinstance(kept, dict):
-        raise StoreError(f"{begun}: not what an improvement began with; remove {path} to begin anew")
+        raise StoreError(f"{begun}: not what a training began with; remove {path} to begin anew")
     return kept
 
 
@@ -130,8 +138,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 
 def weights_of(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Copies of parameters by name, whole in every process."""
-    return {name: full(parameter.detach()).clone() for name, parameter in parameters.items()}
+    """Copies of parameters by name, whole in every process, in its main memory."""
+    return {name: full(parameter.detach()).to("cpu", copy=True) for name, parameter in parameters.items()}
 
 
 @torch.no_grad()
@@ -144,9 +152,9 @@ def load_weights(parameters: Mapping[str, torch.nn.Parameter], state: Mapping[st
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
-    """An optimizer's state as named tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"{prefix}.{k}.{name}": full(torch.as_tensor(v)) for k, one in state.items() for name, v in one.items()}
+    """An optimizer's state as named tensors, whole in every process, in its main memory."""
+    found = optimizer.state_dict()["state"].items()
+    return {f"{prefix}.{k}.{name}": full(torch.as_tensor(v)).cpu() for k, one in found for name, v in one.items()}
 
 
 def load_optimizer(

@@ -153,6 +153,13 @@ def regress(
     return float(np.mean([update["loss"] for update in curve[-max(1, steps // 10) :]]))
 
 
+def take_up_fit(q: QModel, target: TargetNetwork | None, checkpoint: Checkpoint) -> None:
+    """Give networks the weights that a finished fit kept; where a later one made up for them, none."""
+    if found := checkpoint.load():
+        trained = q if target is None else target.beside(q)
+        trained.load_training_state(below_prefix("weights", found[0]))
+
+
 def _regression_loss(q: QModel, batch: Batch, targets: Targets, running_weight: float, usual: float) -> torch.Tensor:
     """The batch's loss, a mean over heads, over the usual number of turns in a batch.
 

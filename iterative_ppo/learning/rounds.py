@@ -204,7 +204,7 @@ def _q_of_student(
     checkpoint: Checkpoint | None,
 ) -> QModel:
     """Q of a policy that has no conversations of its own yet, from those of another. Raises NothingToLearn."""
-    fitted = {"target": "fqe", "iterations": config.improve.q_iterations}
+    fitted = {"target": "fqe", "iterations": config.improve.q_iterations, "expectile": None}
     off_policy = config.model_copy(update={"q": config.q.model_copy(update=fitted)})
     return evaluate_policy(student, current, [], off_policy, start, progress, checkpoint)
 

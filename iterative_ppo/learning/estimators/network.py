@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +19,23 @@ from iterative_ppo.learning.estimators.protocol import Features, Learner, Schedu
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.q_model import QModel, Values
-from iterative_ppo.learning.regression import Regression, TargetNetwork, Targets, regress
+from iterative_ppo.learning.regression import Regression, TargetNetwork, Targets, regress, take_up_fit
 from iterative_ppo.learning.sequences import Joined, SequenceFile
+from iterative_ppo.learning.training import Progress
 from iterative_ppo.mdp.rendering import Encoded, single
 
-Progress = Callable[[int, int], None]
 SAMPLED_STATES = 1024
 """States whose sampled responses are laid out as token sequences at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Log:
     """Encoded conversations of some rounds, and the policy whose Q is sought: what copies of a network share.
 
     Attributes:
         row_weights: (N, H) weight of each row for each head; None is 1.
-        checkpoint: beside which each fit keeps what it needs to go on after a kill, and finished ones their weights.
-        numbers: of the fits, in order.
+        checkpoint: beside which each fit keeps what it needs to go on after a kill, and a finished one its weights.
+        fits: how many were begun, which is the number of the next.
     """
 
     policy: LanguagePolicy
@@ -45,7 +45,17 @@ class Log:
     row_weights: np.ndarray | None = None
     progress: Progress | None = None
     checkpoint: Checkpoint | None = None
-    numbers: Iterator[int] = field(default_factory=count, init=False)
+    fits: int = field(default=0, init=False)
+
+    @cached_property
+    def newest(self) -> int:
+        """The last fit that was begun before a kill: those before it are finished. -1 where there was none."""
+        return self.checkpoint.newest() if self.checkpoint else -1
+
+    @property
+    def outdone(self) -> bool:
+        """Whether the next fit was finished before a kill, so that nobody needs its targets."""
+        return self.fits < self.newest
 
     @cached_property
     def encoded(self) -> EncodedTable:
@@ -112,20 +122,27 @@ class Network:
     """A QModel as the estimators see it. Fits change `q` in place.
 
     Each table is evaluated on its own, and a fit sees the sequences that have a target, in their order: adding a round
-    that a fit does not use changes nothing in it.
+    that a fit does not use changes nothing in it. Where a fit goes on after a kill, those before it are not made again,
+    nor their targets: values are then 0.
     """
 
     def __init__(self, q: QModel, log: Log) -> None:
         self.q, self.log = q, log
+        self._kept: Checkpoint | None = None
 
     def copy(self) -> Network:
         return Network(self.q.copy(), self.log)
 
     def values(self) -> Values:
+        if self.log.outdone:
+            return Values(*np.zeros((2, self.log.encoded.rows, self.q.settings.heads)))
         found = [self.q.head_values(table) for table in self.log.tables]
         return Values(np.concatenate([f.v for f in found]), np.concatenate([f.q for f in found]))
 
     def expected(self) -> np.ndarray:
+        if self.log.outdone:
+            return np.zeros((self.log.encoded.rows, self.q.settings.heads))
+
         def at_ends(table: EncodedTable) -> np.ndarray:
             return np.stack([values[-1] for values in self.q.running_heads(table.sequences)])
 
@@ -140,15 +157,23 @@ class Network:
         target: Learner | None = None,
         expectile: float | None = None,
     ) -> None:
-        targets = Targets.of(q, self.q.settings.heads, v, self.log.row_weights, expectile)
-        how, log = regression(self.log.config, schedule), self.log
-        how, number, slow = replace(how, epochs=how.epochs * share), next(log.numbers), None
+        log, number, outdone, slow = self.log, self.log.fits, self.log.outdone, None
+        log.fits += 1
         if target is not None:
             assert isinstance(target, Network)
             slow = TargetNetwork(target.q, log.config.polyak)
         kept = log.checkpoint and log.checkpoint.beside(f"{number}")
-        loss = regress(self.q, log.encoded, targets, how, log.seed + number, log.progress, slow, kept)
-        self.q.report["fit_loss"] = loss
+        if outdone and kept:
+            take_up_fit(self.q, slow, kept)
+        else:
+            how = regression(log.config, schedule)
+            how = replace(how, epochs=how.epochs * share)
+            targets = Targets.of(q, self.q.settings.heads, v, log.row_weights, expectile)
+            loss = regress(self.q, log.encoded, targets, how, log.seed + number, log.progress, slow, kept)
+            self.q.report["fit_loss"] = loss
+        if self._kept:
+            self._kept.clear()  # a later fit of the same network makes up for it
+        self._kept = kept
 
     def weights(self) -> np.ndarray:
         given = self.log.row_weights
