@@ -112,11 +112,12 @@ def _improve(config: Config, method: str, before: Path, number: int, draft: Path
     frame = to_rows(config, talks)
     turn_table.write(frame, draft / "turns.parquet", config.outcomes)
     earlier = [before.parent / f"{k}" / "turns.parquet" for k in range(number, 0, -1)]
-    _policy_iteration(config, policy, frame, before / "q", earlier, draft).save(draft / "model")
+    initial = LanguagePolicy.load(before.parent / "0" / "model")
+    _policy_iteration(config, policy, initial, frame, before / "q", earlier, draft).save(draft / "model")
 
 
 def _policy_iteration(
-    config: Config, policy: Any, frame: Any, first: Path, earlier: Sequence[Path], draft: Path
+    config: Config, policy: Any, initial: Any, frame: Any, first: Path, earlier: Sequence[Path], draft: Path
 ) -> Any:
     """Lines 5 to 7 of Algorithm 1, in memory: the same functions as the pipeline's stages."""
     from iterative_ppo.learning.improve.episodes import prompts_of
@@ -132,7 +133,7 @@ def _policy_iteration(
     q.save(draft / "q")
     behaviour = frame["behaviour_logprob"].to_numpy(dtype=float, na_value=np.nan)
     prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
-    return improve_policy(policy, current, behaviour, q, prompts, config, config.seed).policy
+    return improve_policy(policy, current, behaviour, q, prompts, config, config.seed, initial=initial).policy
 
 
 def _measured(config: Config, method: str, number: int, draft: Path) -> dict[str, float]:

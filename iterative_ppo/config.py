@@ -322,6 +322,9 @@ class BestOfNConfig(Frozen):
     """Responses a state, of which the best by Q is learnt."""
     temperature: float = Positive
     """Of the candidates, as a share of the policy's own: below 1 they are what it is surer of, so better written."""
+    initial_share: float = Share
+    """Share of the candidates that pi_0 says: what later policies have unlearnt stays within reach, should Q come to
+    like it. Above 0 it is for rounds that are small against what there is to learn."""
     learning_rate: float = Rate
     batch_size: int = Count
 

@@ -283,6 +283,9 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
     } | _credit(config)
     if config.improve.policy_iterations > 1:  # which fit a Q of their own
         inputs["fit"] = config.q.model_dump()
+    initial = round_folder(config, 0) / "initial_policy" / "model" if config.improve.best_of_n.initial_share else None
+    if initial:
+        inputs["initial"] = content_hash(initial)
 
     def work(draft: Path) -> Mapping[str, float]:
         from iterative_ppo.learning.jobs import Improving, stored_credit
@@ -302,7 +305,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
             if config.credit.assigner != "outcome":
                 current = stored_credit(current, q_path.parent, config)
             with progress("improving the policy") as report:
-                job = Improving(config, policy.path, q_path, current, behaviour, states, checkpoint)
+                job = Improving(config, policy.path, q_path, current, behaviour, states, checkpoint, initial)
                 result = do(job, draft, report)
         if number := result.report.get(LEFT_OUT):
             _LOG.warning(

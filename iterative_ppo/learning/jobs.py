@@ -122,13 +122,24 @@ class Improving:
     behaviour: np.ndarray
     prompts: Prompts
     checkpoint: Checkpoint | None = None
+    initial: Path | None = None
 
     def run(self, progress: Progress | None = None) -> Improvement:
         runtime, config = self.config.runtime, self.config
         policy = LanguagePolicy.load(self.policy, device=runtime.device, lora=config.policy.lora)
         q = QModel.load(self.q, runtime.device)
+        initial = LanguagePolicy.load(self.initial, device=runtime.device) if self.initial else None
         return improve_policy(
-            policy, self.current, self.behaviour, q, self.prompts, config, config.seed, progress, self.checkpoint
+            policy,
+            self.current,
+            self.behaviour,
+            q,
+            self.prompts,
+            config,
+            config.seed,
+            progress,
+            self.checkpoint,
+            initial,
         )
 
     def save(self, result: Improvement, folder: Path) -> None:

@@ -149,6 +149,7 @@ def improve_policy(
     seed: int,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    initial: LanguagePolicy | None = None,
 ) -> Improvement:
     """Line 7: every configured pass, in as many policy iterations as improve.policy_iterations says.
 
@@ -160,6 +161,7 @@ def improve_policy(
         behaviour: (N,) log-probs of the logged actions that the logged pass goes by, NaN in rows it may not learn from;
             later Qs know those of `current` alone.
         checkpoint: where a killed improvement goes on from.
+        initial: pi_0, where improve.best_of_n.initial_share asks for it.
 
     Raises TrainingError where the logged pass or a later Q would learn from other rewards than Q was fitted to, and
     what the passes raise.
@@ -185,7 +187,9 @@ def improve_policy(
                 report[LEFT_OUT] = float(number)
                 break
             report |= {f"iteration_{number}_{name}": value for name, value in q.report.items()}
-        how = Passes(policy, current, behaviour, q, prompts, config, seed + number - 1, number, progress, checkpoint)
+        how = Passes(
+            policy, current, behaviour, q, prompts, config, seed + number - 1, number, progress, checkpoint, initial
+        )
         student, found = how.improve(student)
         for name, curve in found.items():
             curves.setdefault(name, []).extend({**entry, "iteration": float(number)} for entry in curve)
@@ -223,6 +227,7 @@ class Passes:
     number: int
     progress: Progress | None
     checkpoint: Checkpoint | None
+    initial: LanguagePolicy | None
 
     def improve(self, student: LanguagePolicy) -> tuple[LanguagePolicy, dict[str, Curve]]:
         """The student after them, and the curves of those that ran."""
@@ -238,7 +243,14 @@ class Passes:
                 student, data, c.logged, self.seed, self.progress, self._kept("logged", UPDATES)
             )
         student, best = improve_by_best(
-            student, q, self.prompts, c.best_of_n, self.seed, self.progress, self._kept("best_of_n", UPDATES)
+            student,
+            q,
+            self.prompts,
+            c.best_of_n,
+            self.seed,
+            self.progress,
+            self._kept("best_of_n", UPDATES),
+            self.initial,
         )
         student, sampled = improve_on_samples(
             student,

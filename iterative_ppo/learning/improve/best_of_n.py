@@ -8,13 +8,14 @@ projection onto the network is maximum likelihood, as in MPO (Abdolmaleki et al.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from iterative_ppo.config import BestOfNConfig
-from iterative_ppo.errors import NothingToLearn
+from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import NO_NUMBER, SAME_REWARD, RewardModel, check_prompts
@@ -43,16 +44,22 @@ def improve_by_best(
     seed: int,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    initial: LanguagePolicy | None = None,
 ) -> tuple[LanguagePolicy, Curve]:
     """A copy of `policy` moved towards what Q prefers of its own responses, and its curve. Zero epochs change nothing.
 
+    Args:
+        initial: pi_0, where config.initial_share of the responses are its.
+
     Raises TrainingError where there is no prompt, Q is not a number or the same for all responses to every prompt, or
-    the pass diverges; ModelError where a prompt is longer than the model's context.
+    the pass diverges, and where pi_0 is asked for and not given; ModelError where a prompt is longer than the model's
+    context, or pi_0 knows other tokens.
     """
     if not config.epochs:
         return policy, []
     check_prompts(policy, prompts)
-    liked = Answered(prompts, _choose(policy, q, prompts, config, seed, progress, checkpoint))
+    said_by = _speakers(policy, initial, config)
+    liked = Answered(prompts, _choose(said_by, q, prompts, seed, progress, checkpoint))
     student = policy.trainable_copy()
     steps = step_count(len(liked), config.batch_size, config.epochs)
     usual = sum(map(len, liked.responses)) / step_count(len(liked), config.batch_size, 1.0)
@@ -67,11 +74,30 @@ def improve_by_best(
     return student, curve
 
 
+Speakers = Sequence[tuple[LanguagePolicy, int]]
+"""Whose candidates there are, and how many of each to a prompt."""
+
+
+def _speakers(policy: LanguagePolicy, initial: LanguagePolicy | None, config: BestOfNConfig) -> Speakers:
+    of_initial = round(config.initial_share * config.samples)
+    surer = policy.at(config.temperature * policy.settings.temperature)
+    if not of_initial:
+        return [(surer, config.samples)]
+    if initial is None:
+        raise TrainingError("improve.best_of_n.initial_share is above 0, and pi_0 is not at hand; set it to 0")
+    if initial.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ModelError(
+            "pi_0 and the policy have other tokens, so neither can answer for the other; set "
+            "improve.best_of_n.initial_share to 0"
+        )
+    both = [(surer, config.samples - of_initial), (initial.at(surer.settings.temperature), of_initial)]
+    return [(speaker, count) for speaker, count in both if count]
+
+
 def _choose(
-    policy: LanguagePolicy,
+    speakers: Speakers,
     q: RewardModel,
     prompts: Prompts,
-    config: BestOfNConfig,
     seed: int,
     progress: Progress | None,
     checkpoint: Checkpoint | None,
@@ -80,14 +106,14 @@ def _choose(
 
     What was chosen for a block is kept: drawing is the longer part of the pass.
     """
-    surer, rng = policy.at(config.temperature * policy.settings.temperature), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     chosen: list[tuple[int, ...]] = []
     spread, largest = 0.0, 0.0
     for number, begin in enumerate(range(0, len(prompts), PROMPTS)):
         kept = checkpoint and checkpoint.beside(f"chosen-{number}")
         block = kept and _kept_block(kept, rng)
         if not block:
-            block = _chosen_block(surer, q, prompts[begin : begin + PROMPTS], config.samples, rng)
+            block = _chosen_block(speakers, q, prompts[begin : begin + PROMPTS], rng)
             if kept:
                 _keep(kept, block, rng)
             if progress:
@@ -108,14 +134,16 @@ class Block:
     largest: float
 
 
-def _chosen_block(surer: LanguagePolicy, q: RewardModel, prompts: Prompts, n: int, rng: np.random.Generator) -> Block:
-    responses = surer.respond(prompts, rng, samples=n)
-    candidates = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(responses.tokens)]
+def _chosen_block(speakers: Speakers, q: RewardModel, prompts: Prompts, rng: np.random.Generator) -> Block:
+    said = [(speaker.respond(prompts, rng, samples=count), count) for speaker, count in speakers]
+    n = sum(count for _, count in said)
+    answers = [a for k in range(len(prompts)) for one, m in said for a in one.tokens[k * m : (k + 1) * m]]
+    finished = np.concatenate([one.finished.reshape(-1, m) for one, m in said], axis=1)
+    candidates = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(answers)]
     worth = np.array([values[-1] for values in q.running_values(candidates)]).reshape(-1, n)
     if not np.isfinite(worth).all():
         raise NothingToLearn(NO_NUMBER)
-    winners = best(worth, responses.finished.reshape(-1, n))
-    liked = [responses.tokens[k * n + j] for k, j in enumerate(winners)]
+    liked = [answers[k * n + j] for k, j in enumerate(best(worth, finished))]
     return Block(liked, float(np.ptp(worth, axis=1).max()), float(np.abs(worth).max()))
 
 
