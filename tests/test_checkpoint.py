@@ -214,6 +214,29 @@ def test_a_killed_fit_of_q_goes_on_and_another_begins_anew(
         assert ("an unfinished training with other data, models or settings" in caplog.text) == bool(changes)
 
 
+def test_candidates_of_pi_0_come_from_where_the_first_round_left_it(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = {"improve.best_of_n.initial_share": 0.5}
+    with pytest.raises(StoreError, match=r"initial_policy/model: not found"):
+        night.improve(**half)
+    kept = night.root / "rounds" / "0000" / "initial_policy" / "model"
+    LanguagePolicy.load(night.champion.path).at(0.7).save(kept)
+    heard: list[float] = []
+    respond = LanguagePolicy.respond
+
+    def listened(self: LanguagePolicy, *asked: Any, **how: Any) -> Any:
+        heard.append(self.settings.temperature)
+        return respond(self, *asked, **how)
+
+    monkeypatch.setattr(LanguagePolicy, "respond", listened)
+    stage, temperature = night.improve(**half), LanguagePolicy.load(night.champion.path).settings.temperature
+    assert heard[:2] == [temperature * load_config().improve.best_of_n.temperature] * 2, "each as sure as the other"
+    assert night.improve(**half).done_before
+    LanguagePolicy.load(night.champion.path).at(0.8).save(kept)
+    assert not night.improve(**half).done_before and stage.path.exists()
+
+
 def test_new_data_begin_anew(night: Night, kill: Callable[[int | None], list[int]]) -> None:
     kill(2)
     with pytest.raises(KeyboardInterrupt):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from iterative_ppo.config import BestOfNConfig, Config, LoggedConfig, PPOConfig, load_config
-from iterative_ppo.errors import StoreError, TrainingError
+from iterative_ppo.errors import ModelError, StoreError, TrainingError
 from iterative_ppo.learning import rounds
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
@@ -252,6 +252,25 @@ def test_the_same_seed_gives_the_same_policy(bandit: LanguagePolicy) -> None:
 def test_no_episodes_leave_the_policy_as_it_is(bandit: LanguagePolicy) -> None:
     policy, curve = improve(bandit, likes(bandit, "no"), [prompt(bandit)], ppo(episodes=0), 0)
     assert policy is bandit and curve == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_what_the_policy_has_unlearnt_is_found_again_among_the_candidates_of_pi_0(
+    bandit: LanguagePolicy, share: float
+) -> None:
+    """It says nothing but `maybe`; Q then comes to like `no`, which pi_0 says now and then."""
+    sure = trained(bandit, ppo(episodes=2560))
+    assert probability(sure, "no") < 0.2 * probability(bandit, "no")
+    config, q = best_of(initial_share=share, samples=32, epochs=8.0), leans_to(bandit, "no")
+    learnt, _ = improve_by_best(sure, q, [prompt(bandit)] * 128, config, 0, initial=bandit)
+    assert (probability(learnt, "no") > 0.05) == (share > 0)
+
+
+def test_candidates_of_pi_0_need_it_and_its_tokens(bandit: LanguagePolicy, tiny_policy: LanguagePolicy) -> None:
+    config = load_config(overrides={"improve.best_of_n.initial_share": 0.5}).improve.best_of_n
+    for initial, error, said_so in ((None, TrainingError, "not at hand"), (tiny_policy, ModelError, "other tokens")):
+        with pytest.raises(error, match=said_so):
+            improve_by_best(bandit, likes(bandit, "no"), [prompt(bandit)], config, 0, initial=initial)
 
 
 def test_nothing_to_improve_on_is_an_error(bandit: LanguagePolicy) -> None:
@@ -740,9 +759,9 @@ def test_what_was_chosen_before_a_kill_is_not_drawn_again(
             return super().running_values(sequences)
 
     q = Counting(lambda response: float(sum(response) % 97))
-    config = load_config().improve.best_of_n.model_copy(update={"epochs": 1.0, "samples": 2})
+    config = load_config().improve.best_of_n.model_copy(update={"epochs": 1.0, "samples": 2, "initial_share": 0.5})
     monkeypatch.setattr(best_of_n, "PROMPTS", 7)
-    whole, curve = improve_by_best(tiny_policy, q, prompts, config, 0)
+    whole, curve = improve_by_best(tiny_policy, q, prompts, config, 0, initial=tiny_policy)
 
     def kill(done: int, total: int) -> None:
         if done == 14:
@@ -750,9 +769,9 @@ def test_what_was_chosen_before_a_kill_is_not_drawn_again(
 
     place = Checkpoint(tmp_path / "improving", "key").part("best_of_n", 50)
     with pytest.raises(KeyboardInterrupt):
-        improve_by_best(tiny_policy, q, prompts, config, 0, kill, place)
+        improve_by_best(tiny_policy, q, prompts, config, 0, kill, place, tiny_policy)
     judged.clear()
-    again, found = improve_by_best(tiny_policy, q, prompts, config, 0, checkpoint=place)
+    again, found = improve_by_best(tiny_policy, q, prompts, config, 0, checkpoint=place, initial=tiny_policy)
     assert judged == [12], "the last block alone"
     assert found == curve
     assert all(torch.equal(p, o) for p, o in zip(parameters(again), parameters(whole), strict=True))
