@@ -17,7 +17,6 @@ ASKED = 3
 OURS, TWICE = "iterative PPO", "iterative PPO, two policy iterations a round"
 LAST = "iterative PPO, three policy iterations in the last round"
 SMALL = "iterative PPO, a deployment every 500 conversations"
-ALONE_SMALL = "the paper's shape with one-step Q, a deployment every 500 conversations"
 MONTE_CARLO = "the same with Monte Carlo Q"
 CLONING, MYOPIC = "filtered behaviour cloning", "myopic: trained on acceptance"
 ONLINE, REFUEL = "trajectory RLOO, updated every 250 conversations", "REFUEL"
@@ -34,14 +33,12 @@ ALONE: dict[str, Any] = {
     "improve.ppo.kl_coefficient": 0.3,
     "improve.ppo.reference": "champion",
 }
-LONGER: dict[str, Any] = {"improve.ppo.episodes": 6144, "improve.ppo.learning_rate": 0.001}
-REPLAYED: dict[str, Any] = {"q.replay_rounds": 5}
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
     TWICE: {"improve.policy_iterations": 2},
     LAST: {"improve.policy_iterations": 3},
     MONTE_CARLO: {"q.target": "monte_carlo", "q.corpus_epochs": 0.0},
-    SMALL: {**REPLAYED, "improve.best_of_n.initial_share": 0.5},
+    SMALL: {"q.replay_rounds": 5, "improve.best_of_n.initial_share": 0.5},
     "best of n by Q, cloned": {"improve.ppo.episodes": 0},
     **{name: {} for name in LEARNERS},
     **{name: {} for name in COLLECTORS},
@@ -51,12 +48,15 @@ METHODS: dict[str, dict[str, Any]] = {
         "improve.ppo.episodes": 3072,
         "q.target": "monte_carlo",
     },
-    "the paper's shape with one-step Q: PPO alone, KL to pi_i": {**ALONE, **LONGER},
-    ALONE_SMALL: {**ALONE, **LONGER, **REPLAYED},
+    "the paper's shape with one-step Q: PPO alone, KL to pi_i": {
+        **ALONE,
+        "improve.ppo.episodes": 6144,
+        "improve.ppo.learning_rate": 0.001,
+    },
 }
-ROUNDS = {OURS: 5, SMALL: 5, MONTE_CARLO: 1, MYOPIC: 1}
+ROUNDS = {OURS: 5, MONTE_CARLO: 1, MYOPIC: 1}
 """Rounds of those that do not make as many as asked for."""
-DEPLOYMENTS = {SMALL: 3, ALONE_SMALL: 3}
+DEPLOYMENTS = {SMALL: 3}
 """Policies that a method deploys, one after the other, within a round's conversations; elsewhere one."""
 FORKS = {LAST}
 """Those of which each round goes on from ours of the round before, as where it is the last one."""
