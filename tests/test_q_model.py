@@ -311,7 +311,7 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
         )
         return {"loss": 0.0}
 
-    monkeypatch.setattr("iterative_ppo.learning.regression.descend", record)
+    monkeypatch.setattr("iterative_ppo.learning.training.descend", record)
     regress(new_q(tiny_policy), data.encoded, data.returns, replace(how(), batch_size=10), seed=0)
     apart = torch.stack(gradients)
     regress(new_q(tiny_policy), data.encoded, data.returns, replace(how(), batch_size=len(scripted)), seed=0)
