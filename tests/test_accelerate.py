@@ -16,6 +16,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning import distributed
 from iterative_ppo.learning.batching import EncodedTable, collate
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import prompts_of
 from iterative_ppo.learning.jobs import Crediting, Evaluation, Improving, Job
 from iterative_ppo.learning.language_model import LanguagePolicy
@@ -131,10 +132,11 @@ def test_two_processes_fit_the_q_of_one(saved: Path, played: Round, tmp_path: Pa
     parallel = {"runtime__processes": 2, "runtime__accelerate": str(ACCELERATE / accelerate) if accelerate else None}
     filed = SequenceFile.write(tmp_path / "tokens", played.encoded.sequences)
     on_disk = replace(played, encoded=replace(played.encoded, sequences=filed))
-    alone, together = (
-        finished(Evaluation(config_of(**changes), saved, None, data, ()), tmp_path / str(len(changes)))
-        for changes, data in (({}, played), (parallel, on_disk))
-    )
+    kept = Checkpoint(tmp_path / "fitting" / "q", "key", 3)
+    shared = Evaluation(config_of(**parallel), saved, None, on_disk, (), kept)
+    alone = finished(Evaluation(config_of(), saved, None, played, ()), tmp_path / "alone")
+    together, again = (finished(shared, tmp_path / name) for name in ("together", "again"))
+    assert kept.newest() == 1 and torch.equal(weights(together.model), weights(again.model)), "from what it kept"
     assert together.report == pytest.approx(alone.report, rel=1e-5)
     assert torch.allclose(weights(alone.model), weights(together.model), atol=1e-4)
     assert np.allclose(alone.evaluate(played.encoded).q, together.evaluate(played.encoded).q, atol=1e-4, equal_nan=True)
