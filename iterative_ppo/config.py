@@ -325,6 +325,8 @@ class BestOfNConfig(Frozen):
     initial_share: float = Share
     """Share of the candidates that pi_0 says: what later policies have unlearnt stays within reach, should Q come to
     like it. Above 0 it is for rounds that are small against what there is to learn."""
+    initial_rounds: int | None = Field(ge=1)
+    """Rounds, from the first, in which pi_0 says its share: later it holds back more than it keeps. null: in all."""
     learning_rate: float = Rate
     batch_size: int = Count
 
@@ -610,11 +612,15 @@ class Config(Frozen):
         return self
 
     def in_round(self, number: int) -> Config:
-        """What holds in a round: the last that `rounds` allows has its own number of policy iterations."""
-        most = max(self.improve.policy_iterations, self.rounds.last_policy_iterations)
-        if number + 1 < self.rounds.max_rounds or most == self.improve.policy_iterations:
-            return self
-        return self.model_copy(update={"improve": self.improve.model_copy(update={"policy_iterations": most})})
+        """What holds in a round: how long pi_0 says its share, and the last one's own number of policy iterations."""
+        improve, best = self.improve, self.improve.best_of_n
+        changes: dict[str, Any] = {}
+        if best.initial_share and best.initial_rounds is not None and number >= best.initial_rounds:
+            changes["best_of_n"] = best.model_copy(update={"initial_share": 0.0})
+        most = max(improve.policy_iterations, self.rounds.last_policy_iterations)
+        if number + 1 >= self.rounds.max_rounds and most > improve.policy_iterations:
+            changes["policy_iterations"] = most
+        return self.model_copy(update={"improve": improve.model_copy(update=changes)}) if changes else self
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:

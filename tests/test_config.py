@@ -276,3 +276,10 @@ def test_the_last_round_has_policy_iterations_of_its_own() -> None:
     assert more.in_round(2) is more, "they are never fewer"
     usual = load_config()
     assert usual.in_round(2) is usual
+
+
+def test_pi_0_says_its_share_in_the_first_rounds_alone() -> None:
+    keys = {"improve.best_of_n.initial_share": 0.5, "improve.best_of_n.initial_rounds": 2}
+    config, always = load_config(None, keys), load_config(None, {"improve.best_of_n.initial_share": 0.5})
+    assert [config.in_round(k).improve.best_of_n.initial_share for k in range(4)] == [0.5, 0.5, 0.0, 0.0]
+    assert always.in_round(9) is always
