@@ -100,7 +100,7 @@ def _improve(config: Config, method: str, before: Path, number: int, draft: Path
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.mdp import turn_table
 
-    policy = LanguagePolicy.load(before / "model")
+    policy, config = LanguagePolicy.load(before / "model"), config.in_round(number)
     seed, size = 10_000 * (config.seed + 1) + number, config.simulator.conversations
     if method in COLLECTORS:
         COLLECTORS[method](policy, size, config, seed).save(draft / "model")

@@ -38,7 +38,11 @@ METHODS: dict[str, dict[str, Any]] = {
     TWICE: {"improve.policy_iterations": 2},
     LAST: {"improve.policy_iterations": 3},
     MONTE_CARLO: {"q.target": "monte_carlo", "q.corpus_epochs": 0.0},
-    SMALL: {"q.replay_rounds": 5, "improve.best_of_n.initial_share": 0.5},
+    SMALL: {
+        "q.replay_rounds": 5,
+        "improve.best_of_n.initial_share": 0.5,
+        "improve.best_of_n.initial_rounds": 6,
+    },
     "best of n by Q, cloned": {"improve.ppo.episodes": 0},
     **{name: {} for name in LEARNERS},
     **{name: {} for name in COLLECTORS},
