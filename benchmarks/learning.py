@@ -61,7 +61,7 @@ def run_cell(method: str, seed: int, rounds: int) -> None:
                     begun = cell_path(OURS, seed) if forks else folder
                     _improve(config, method, begun / f"{deployment - 1}", deployment - 1, draft)
                 took = time.process_time() - began
-                result = {} if within else _measured(config, method, number, draft)
+                result = {} if within else _measured(config, number, draft)
                 write_json(draft / "result.json", {**result, "cpu_seconds": took})
             if not within:
                 print(f"{method}, seed {seed}, round {number}: {result['success']:.3f}", flush=True)
@@ -112,7 +112,7 @@ def _improve(config: Config, method: str, before: Path, number: int, draft: Path
     frame = to_rows(config, talks)
     turn_table.write(frame, draft / "turns.parquet", config.outcomes)
     earlier = [before.parent / f"{k}" / "turns.parquet" for k in range(number, 0, -1)]
-    initial = LanguagePolicy.load(before.parent / "0" / "model")
+    initial = LanguagePolicy.load(before.parent / "0" / "model") if config.improve.best_of_n.initial_share else None
     _policy_iteration(config, policy, initial, frame, before / "q", earlier, draft).save(draft / "model")
 
 
@@ -136,11 +136,16 @@ def _policy_iteration(
     return improve_policy(policy, current, behaviour, q, prompts, config, config.seed, initial=initial).policy
 
 
-def _measured(config: Config, method: str, number: int, draft: Path) -> dict[str, float]:
-    """Success and manners on fresh conversations; of pi_0, which all methods of a seed share, once."""
-    started = cell_path(OURS, config.seed) / "0" / "result.json"
-    if number == 0 and method != OURS and started.exists():
-        return read_json(started)
+def _told_before(config: Config, number: int, name: str) -> Any:
+    """What is known already of pi_0, which all methods of a seed share; None of any other policy."""
+    started = cell_path(OURS, config.seed) / "0" / name
+    return read_json(started) if number == 0 and started.exists() else None
+
+
+def _measured(config: Config, number: int, draft: Path) -> dict[str, float]:
+    """Success and manners on fresh conversations."""
+    if told := _told_before(config, number, "result.json"):
+        return dict(told)
     from iterative_ppo.environments.phrases import parse
     from iterative_ppo.learning.language_model import LanguagePolicy
 
@@ -159,14 +164,13 @@ def _measured(config: Config, method: str, number: int, draft: Path) -> dict[str
 
 
 def _greedily(config: Config, number: int, place: Path) -> None:
-    """Success where every message is the likeliest one; of pi_0, which all methods of a seed share, once."""
+    """Success where every message is the likeliest one."""
     from iterative_ppo.learning.language_model import LanguagePolicy
 
     if (place / "greedy.json").exists():
         return
-    started = cell_path(OURS, config.seed) / "0" / "greedy.json"
-    if number == 0 and started.exists():
-        write_json(place / "greedy.json", read_json(started))
+    if told := _told_before(config, number, "greedy.json"):
+        write_json(place / "greedy.json", told)
         return
     policy = LanguagePolicy.load(place / "model").at(GREEDY)
     talks = collect(policy, environment(config), EVALUATION, 7_000_000 + 1000 * config.seed + number, "greedy")

@@ -16,9 +16,13 @@ from iterative_ppo.evaluation.ab_test import Arm, ab_test
 from iterative_ppo.files import read_json
 from tasks.traffic import environment, outcome_of
 
-EACH_TIME = ", two policy iterations a round"
-IN_THE_LAST = ", three policy iterations in the last"
-DEPLOYED = ", a deployment every 500"
+VARIANTS = {
+    OURS: "",
+    TWICE: ", two policy iterations a round",
+    LAST: ", three policy iterations in the last",
+    SMALL: ", a deployment every 500",
+}
+"""Ours, by what the figures that compare or judge them end with."""
 Results = dict[tuple[str, int], list[dict[str, Any]]]
 """By method and round, a result for each seed."""
 
@@ -73,20 +77,14 @@ def _described(method: str, number: int, results: list[dict[str, Any]], seeds: l
 def _margins(found: Results, seeds: list[int], methods: Collection[str]) -> list[dict[str, Any]]:
     """Of ours over every other method, then of each variant of it over every baseline."""
     rows = []
-    variants = {OURS, TWICE, LAST, SMALL}
-    compared = (
-        (OURS, {OURS}, ""),
-        (TWICE, variants, EACH_TIME),
-        (LAST, variants, IN_THE_LAST),
-        (SMALL, variants, DEPLOYED),
-    )
-    for mine, others, how in compared:
+    for mine, how in VARIANTS.items():
+        others = {OURS} if mine == OURS else VARIANTS
         for (method, number), results in found.items():
             if not {method, mine} & set(methods):
                 continue
             if method not in others and number and (mine, number) in found:
                 mean, low, high = mean_interval(list(_rates(found[mine, number]) - _rates(results)))
-                target = (None, None) if method in variants else ("> 0", low > 0)
+                target = (None, None) if method in VARIANTS else ("> 0", low > 0)
                 rows.append(figure(f"margin over {method}, round {number}{how}", mean, (low, high), *target, seeds))
     return rows
 
@@ -106,21 +104,34 @@ def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, An
     ]
     for method, number, least, said in aims:
         if (method, number) in found:
-            how = {OURS: "", LAST: IN_THE_LAST, SMALL: DEPLOYED}[method]
             mean, low, high = mean_interval(list(_rates(found[method, number])))
             rows.append(
-                figure(f"success after {number} rounds{how}", mean, (low, high), f">= {said}", mean >= least, seeds)
+                figure(
+                    f"success after {number} rounds{VARIANTS[method]}",
+                    mean,
+                    (low, high),
+                    f">= {said}",
+                    mean >= least,
+                    seeds,
+                )
             )
-    for method, how in ((OURS, ""), (SMALL, DEPLOYED)):
+    for method in (OURS, SMALL):
         if (method, rounds) not in found:
             continue
         ratio, low, high = mean_interval(list(_rates(found[method, rounds]) / start))
-        name = f"success after {rounds} rounds over pi_0's{how}"
+        name = f"success after {rounds} rounds over pi_0's{VARIANTS[method]}"
         rows.append(figure(name, ratio, (low, high), ">= 3", ratio >= 3, seeds))
         well = [[result["well_formed"] for result in found[method, number]] for number in (0, rounds)]
         mean, low, high = mean_interval(list(np.array(well[1]) - np.array(well[0])))
         rows.append(
-            figure(f"well-formed messages less pi_0's{how}", mean, (low, high), ">= -0.02", mean >= -0.02, seeds)
+            figure(
+                f"well-formed messages less pi_0's{VARIANTS[method]}",
+                mean,
+                (low, high),
+                ">= -0.02",
+                mean >= -0.02,
+                seeds,
+            )
         )
     return [*rows, figure("the scripted oracle's success", oracle, None, ">= .80", oracle >= 0.8)]
 
@@ -128,11 +139,11 @@ def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, An
 def _steps(found: Results, seeds: list[int]) -> list[dict[str, Any]]:
     """How many rounds of ours are worse than the one before, at .05 over all of them (Bonferroni)."""
     rows = []
-    for mine, how in ((OURS, ""), (SMALL, DEPLOYED)):
+    for mine in (OURS, SMALL):
         numbers = [number for method, number in found if method == mine and number]
         pairs = [pair for n in numbers for pair in zip(found[mine, n - 1], found[mine, n], strict=True)]
         worse = [ab_test(_arm(after), _arm(before), 0.05).p_value < 0.05 / len(pairs) for before, after in pairs]
-        name = f"rounds significantly worse than the one before, of {len(pairs)}{how}"
+        name = f"rounds significantly worse than the one before, of {len(pairs)}{VARIANTS[mine]}"
         if pairs:
             rows.append(figure(name, sum(worse), None, "0", not any(worse), seeds))
     return rows

@@ -17,7 +17,7 @@ from iterative_ppo.learning.batching import (
     trained_turns,
     training_batches,
 )
-from iterative_ppo.learning.checkpoint import Checkpoint, below_prefix
+from iterative_ppo.learning.checkpoint import Checkpoint, below_prefix, with_prefix
 from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Chosen
@@ -78,9 +78,6 @@ class TargetNetwork:
     q: QModel
     polyak: float
 
-    def beside(self, fitted: QModel) -> Followed:
-        return Followed(fitted, self.q)
-
 
 @dataclass
 class Followed:
@@ -98,8 +95,8 @@ class Followed:
         self.fitted.model = model
 
     def training_state(self) -> dict[str, torch.Tensor]:
-        both = {"fitted": self.fitted, "target": self.target}
-        return {f"{name}.{key}": t for name, q in both.items() for key, t in q.training_state().items()}
+        fitted = with_prefix("fitted", self.fitted.training_state())
+        return fitted | with_prefix("target", self.target.training_state())
 
     def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
         self.fitted.load_training_state(below_prefix("fitted", state))
@@ -141,7 +138,7 @@ def regress(
     batches = training_batches(usable, how.batch_size, how.epochs, q.pad, np.random.default_rng(seed))
     with set_by("q.learning_rate, or q.value_learning_rate where it is that"):
         curve = train(
-            q if target is None else target.beside(q),
+            _trained(q, target),
             batches,
             steps,
             objective,
@@ -156,8 +153,11 @@ def regress(
 def take_up_fit(q: QModel, target: TargetNetwork | None, checkpoint: Checkpoint) -> None:
     """Give networks the weights that a finished fit kept; where a later one made up for them, none."""
     if found := checkpoint.load():
-        trained = q if target is None else target.beside(q)
-        trained.load_training_state(below_prefix("weights", found[0]))
+        _trained(q, target).load_training_state(below_prefix("weights", found[0]))
+
+
+def _trained(q: QModel, target: TargetNetwork | None) -> QModel | Followed:
+    return q if target is None else Followed(q, target.q)
 
 
 def _regression_loss(q: QModel, batch: Batch, targets: Targets, running_weight: float, usual: float) -> torch.Tensor:
