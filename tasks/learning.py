@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 PROMPTS = "prompts.parquet"
-FITTING, IMPROVING = "fitting", "improving"
+STARTING, FITTING, IMPROVING = "starting", "fitting", "improving"
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
     "policy": {"lora", "save"},
@@ -71,6 +71,8 @@ def initial_policy_stage(
 ) -> Stage:
     """Line 1: pi_0, the base model as it is or fine-tuned on a corpus, and a Q of the corpus to start from.
 
+    Killed, it goes on from the checkpoint that it keeps beside itself.
+
     Args:
         lessons: more to fine-tune on, whose outcomes mean nothing.
     """
@@ -86,10 +88,11 @@ def initial_policy_stage(
         "lessons": fingerprint(*lessons),
         "code": 1,
     } | _credit(config)
+    folder = round_folder(config, 0)
 
     def work(draft: Path) -> Mapping[str, float]:
         from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
-        from iterative_ppo.learning.rounds import corpus_q, round_of
+        from iterative_ppo.learning.rounds import UPDATES, corpus_q, round_of
         from iterative_ppo.learning.runtime import computing
         from iterative_ppo.learning.supervised import fine_tune
         from iterative_ppo.learning.tiny import build_policy
@@ -99,7 +102,7 @@ def initial_policy_stage(
         if tunes and not corpus:
             raise SourceError(f"{source}: no conversation to fine-tune the first policy on")
         metrics: dict[str, float] = {}
-        with computing(config.runtime):
+        with _resumable(folder / STARTING, fingerprint(inputs)) as checkpoint, computing(config.runtime):
             base, settings = config.policy.base_model, PolicySettings.of(config.policy)
             if base is None:
                 policy = build_policy(corpus, config.policy, config.seed, config.runtime.device)
@@ -113,19 +116,28 @@ def initial_policy_stage(
             if tunes:
                 with progress("fine-tuning pi_0") as report:
                     policy, tuned = fine_tune(
-                        policy, sequences, config.supervised, config.seed, base is None, [TrainingBar(report)]
+                        policy,
+                        sequences,
+                        config.supervised,
+                        config.seed,
+                        whole=base is None,
+                        callbacks=[TrainingBar(report)],
+                        checkpoint=checkpoint.part("policy", UPDATES),
                     )
                 metrics |= tuned
             policy.save(draft / "model", config.policy.save)
             if config.q.corpus_epochs and corpus:
                 frame = turn_table.to_frame(corpus, config.outcomes, config.data.evidence_share, config.data.split_by)
                 with progress("a first Q from the corpus") as report:
-                    first = corpus_q(policy, round_of(policy, frame, config), config, report)
+                    kept = checkpoint.part("q", UPDATES)
+                    first = corpus_q(policy, round_of(policy, frame, config), config, report, kept)
                 if first is not None:
                     first.save(draft / "q")
         return {**metrics, "truncated_turns": sum(forgotten)}
 
-    return run_stage(round_folder(config, 0) / "initial_policy", inputs, work)
+    stage = run_stage(folder / "initial_policy", inputs, work)
+    shutil.rmtree(folder / STARTING, ignore_errors=True)
+    return stage
 
 
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:

@@ -30,7 +30,7 @@ from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from iterative_ppo.mdp.turn_table import to_frame
 from tasks import learning
 from tasks.datasets import Dataset
-from tasks.learning import PolicyVersion, Prompts, fit_q_stage, improve_stage, prompts_stage
+from tasks.learning import PolicyVersion, Prompts, fit_q_stage, improve_stage, initial_policy_stage, prompts_stage
 
 torch.set_num_threads(1)
 
@@ -212,6 +212,47 @@ def test_a_killed_fit_of_q_goes_on_and_another_begins_anew(
         assert not night.fitting.exists()
         assert (len(updates) == every - 3) == (not changes)
         assert ("an unfinished training with other data, models or settings" in caplog.text) == bool(changes)
+
+
+def test_a_killed_first_policy_goes_on_within_its_passes(
+    tiny_config: Config, scripted: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "UPDATES", 1)
+    talks = scripted[:24]
+    updates: list[tuple[int, int]] = []
+
+    def report(done: int, total: int) -> None:
+        updates.append((done, total))
+        if len(updates) == killed_after:
+            raise KeyboardInterrupt
+
+    def made() -> str:
+        parts: dict[str, dict[str, Any]] = {
+            "data": {"root": tmp_path},
+            "supervised": {"epochs": 2.0, "batch_size": 8},
+            "q": {"corpus_epochs": 2.0, "batch_size": 6},
+        }
+        update = {name: getattr(tiny_config, name).model_copy(update=part) for name, part in parts.items()}
+        updates.clear()
+        path = initial_policy_stage(tiny_config.model_copy(update=update), talks, "talks").path
+        assert not (path.parent / "starting").exists()
+        return content_hash(path / "model") + content_hash(path / "q")
+
+    monkeypatch.setattr(learning, "progress", lambda _: nullcontext(report))
+    killed_after = 10**9
+    whole, every = made(), list(updates)
+    tuning, fitting = [(k, 6) for k in range(1, 7)], [(k, 4) for k in range(1, 5)]
+    assert every == tuning + fitting
+    shutil.rmtree(tmp_path / "rounds" / "0000" / "initial_policy")
+    killed_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        made()
+    killed_after = 3 + 2  # what is left of pi_0, and half of Q
+    with pytest.raises(KeyboardInterrupt):
+        made()
+    killed_after = 10**9
+    assert made() == whole
+    assert updates == fitting[2:]
 
 
 def test_candidates_of_pi_0_come_from_where_the_first_round_left_it(

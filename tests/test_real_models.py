@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from real_models import ADD_FIRST, ENDS, FAMILIES, SETTINGS, SIZES, build_tokenizer, save_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from iterative_ppo.config import LoRAConfig, RuntimeConfig, load_config
 from iterative_ppo.errors import ConfigError, ModelError, StoreError
 from iterative_ppo.learning import adapters, optimization, q_model
 from iterative_ppo.learning.batching import EncodedTable, collate
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log
 from iterative_ppo.learning.improve.ppo import improve
@@ -513,6 +515,54 @@ def test_what_trl_trained_samples_as_it_does_when_loaded(
     assert policy.tokenizer.pad_token == pad
     table = encoded(policy, talks)
     assert np.nanmean(tuned.score(table)) > np.nanmean(policy.score(table)) + 1.0 and metrics["loss"] > 0
+
+
+class Killed(TrainerCallback):
+    """Ends a training after so many updates, once that one is kept."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.made = after, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= self.after:
+            raise KeyboardInterrupt
+        self.made += 1
+
+
+@pytest.mark.parametrize(
+    ("family", "epochs", "micro", "lora"),
+    [
+        ("gpt2", 3.0, None, None),  # which drops out a tenth of its activations
+        ("gpt2", 1.5, 1, None),
+        ("llama", 3.0, 2, LORA.model_copy(update={"dropout": 0.1})),
+    ],
+)
+def test_killed_fine_tuning_ends_with_the_same_weights(
+    family: str, epochs: float, micro: int | None, lora: LoRAConfig | None, talks: list[Conversation], tmp_path: Path
+) -> None:
+    path = save_model(tmp_path / "base", family, messages(talks))
+
+    def tuned(*callbacks: TrainerCallback, kept: Checkpoint | None = None) -> tuple[LanguagePolicy, dict[str, float]]:
+        policy = LanguagePolicy.load(path, SETTINGS, lora=lora)
+        sequences = encoded(policy, talks).sequences * 3
+        return fine_tune(policy, sequences, config, seed=0, callbacks=callbacks, checkpoint=kept)
+
+    config = load_config().supervised.model_copy(
+        update={"epochs": epochs, "batch_size": 2, "learning_rate": 0.01, "micro_batch_size": micro}
+    )
+    a_pass = 3 * len(talks) // config.batch_size
+    steps = int(epochs * a_pass)
+    whole, told = tuned()
+    for after, every in ((1, 1), (3, 2), (a_pass, 1), (steps - 1, 1), (steps, 1)):
+        kept, killed, rest = Checkpoint(tmp_path / f"kept-{after}", "key", every), Killed(after), Killed(steps)
+        with suppress(KeyboardInterrupt):
+            tuned(killed, kept=kept)
+        torch.manual_seed(1)
+        resumed, figures = tuned(rest, kept=kept)
+        assert (killed.made, rest.made) == (after, steps - (after - after % every))
+        assert figures == told
+        state = weights(resumed)
+        assert all(torch.equal(state[name], value) for name, value in weights(whole).items())
 
 
 def test_fine_tuning_in_micro_batches_ends_at_the_same_weights(plain_llama: Path, talks: list[Conversation]) -> None:

@@ -95,10 +95,19 @@ class Improvement:
     report: dict[str, float] = field(default_factory=dict)
 
 
-def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Progress | None = None) -> QModel | None:
+def corpus_q(
+    policy: LanguagePolicy,
+    corpus: Round,
+    config: Config,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> QModel | None:
     """A first Q from the outcomes of the corpus that pi_0 was cloned from: a start for round 0's, never used itself.
 
     None, with a warning, where they teach none: round 0's then starts from the policy's backbone.
+
+    Args:
+        checkpoint: where a killed fit goes on from.
     """
     settings, alone = QSettings.of(config), MonteCarlo()
     try:
@@ -110,7 +119,7 @@ def corpus_q(policy: LanguagePolicy, corpus: Round, config: Config, progress: Pr
     corpus = credited(policy, corpus, [], config, progress).current
     q = QModel.from_policy(policy, settings, config.seed)
     how = Regression(config.q.corpus_epochs, config.q.learning_rate, 2 * config.q.batch_size, config.q.running_weight)
-    regress(q, corpus.encoded, corpus.fit_returns, how, config.seed, progress)
+    regress(q, corpus.encoded, corpus.fit_returns, how, config.seed, progress, checkpoint=checkpoint)
     return q
 
 

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from iterative_ppo.config import SupervisedConfig
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning import runtime
+from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.kept_trainer import KeptTrainer
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.mdp.rendering import Encoded
 
@@ -37,16 +39,21 @@ def fine_tune(
     seed: int,
     whole: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[LanguagePolicy, dict[str, float]]:
-    """A copy of `policy` fine-tuned on some conversations, and the last training loss.
+    """A copy of `policy` fine-tuned on some conversations, and the mean training loss.
 
     Args:
         whole: learn every message (a model that must first learn the language) or the suggestions alone.
+        checkpoint: where a killed training goes on from.
 
     Raises TrainingError where no sequence holds a suggestion, or the loss is not finite.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
+    class KeptSFTTrainer(KeptTrainer, SFTTrainer):
+        pass
 
     rows = [
         {"input_ids": list(s.tokens), "labels": labels(s, whole)} for s in sequences if any(x.trains for x in s.spans)
@@ -79,18 +86,20 @@ def fine_tune(
         )
         _ = arguments.device
         arguments._n_gpu = 1  # one process trains on one device, however many there are
-        trainer = SFTTrainer(
+        trainer = KeptSFTTrainer(
+            policy=student,
+            checkpoint=checkpoint,
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=copy.deepcopy(policy.tokenizer),
-            callbacks=list(callbacks),
+            callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
-        loss = trainer.train().training_loss
+        loss = trainer.mean_loss()
     if not np.isfinite(loss) or not finite(student):
         raise TrainingError(f"supervised fine-tuning diverged (loss {loss}); lower supervised.learning_rate")
-    return student, {"loss": float(loss)}
+    return student, {"loss": loss}
 
 
 def finite(policy: LanguagePolicy) -> bool:
