@@ -6,17 +6,22 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import time
 
 import pandas as pd
 
 from iterative_ppo.config import Config
+from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.labels import weighted
+from tasks import notify
 
 log = logging.getLogger("iterative_ppo.datasets")
 LOGGED = "logged"
+SETTLED_SECONDS = 3600
+"""A damaged file that was written to since may be somebody's unfinished one."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,23 @@ def take_up(config: Config, round_number: int) -> list[Path]:
     """Move what lies in the inbox to the round that gathers it (a rename each, so nothing is lost or taken twice).
 
     Another file under a name that was taken before gets its content's hash for a second name. One that an earlier round
-    took already, to the letter, goes to quarantine instead. Hidden files are somebody's unfinished ones, and stay.
+    took already, to the letter, goes to quarantine instead; so does a damaged one, with an alarm, once nobody can be
+    writing it any more. Hidden files are somebody's unfinished ones, and stay.
     """
     target = round_folder(config, round_number) / "arrived"
     for file in tables_in(inbox(config)):
+        damage = _damage(file)
+        if damage and time() - file.stat().st_mtime < SETTLED_SECONDS:
+            log.warning("inbox: %s; perhaps it is being written, so it stays until it is an hour old", damage)
+            continue
         content = content_hash(file)
-        if (taken := _taken_before(config, round_number, file, content)) is not None:
-            place = config.data.root / "quarantine" / "inbox" / f"{file.stem}-{content}.parquet"
+        aside = config.data.root / "quarantine" / "inbox" / f"{file.stem}-{content}.parquet"
+        if damage:
+            place, said = aside, f"{damage}; it is set aside as {aside}: deliver it again"
+            log.warning("inbox: %s", said)
+            notify.tell(config, "alarm", f"{file.name} arrived damaged", said)
+        elif (taken := _taken_before(config, round_number, file, content)) is not None:
+            place = aside
             log.warning("inbox: %s is %s once more; it is set aside as %s", file.name, taken, place)
         else:
             place = target / file.name
@@ -69,6 +84,14 @@ def take_up(config: Config, round_number: int) -> list[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
     return tables_in(target)
+
+
+def _damage(file: Path) -> str | None:
+    try:
+        turn_table.check_file(file)
+    except StoreError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def tables_in(folder: Path) -> list[Path]:

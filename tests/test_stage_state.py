@@ -20,6 +20,7 @@ from iterative_ppo.environments.chain import Chain
 from iterative_ppo.errors import StoreError, TurnTableError
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.turn_table import to_frame
+from tasks import notify
 from tasks.datasets import (
     Dataset,
     arm,
@@ -380,6 +381,32 @@ def test_later_arrivals_join_and_another_round_has_its_own(config: Config) -> No
     deliver(config, "c", 2)
     assert [file.name for file in take_up(config, 1)] == ["c.parquet"]
     assert [file.name for file in take_up(config, 0)] == ["a.parquet", "b.parquet"]
+
+
+def test_a_damaged_file_is_set_aside_with_an_alarm_once_nobody_can_be_writing_it(
+    config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(notify, "tell", lambda _, event, subject, body: told.append((f"{event}: {subject}", body)))
+    deliver(config, "whole", 0)
+    cut = deliver(config, "cut", 1)
+    content = cut.read_bytes()
+    broken = {"cut": content[:-100], "scrambled": content[:300] + bytes(50) + content[350:], "empty": b""}
+    for name, part in broken.items():
+        (inbox(config) / f"{name}.parquet").write_bytes(part)
+    assert [file.name for file in take_up(config, 0)] == ["whole.parquet"]
+    assert len(list(inbox(config).iterdir())) == 3 and "perhaps it is being written" in caplog.text and not told
+    for name in broken:
+        os.utime(inbox(config) / f"{name}.parquet", (0, 0))
+    assert [file.name for file in take_up(config, 0)] == ["whole.parquet"]
+    aside = config.data.root / "quarantine" / "inbox"
+    assert not list(inbox(config).iterdir())
+    assert sorted(file.read_bytes() for file in aside.iterdir()) == sorted(broken.values())
+    assert [subject for subject, _ in told] == [f"alarm: {name}.parquet arrived damaged" for name in sorted(broken)]
+    for _, body in told:
+        assert "not a readable Parquet file" in body and f"set aside as {aside}" in body and "deliver it again" in body
+    cut.write_bytes(content)
+    assert [file.name for file in take_up(config, 0)] == ["cut.parquet", "whole.parquet"]
 
 
 def test_a_file_that_is_still_being_written_is_left_alone(config: Config) -> None:

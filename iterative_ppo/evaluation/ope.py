@@ -15,6 +15,7 @@ from iterative_ppo.config import GateConfig
 from iterative_ppo.evaluation.bootstrap import Interval, OneMore, ratio_interval
 from iterative_ppo.evaluation.weights import Support, support, unweighted
 from iterative_ppo.mdp.returns import backward_recursion, discounted_returns
+from iterative_ppo.mdp.turn_table import conversation_numbers
 
 CEILING = 50.0
 """Log ratios above this are refused in any case; cut here, their products stay numbers."""
@@ -47,7 +48,7 @@ class LoggedTurns:
     @cached_property
     def conversation(self) -> np.ndarray:
         """(N,) 0 to C - 1."""
-        return np.cumsum(self.last) - self.last
+        return conversation_numbers(self.last)
 
     @cached_property
     def first(self) -> np.ndarray:

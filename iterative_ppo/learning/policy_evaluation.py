@@ -17,6 +17,7 @@ from iterative_ppo.learning.estimators.network import Log, Network
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.training import Progress
+from iterative_ppo.mdp.turn_table import conversation_numbers
 
 LOGPROB_ROUNDING = 1e-6
 
@@ -219,6 +220,5 @@ def bootstrap_weights(last: np.ndarray, settings: QSettings, seed: int) -> np.nd
     members = settings.members + settings.judges
     if members == 1:
         return None
-    conversation = np.cumsum(last) - last
     drawn = np.random.default_rng(seed).poisson(1.0, (int(last.sum()), members))
-    return np.repeat(drawn[conversation], len(settings.outcomes), axis=1).astype(np.float32)
+    return np.repeat(drawn[conversation_numbers(last)], len(settings.outcomes), axis=1).astype(np.float32)

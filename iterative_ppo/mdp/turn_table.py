@@ -239,6 +239,12 @@ def _read_one(file: Path, outcomes: Mapping[str, float], rows: int | None) -> It
             raise TurnTableError(f"{file}: {error}") from None
 
 
+def check_file(file: Path) -> None:
+    """Read a Parquet file to its end, a block at a time, whatever is in it. Raises StoreError where it is damaged."""
+    for _ in _tables(file, BLOCK_ROWS):
+        pass
+
+
 def _tables(file: Path, rows: int | None) -> Iterator[pa.Table]:
     try:
         if rows is None:
@@ -333,3 +339,9 @@ def last_rows(frame: pd.DataFrame) -> np.ndarray:
     """(N,) bool: the last row of each conversation, for a frame sorted by conversation and turn."""
     ids = frame["conversation_id"].to_numpy(dtype=object)
     return np.append(ids[1:] != ids[:-1], True) if len(ids) else np.zeros(0, bool)
+
+
+def conversation_numbers(last: np.ndarray) -> np.ndarray:
+    """(N,) 0 to C - 1: which conversation each row is of, given `last` (N,) bool, their last rows."""
+    numbers: np.ndarray = np.cumsum(last) - last
+    return numbers

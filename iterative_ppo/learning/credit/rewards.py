@@ -10,6 +10,7 @@ import numpy as np
 from iterative_ppo.config import CreditConfig
 from iterative_ppo.learning.batching import Batch, EncodedTable, response_positions
 from iterative_ppo.mdp.returns import backward_recursion
+from iterative_ppo.mdp.turn_table import conversation_numbers
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Turns:
         lengths = np.zeros(encoded.rows, np.int64)
         for span in (s for sequence in encoded.sequences for s in sequence.spans if s.trains):
             lengths[span.row] = span.end - span.start
-        conversation = np.cumsum(last) - last
+        conversation = conversation_numbers(last)
         return cls(np.append(0, np.cumsum(lengths)), conversation, conversation // batch_size)
 
     @cached_property

@@ -9,6 +9,7 @@ import numpy as np
 
 from iterative_ppo.learning.q_model import Values
 from iterative_ppo.mdp.returns import discounted_returns
+from iterative_ppo.mdp.turn_table import conversation_numbers
 
 Schedule = Literal["value", "q"]
 """Which of the two training schedules a fit uses: that of a Monte Carlo V, or that of Q."""
@@ -45,7 +46,7 @@ class Transitions:
     @property
     def conversation(self) -> np.ndarray:
         """(N,) number of each row's conversation, 0 to C - 1."""
-        return np.cumsum(self.last) - self.last
+        return conversation_numbers(self.last)
 
     @property
     def outcomes(self) -> np.ndarray:
