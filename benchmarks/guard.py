@@ -19,6 +19,7 @@ from benchmarks.q_cells import cell
 from benchmarks.results_file import figure, mean_interval, write
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.rollout import collect
+from iterative_ppo.evaluation.ab_test import Arm, ab_test
 from iterative_ppo.mdp.rendering import single
 
 ROLLOUTS, CONVERSATIONS, STATES, SAMPLES = 12, 1500, 400, 4
@@ -105,6 +106,7 @@ def bounded(key: str, limit: float) -> Callable[[Curve], int]:
     return lambda curve: next((k for k, entry in enumerate(curve) if entry[key] > limit), len(curve)) - 1
 
 
+hindsight = top("success")
 RULES: dict[str, Callable[[Curve], int]] = {
     "no guard": last,
     "KL budget of .5 nats": bounded("kl", 0.5),
@@ -112,8 +114,34 @@ RULES: dict[str, Callable[[Curve], int]] = {
     "KL budget of 2 nats": bounded("kl", 2.0),
     "judges' gain highest": top("gain"),
     "a tenth of states worse": bounded("worse", 0.1),
-    "hindsight": top("success"),
+    "hindsight": hindsight,
 }
+
+
+def falls(curve: Curve) -> bool:
+    """Whether success ends significantly below what it was at best, at .05 over all rollouts (Bonferroni)."""
+    best, end = (
+        Arm(round(entry["success"] * CONVERSATIONS), CONVERSATIONS) for entry in (curve[hindsight(curve)], curve[-1])
+    )
+    return best.rate > end.rate and ab_test(best, end, 0.05).p_value < 0.05 / last(curve)
+
+
+def rows_of(name: str, curves: dict[int, Curve]) -> list[dict[str, Any]]:
+    """What each rule reaches and saves over all seeds; the latter also over those where the unguarded run falls."""
+    falling = [seed for seed, curve in curves.items() if falls(curve)]
+    rows = [figure(f"{name}: seeds that fall without a guard, of {len(curves)}", len(falling), None, seeds=falling)]
+    for rule, stop in RULES.items():
+        reached = {seed: curve[stop(curve)]["success"] for seed, curve in curves.items()}
+        saved = {seed: reached[seed] - curve[-1]["success"] for seed, curve in curves.items()}
+        rows += [_row(f"{name}, {rule}: success", reached), _row(f"{name}, {rule}: saved", saved)]
+        if len(falling) > 1:
+            rows.append(_row(f"{name}, {rule}: saved where it falls", {seed: saved[seed] for seed in falling}))
+    return rows
+
+
+def _row(name: str, values: dict[int, float]) -> dict[str, Any]:
+    mean, low, high = mean_interval(list(values.values()))
+    return figure(name, mean, (low, high), seeds=list(values))
 
 
 def main() -> None:
@@ -125,13 +153,8 @@ def main() -> None:
     rows = []
     for name, overrides in RUNS.items():
         settings = [WEAK, overrides, ROLLOUTS, CONVERSATIONS, STATES, SAMPLES]
-        curves = [cell("guard", name, s, settings, lambda o=overrides, s=s: run(o, s))["curve"] for s in seeds]
-        unguarded = np.array([curve[-1]["success"] for curve in curves])
-        for rule, stop in RULES.items():
-            reached = np.array([curve[stop(curve)]["success"] for curve in curves])
-            for what, values in (("success", reached), ("saved", reached - unguarded)):
-                mean, low, high = mean_interval(list(values))
-                rows.append(figure(f"{name}, {rule}: {what}", mean, (low, high), seeds=seeds))
+        curves = {s: cell("guard", name, s, settings, lambda o=overrides, s=s: run(o, s))["curve"] for s in seeds}
+        rows += rows_of(name, curves)
     write("bench-guard", rows)
 
 
