@@ -123,7 +123,7 @@ def falls(curve: Curve) -> bool:
     best, end = (
         Arm(round(entry["success"] * CONVERSATIONS), CONVERSATIONS) for entry in (curve[hindsight(curve)], curve[-1])
     )
-    return best.rate > end.rate and ab_test(best, end, 0.05).p_value < 0.05 / last(curve)
+    return ab_test(end, best, 0.05).p_value < 0.05 / last(curve)
 
 
 def rows_of(name: str, curves: dict[int, Curve]) -> list[dict[str, Any]]:
