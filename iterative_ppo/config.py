@@ -56,6 +56,11 @@ class DataConfig(Frozen):
     def _range(self) -> DataConfig:
         if self.outcome_low >= self.outcome_high:
             raise ValueError("outcome_low must be below outcome_high")
+        if not self.outcome_low <= 0 <= self.outcome_high:
+            raise ValueError(
+                f"outcome_low {self.outcome_low:g} to outcome_high {self.outcome_high:g} leaves out 0, which is what a "
+                "conversation without an outcome has; count ratings from 0, or costs as negative numbers up to it"
+            )
         return self
 
 
@@ -122,12 +127,16 @@ class RuleConfig(Frozen):
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}; mend or quote it") from None
+        if re.search(pattern, ""):
+            raise ValueError(f"{pattern!r} is found in every message, also in an empty one; name what has to be said")
         return pattern
 
     @model_validator(mode="after")
     def _turns(self) -> RuleConfig:
         if self.last_turn is not None and self.last_turn < self.first_turn:
             raise ValueError(f"last_turn {self.last_turn} is before first_turn {self.first_turn}")
+        if not self.value:
+            raise ValueError("value is 0, which is what the outcome is without the rule; give what it is worth")
         return self
 
 
@@ -711,9 +720,22 @@ def _pairs(overrides: Mapping[str, Any] | Iterable[str]) -> Iterable[tuple[str, 
             raise ConfigError(f"override {text!r}: the value is not YAML ({' '.join(str(error).split())})") from None
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML's readers take the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for name, _ in node.value:
+            key = self.construct_object(name, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice", problem_mark=name.start_mark)
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such params file; `ippo init` writes one") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import SourceError, TrainingError, WorkerLost
+from iterative_ppo.evaluation.doubts import doubts
 from iterative_ppo.files import content_hash, fingerprint, read_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
@@ -319,11 +320,16 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
             with progress("improving the policy") as report:
                 job = Improving(config, policy.path, q_path, current, behaviour, states, checkpoint, initial)
                 result = do(job, draft, report)
-        if number := result.report.get(LEFT_OUT):
+        for number in range(2, 1 + config.improve.policy_iterations):
+            mark = f"iteration_{number}_"
+            fitted = {name.removeprefix(mark): x for name, x in result.report.items() if name.startswith(mark)}
+            for doubt in doubts(fitted):
+                _LOG.warning("policy iteration %d: %s", number, doubt)
+        if left_out := result.report.get(LEFT_OUT):
             _LOG.warning(
                 "policy iteration %d is left out: to the policy so far the conversations are worth fewer suggestions "
                 "than q.effective_size_floor = %g",
-                number,
+                left_out,
                 config.q.effective_size_floor,
             )
         last = {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}

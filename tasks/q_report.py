@@ -12,7 +12,7 @@ import pandas as pd
 
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.evaluation.doubts import doubts
-from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared, recalibrated
+from iterative_ppo.evaluation.metrics import Calibration, Method, auc, calibration, r_squared, recalibration
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.mdp.turn_table import outcome_columns
 
@@ -38,7 +38,7 @@ def write_q_report(q: QModel, current: Round, frame: pd.DataFrame, folder: Path)
     if each := outcome_report(q, current, frame):
         write_json(folder / OUTCOMES, each)
         metrics |= {f"held_out_successes_{name}": one["metrics"]["held_out_successes"] for name, one in each.items()}
-    myopic = np.array_equal(current.returns, current.reward)  # Q then knows of no ending
+    myopic = list(q.settings.outcomes) == ["acceptance"] and np.array_equal(current.returns, current.reward)
     said = forecast(q, current, frame) if current.assigner == "outcome" and not myopic else None
     metrics["forecast_untold"] = float(said is not None and not said)
     if said:
@@ -130,12 +130,12 @@ def _forecasts(
     predicted: np.ndarray, ended: np.ndarray, ids: np.ndarray, low_high: tuple[float, float]
 ) -> dict[str, Calibration]:
     unit, ended = (_unit(x, low_high) for x in (predicted, ended))
+    ways: tuple[Method, ...] = ("isotonic", "temperature")
     try:
-        isotonic, scaled = (recalibrated(unit, ended, ids, method) for method in ("isotonic", "temperature"))
+        mapped = {str(method): recalibration(unit, ended, ids, method) for method in ways}
     except TrainingError:
         return {}
-    said = {"as_it_is": unit, "isotonic": isotonic, "temperature": scaled}
-    return {name: calibration(predicted, ended, ids) for name, predicted in said.items()}
+    return {"as_it_is": calibration(unit, ended, ids), **mapped}
 
 
 def value_range(q: QModel) -> tuple[float, float]:

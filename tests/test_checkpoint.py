@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -276,6 +277,12 @@ def test_candidates_of_pi_0_come_from_where_the_first_round_left_it(
     assert night.improve(**half).done_before
     LanguagePolicy.load(night.champion.path).at(0.8).save(kept)
     assert not night.improve(**half).done_before and stage.path.exists()
+
+
+def test_what_makes_a_later_iterations_q_doubtful_is_told(night: Night, caplog: pytest.LogCaptureFixture) -> None:
+    night.dataset = night.data("second", 30, logprob=None)
+    night.improve(**{"improve.policy_iterations": 2, "improve.logged.epochs": 0.0})
+    assert re.search(r"policy iteration 2: (\d+) of \1 logged suggestions have no behaviour_logprob", caplog.text)
 
 
 def test_new_data_begin_anew(night: Night, kill: Callable[[int | None], list[int]]) -> None:

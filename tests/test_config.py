@@ -230,12 +230,17 @@ def test_the_range_of_outcomes_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="outcome_low must be below outcome_high") as error:
         load_config(params(tmp_path, "data:\n  outcome_low: 2\n"))
     assert "quarantine_share" not in str(error.value)
+    for low, high in ((1, 5), (-3, -1)):
+        with pytest.raises(ConfigError, match=f"outcome_low {low} to outcome_high {high} leaves out 0"):
+            load_config(overrides={"data.outcome_low": low, "data.outcome_high": high})
 
 
 BROKEN = [
     (b"gamma: [", "not valid YAML"),
     (b"a: b: c", "not valid YAML"),
     (b"\x00", "not valid YAML"),
+    (b"gamma: .9\nseed: 1\ngamma: .8\n", r"not valid YAML: 'gamma' is given twice .*line 3"),
+    (b"exploration:\n  personas:\n    a: {}\n    a: {}\n", r"not valid YAML: 'a' is given twice .*line 4"),
     (b"- 1\n- 2\n", "expected a mapping of sections, found list"),
     (b"gamma", "expected a mapping of sections, found str"),
     (b"\xff\xfe\xff", "cannot be read as UTF-8"),

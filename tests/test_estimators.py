@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.chain import ACTIONS, Chain, greedy
-from iterative_ppo.errors import ConfigError, TrainingError, TurnTableError
+from iterative_ppo.errors import ConfigError, NothingToLearn, TrainingError, TurnTableError
 from iterative_ppo.evaluation.metrics import calibration, calibrator, recalibrated
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
@@ -261,6 +261,7 @@ def test_implicit_q_learning_at_a_half_is_the_behaviours_q_and_above_it_what_its
 
 
 @light
+@example([1.0, -1.0], 1)  # whose mean is what a table begins with
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=3), st.integers(1, 40))
 def test_the_expectile_of_a_state_is_found_however_few_or_equal_its_values(values: list[float], repeats: int) -> None:
     q = np.array(values * repeats)
@@ -353,13 +354,13 @@ def test_rows_without_a_behaviour_logprob_are_counted_and_all_missing_is_refused
     data = chain_data()
     some = replace(data, log_ratio=np.where(np.arange(len(data.last)) % 4 == 0, np.nan, data.log_ratio))
     for target in ("retrace", "fqe"):
-        report = checked(some, estimator(target), 10.0, 1)
+        report = checked(some, estimator(target), 10.0, [1.0])
         assert report["fit_turns_without_logprob"] == (data.logged & (np.arange(len(data.last)) % 4 == 0)).sum()
         assert report["fit_turns"] == data.logged.sum()
     none = replace(data, log_ratio=np.full(len(data.last), np.nan))
     with pytest.raises(TrainingError, match=rf"none of {data.logged.sum()} logged suggestions has a behaviour_logprob"):
-        checked(none, estimator("retrace"), 10.0, 1)
-    assert "fit_effective_size" not in checked(none, estimator("fqe"), 10.0, 1), "FQE needs none, and knows none"
+        checked(none, estimator("retrace"), 10.0, [1.0])
+    assert "fit_effective_size" not in checked(none, estimator("fqe"), 10.0, [1.0]), "FQE needs none, and knows none"
 
 
 def test_the_effective_size_is_kishs_and_too_small_a_one_is_refused_with_the_figure() -> None:
@@ -369,22 +370,22 @@ def test_the_effective_size_is_kishs_and_too_small_a_one_is_refused_with_the_fig
     assert effective_size(np.full(3, np.nan)) == effective_size(np.full(3, -np.inf)) == 0
     assert effective_size(np.array([0.0, 0.0, -np.inf, np.nan])) == pytest.approx(2)
     data = chain_data()
-    size = checked(data, estimator("fqe"), 10.0, 1)["fit_effective_size"]
+    size = checked(data, estimator("fqe"), 10.0, [1.0])["fit_effective_size"]
     assert 100 < size < data.logged.sum()
     for target in ("fqe", "retrace", "lstd_q", "archer"):
         with pytest.raises(
             TrainingError, match=rf"worth {size:.1f} of the policy's own .* q.effective_size_floor = 5000"
         ):
-            checked(data, estimator(target), 5000.0, 1)
+            checked(data, estimator(target), 5000.0, [1.0])
     for target in (*ON_POLICY, "one_step"):
-        assert "fit_effective_size" not in checked(data, estimator(target), 5000.0, 1)
+        assert "fit_effective_size" not in checked(data, estimator(target), 5000.0, [1.0])
 
 
 def test_a_log_of_nothing_that_the_policy_says_is_refused_and_not_taken_for_one_without_logprobs() -> None:
     data = chain_data()
     for target in ("fqe", "retrace", "lstd_q", "archer"):
         with pytest.raises(TrainingError, match=rf"{data.logged.sum()} logged suggestions are worth 0.0 of the policy"):
-            checked(replace(data, log_ratio=np.where(data.logged, -np.inf, np.nan)), estimator(target), 1.0, 1)
+            checked(replace(data, log_ratio=np.where(data.logged, -np.inf, np.nan)), estimator(target), 1.0, [1.0])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -394,7 +395,7 @@ def test_conversations_longer_than_there_are_iterations_are_counted(target: str)
     usual = int(np.median(turns))
     loss = "mse" if target == "lstd_q" else "bce"
     bootstraps = estimator_of(load_config(overrides={"q.target": target, "q.iterations": usual, "q.loss": loss}).q)
-    report = checked(data, bootstraps, 10.0, 1)
+    report = checked(data, bootstraps, 10.0, [1.0])
     if target in ("monte_carlo", "one_step", "lstd_q"):
         assert "fit_share_beyond_iterations" not in report
     else:
@@ -409,11 +410,11 @@ def test_a_log_with_nothing_to_fit_is_refused(target: str) -> None:
         with pytest.raises(
             TrainingError, match=rf"none of {nothing.logged.sum()} logged suggestions is in the fit part"
         ):
-            checked(nothing, estimator(target), 1.0, 1)
+            checked(nothing, estimator(target), 1.0, [1.0])
     others = replace(data, own=~data.logged)
     if target in (*ON_POLICY, "one_step"):
         with pytest.raises(TrainingError, match="in the fit part of the policy's own: Q has nothing to be fitted to"):
-            checked(others, estimator(target), 1.0, 1)
+            checked(others, estimator(target), 1.0, [1.0])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -421,12 +422,28 @@ def test_outcomes_that_are_all_equal_are_refused(target: str) -> None:
     data = chain_data()
     flat = replace(data, reward=0 * data.reward, returns=0 * data.returns)
     with pytest.raises(TrainingError, match="all 300 conversations' outcomes are 0: no outcome differs"):
-        checked(flat, estimator(target), 1.0, 1)
+        checked(flat, estimator(target), 1.0, [1.0])
     held = replace(data, fit=data.returns.max(axis=1) == 0)
     with pytest.raises(TrainingError, match="no outcome differs"):
-        checked(held, estimator(target), 1.0, 1)
+        checked(held, estimator(target), 1.0, [1.0])
     both = replace(data, reward=np.concatenate([data.reward, 0 * data.reward], axis=1))
-    assert checked(both, estimator(target), 1.0, 2)["fit_constant_outcomes"] == 1, "one of two: reported"
+    assert checked(both, estimator(target), 1.0, [1.0, 0.5])["fit_constant_outcomes"] == 1, "one of two: reported"
+
+
+def test_outcomes_whose_weighted_sum_never_differs_are_refused() -> None:
+    data = chain_data()
+    lost = np.append(data.last[1:], False)[:, None] - data.reward
+    both = replace(data, reward=np.tile(np.concatenate([data.reward, lost], axis=1), (1, 2)))
+    for target in TARGETS:
+        assert checked(both, estimator(target), 1.0, [1.0, 0.5])["fit_constant_outcomes"] == 0
+        for weights, total in (([1.0, 1.0], 1), ([0.0, 0.0], 0)):
+            with pytest.raises(
+                NothingToLearn, match=rf"all 300 conversations' outcomes come to R = {total}, .*weights"
+            ):
+                checked(both, estimator(target), 1.0, weights)
+    one = replace(data, reward=np.concatenate([0 * data.reward, data.reward], axis=1))
+    with pytest.raises(NothingToLearn, match="R = 0"):
+        checked(one, estimator("one_step"), 1.0, [1.0, 0.0])
 
 
 def test_successes_that_differ_by_length_alone_are_refused_and_turns_paid_by_themselves_are_not() -> None:
@@ -436,11 +453,11 @@ def test_successes_that_differ_by_length_alone_are_refused_and_turns_paid_by_the
     assert np.ptp(won.returns[won.logged]) > 0.1
     for target in TARGETS:
         with pytest.raises(TrainingError, match="all 300 conversations' outcomes are 1: no outcome differs"):
-            checked(won, estimator(target), 1.0, 1)
-    assert checked(won, estimator("monte_carlo"), 1.0, 1, by_turn=True)["fit_constant_outcomes"] == 0
+            checked(won, estimator(target), 1.0, [1.0])
+    assert checked(won, estimator("monte_carlo"), 1.0, [1.0], by_turn=True)["fit_constant_outcomes"] == 0
     alike = replace(won, returns=np.full_like(won.returns, 0.5))
     with pytest.raises(TrainingError, match=rf"all {won.logged.sum()} returns of turns are 0.5"):
-        checked(alike, estimator("monte_carlo"), 1.0, 1, by_turn=True)
+        checked(alike, estimator("monte_carlo"), 1.0, [1.0], by_turn=True)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------

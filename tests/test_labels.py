@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from policy_store import copied
+from safetensors.numpy import load_file, save_file
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import ConfigError, StoreError, TrainingError
@@ -121,6 +122,7 @@ def test_a_rule_labels_what_nobody_reported_and_nothing_else() -> None:
         ({"first_turn": 2, "last_turn": 2}, {"two"}),
         ({"first_turn": 3}, {"end"}),
         ({"side": "business"}, set()),
+        ({"pattern": "(?i)(DE)(al)"}, {"one", "two", "end"}),
         ({"side": "business", "pattern": "and so"}, {"one", "two", "end"}),
     ],
 )
@@ -164,6 +166,8 @@ def test_broken_rows_do_not_stop_a_rule() -> None:
         ),
         ({"labels.rules": {"purchase": {**RULE, "value": 7.0}}}, "7 is not from 0 to 1"),
         ({"labels.rules": {"purchse": RULE}}, r"no outcome is named 'purchse' \(did you mean 'purchase'"),
+        ({"labels.rules": {"purchase": {**RULE, "value": 0.0}}}, "value is 0, which is what the outcome is without"),
+        ({"labels.rules": {"purchase": {**RULE, "pattern": "(deal)?"}}}, "is found in every message"),
         ({"labels.kind": "rule"}, "labels.rules names no rule"),
         ({"outcomes": {"origin": 1.0}}, "no outcome can be named 'origin'"),
         ({"labels.classifier.false_positive_cost": 0.0}, "false_positive_cost"),
@@ -224,6 +228,38 @@ def test_the_threshold_costs_least(positive: float, negative: float, wanted: flo
 
 def test_equal_scores_are_never_parted() -> None:
     assert least_costly(np.array([1, 0, 0], bool), np.array([0.5, 0.5, 0.5]), classifier_config()) > 0.5
+
+
+def test_a_threshold_that_calls_nobody_positive_is_above_a_score_of_one() -> None:
+    score = np.array([1.0, 1.0, 1.0, 0.0])
+    assert (score < least_costly(np.array([1, 0, 0, 0], bool), score, classifier_config())).all()
+
+
+def test_an_outcome_below_0_is_what_the_others_had() -> None:
+    frame = frame_of(*talks(240, 1.0))
+    signed = frame.assign(outcome_purchase=np.where(frame["turn"] == 3, 2 * frame["outcome_purchase"] - 1, 0.0))
+    model, _ = fit_outcome_classifier(signed, OUTCOMES, classifier_config(), 0)
+    fresh = frame_of(*talks(60, 0.0, seed=5))
+    said = model.labels(fresh)["outcome_purchase"]
+    assert set(said) == {-1.0, 1.0}
+    assert ((said > 0) == transcripts(fresh).str.contains("|".join(GOOD))).all()
+
+
+def test_conversations_of_signs_alone_are_refused() -> None:
+    frame = frame_of(*talks(240, 1.0)).assign(customer_message="👍", business_message="!!")
+    with pytest.raises(TrainingError, match=r"none of 1[0-9][0-9] reported conversations holds a word"):
+        fit_outcome_classifier(frame, OUTCOMES, classifier_config(), 0)
+
+
+def test_a_classifier_that_an_earlier_version_saved_says_0(tmp_path: Path) -> None:
+    model, _ = fitted(noise=0.1)
+    model.save(tmp_path)
+    path = tmp_path / "outcome_classifier.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    arrays = load_file(tmp_path / "outcome_classifier.safetensors")
+    del arrays["otherwise"]
+    save_file(arrays, tmp_path / "outcome_classifier.safetensors")
+    assert OutcomeClassifier.load(tmp_path).otherwise.tolist() == [0.0]
 
 
 def test_costlier_false_positives_make_it_say_less() -> None:

@@ -594,6 +594,39 @@ def test_a_head_for_each_outcome_and_new_weights_without_a_fit(
     assert np.allclose(q.evaluate(data.encoded).v, values.v, equal_nan=True), "the first stays as it was"
 
 
+@pytest.mark.parametrize("changes", [{}, {"q.members": 2, "q.judges": 1, "q.target": "archer", "q.loss": "hl_gauss"}])
+def test_weights_in_another_order_bring_their_heads_with_them(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], changes: dict[str, Any]
+) -> None:
+    config = config_with(outcomes=THREE, **changes)
+    q = QModel.from_policy(tiny_policy, QSettings.of(config), 0)
+    names = ["complaint", "purchase", "contact"]
+    turned = q.reweighted({name: THREE[name] for name in names})
+    assert list(turned.settings.outcomes) == names
+    encoded = round_of(tiny_policy, three_outcomes(scripted[:6]), config).encoded
+    places = [list(THREE).index(name) for name in names]
+    mine, theirs = q.outcome_values(encoded), turned.outcome_values(encoded)
+    assert np.allclose(theirs.q, mine.q[:, places], equal_nan=True) and not np.allclose(
+        mine.q, theirs.q, equal_nan=True
+    )
+    assert np.allclose(theirs.v, mine.v[:, places], equal_nan=True)
+    assert np.allclose(turned.evaluate(encoded).q, q.evaluate(encoded).q, atol=1e-6, equal_nan=True)
+    again = turned.reweighted(THREE)
+    assert equal(weights(again), weights(q)), "turned back, it is the first"
+
+
+def test_a_warm_start_finds_its_heads_in_another_order(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+) -> None:
+    names = ["contact", "complaint", "purchase"]
+    config = config_with(outcomes={name: THREE[name] for name in names}, **{"q.learning_rate": 1e-9, "q.epochs": 0.1})
+    start = QModel.from_policy(tiny_policy, QSettings.of(config_with(outcomes=THREE)), 0)
+    data = round_of(tiny_policy, three_outcomes(scripted[:20]), config)
+    found = fit_q(tiny_policy, data, [], config, start).outcome_values(data.encoded)
+    expected = start.outcome_values(data.encoded).q[:, [list(THREE).index(name) for name in names]]
+    assert np.allclose(found.q, expected, atol=1e-3, equal_nan=True)
+
+
 @pytest.mark.parametrize("names", [{"purchase": 1.0}, {**THREE, "visit": 1.0}, {}])
 def test_weights_of_other_outcomes_are_refused(untrained_policy: LanguagePolicy, names: dict[str, float]) -> None:
     q = new_q(untrained_policy, replace(UNIT, outcomes=THREE))
@@ -602,10 +635,12 @@ def test_weights_of_other_outcomes_are_refused(untrained_policy: LanguagePolicy,
 
 
 def test_one_head_may_learn_the_weighted_sum(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
-    config = config_with(outcomes=THREE, **{"q.outcome_heads": False, "data.outcome_low": -2.0, "q.loss": "mse"})
+    config = config_with(outcomes=THREE, **{"q.outcome_heads": False})
     data = round_of(tiny_policy, three_outcomes(scripted[:20]), config)
     assert np.array_equal(data.head_returns[:, 0], data.returns)
-    assert fit_q(tiny_policy, data, [], config).settings.outcomes == {"outcome": 1.0}
+    settings = fit_q(tiny_policy, data, [], config).settings
+    assert settings.outcomes == {"outcome": 1.0}
+    assert (settings.low, settings.high) == (-2.0, 1.5), "all that the sum may come to"
 
 
 def test_a_weight_other_than_one_scales_what_its_head_says(

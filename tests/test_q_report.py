@@ -151,8 +151,12 @@ def test_what_is_judged_is_the_calibrated_forecast_of_the_outcome_and_not_of_dis
 
 
 def test_of_turns_that_are_paid_by_themselves_there_is_no_ending_to_forecast(fitted: Fitted, tmp_path: Path) -> None:
-    myopic = replace(fitted.data, returns=fitted.data.reward)
-    metrics = write_q_report(fitted.q, myopic, fitted.frame, tmp_path)
+    at_once = replace(fitted.data, returns=fitted.data.reward)
+    write_q_report(fitted.q, at_once, fitted.frame, tmp_path / "one turn each")
+    assert (tmp_path / "one turn each" / "forecast.json").exists()
+    myopic = replace(at_once, outcome_returns=None, outcome_rewards=None)
+    q = QModel.from_policy(fitted.q, replace(fitted.q.settings, outcomes={"acceptance": 1.0}), 0)
+    metrics = write_q_report(q, myopic, fitted.frame, tmp_path)
     assert not (tmp_path / "forecast.json").exists() and "discounted_calibration_error" not in metrics
     assert metrics["calibration_error"] == read_json(tmp_path / "calibration.json")["error"]
 
@@ -178,6 +182,10 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     [
         ({"held_out_conversations": 0.0, "held_out_successes": 0.0}, "no conversation is held out"),
         ({"held_out_conversations": 7.0, "held_out_successes": 7.0}, "all 7 held-out conversations reached a positive"),
+        (
+            {"held_out_conversations": 7.0, "held_out_successes": 7.0, "forecast_error_isotonic": 0.1},
+            "all 7 held-out conversations reached a positive outcome: the AUC of Q cannot be told",
+        ),
         (
             {"held_out_conversations": 70.0, "held_out_successes": 1.0, "forecast_untold": 1.0},
             "1 of 70 held-out conversations reached a positive outcome, too few to hold Q against",
@@ -220,24 +228,27 @@ def test_new_weights_need_no_new_fit(
 
     first = stage()
     assert not [path for path in first.path.iterdir() if path.name.startswith(".")], "the tokens' file is gone"
-    before = QModel.load(first.path / "model")
+    before, told = QModel.load(first.path / "model"), read_json(first.path / "outcomes.json")
     fits = counted(monkeypatch)
     priced = {"contact": 3.0, "purchase": -1.0}
     second = stage(outcomes=priced)
     assert fits == [] and second.key != first.key and second.metrics["fit_turns"] == first.metrics["fit_turns"]
     after = QModel.load(second.path / "model")
     assert after.settings.outcomes == {"purchase": -1.0, "contact": 3.0}
-    pairs = zip(before.model.parameters(), after.model.parameters(), strict=True)
+    pairs = zip(before.model.parameters(), after.reweighted(BOTH).model.parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
     r = dataset.read(config_of(outcomes=priced))
     assert (r["outcome"] == 3.0 * r["outcome_contact"] - r["outcome_purchase"]).all(), "R is under today's weights"
-    assert read_json(second.path / "outcomes.json")["contact"]["weight"] == 3.0
+    again = read_json(second.path / "outcomes.json")
+    assert again["contact"]["weight"] == 3.0
+    for name in BOTH:
+        assert again[name]["metrics"] == pytest.approx(told[name]["metrics"]), "each outcome beside its own returns"
     stage(outcomes=priced, **{"q.epochs": 1.0})
     assert len(fits) == 1, "anything else that is new is a new fit"
     stage(outcomes=priced, **{"q.epochs": 1.0, "data.outcome_high": 2.0})
     assert len(fits) == 2, "the range of outcomes is Q's"
-    stage(outcomes=BOTH, **{"q.outcome_heads": False, "data.outcome_high": 1.5})
-    stage(outcomes=priced, **{"q.outcome_heads": False, "data.outcome_low": -1.0, "data.outcome_high": 3.0})
+    stage(outcomes=BOTH, **{"q.outcome_heads": False})
+    stage(outcomes=priced, **{"q.outcome_heads": False})
     assert len(fits) == 4, "one head for the weighted sum knows nothing of its parts"
 
 

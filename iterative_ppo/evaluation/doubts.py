@@ -42,10 +42,12 @@ def _one_class(figures: Mapping[str, float]) -> Iterator[str]:
         return
     end = "reached a positive outcome" if successes else "ended without a positive outcome"
     found = f"all {conversations:,} held-out conversations {end}" if conversations else "no conversation is held out"
-    yield (
-        f"{found}: neither the AUC of Q nor a calibration of it can be told; collect more conversations, or raise "
-        "data.evidence_share"
+    untold = (
+        "the AUC of Q cannot"
+        if "forecast_error_isotonic" in figures
+        else "neither the AUC of Q nor a calibration of it can"
     )
+    yield f"{found}: {untold} be told; collect more conversations, or raise data.evidence_share"
 
 
 def _one_class_of_an_outcome(figures: Mapping[str, float], conversations: int) -> Iterator[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from iterative_ppo.errors import TrainingError
+
+Method = Literal["isotonic", "temperature"]
+LOG_TEMPERATURES = (-5.0, 5.0)
+"""Between which a calibration's is sought: from a logit made 148 times as large to one made as much smaller."""
 
 
 def r_squared(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -41,24 +45,59 @@ def calibration(
 ) -> Calibration:
     """Expected calibration error over equal-mass bins, and its 95th percentile were the prediction perfect.
 
-    Under the null a conversation's outcomes are drawn anew together: where all are 0 or 1, each succeeds where one
-    uniform number a conversation is below the prediction; any others err as far as they did, on a side drawn for the
-    conversation (the wild bootstrap by cluster of Cameron, Gelbach and Miller 2008).
-
     Args:
         predicted: (N,) in [0, 1]. observed: (N,). group: (N,) conversation ids.
     """
+    found, redrawn = _binned(predicted, observed, bins), _redraws(predicted, observed, group, seed)
+    null = [_binned(predicted, redrawn(), bins).error for _ in range(draws)]
+    return replace(found, chance_95=float(np.quantile(null, 0.95)))
+
+
+def recalibration(
+    predicted: np.ndarray,
+    observed: np.ndarray,
+    group: np.ndarray,
+    method: Method,
+    bins: int = 10,
+    draws: int = 100,
+    seed: int = 0,
+) -> Calibration:
+    """The same of predictions as `recalibrated` maps them. Chance then knows that the map was fitted to few outcomes.
+
+    Under the null the mapped predictions are true: outcomes are drawn from them, and the maps fitted to those anew. So
+    what a map errs by because it saw few conversations is not held against Q.
+
+    Raises TrainingError, as `recalibrated`.
+    """
+    folds = _folds(group)
+    mapped = _mapped(predicted, observed, folds, method)
+    redrawn, null = _redraws(mapped, observed, group, seed), list[float]()
+    for _ in range(draws):
+        drawn = redrawn()
+        try:
+            null.append(_binned(_mapped(predicted, drawn, folds, method), drawn, bins).error)
+        except TrainingError:  # all drawn alike
+            null.append(0.0)
+    return replace(_binned(mapped, observed, bins), chance_95=float(np.quantile(null, 0.95)))
+
+
+def _binned(predicted: np.ndarray, observed: np.ndarray, bins: int) -> Calibration:
     edges = np.quantile(predicted, np.linspace(0, 1, bins + 1)[1:-1])
     place = np.searchsorted(edges, predicted, side="right")
     count = np.bincount(place, minlength=bins)
     used = count > 0
+    said, was = (np.bincount(place, x, minlength=bins)[used] / count[used] for x in (predicted, observed))
+    error = float((np.abs(was - said) * count[used]).sum() / len(predicted))
+    return Calibration(said.tolist(), was.tolist(), count[used].tolist(), error, float("nan"))
 
-    def means(values: np.ndarray) -> np.ndarray:
-        return np.bincount(place, weights=values, minlength=bins)[used] / count[used]
 
-    def error(values: np.ndarray) -> float:
-        return float((np.abs(means(values) - means(predicted)) * count[used]).sum() / len(predicted))
+def _redraws(predicted: np.ndarray, observed: np.ndarray, group: np.ndarray, seed: int) -> Callable[[], np.ndarray]:
+    """(N,) outcomes as they may be where the predictions are true, another set at each call.
 
+    A conversation's are drawn together: where all observed are 0 or 1, each succeeds where one uniform number a
+    conversation is below the prediction; any others err as far as they did, on a side drawn for the conversation (the
+    wild bootstrap by cluster of Cameron, Gelbach and Miller 2008).
+    """
     rng = np.random.default_rng(seed)
     _, unit = np.unique(group, return_inverse=True)
     units, succeeds_or_fails = int(unit.max()) + 1, bool(np.isin(observed, (0.0, 1.0)).all())
@@ -68,26 +107,17 @@ def calibration(
             return (rng.random(units)[unit] < predicted).astype(float)
         return predicted + rng.choice((-1.0, 1.0), units)[unit] * (observed - predicted)
 
-    null = [error(drawn()) for _ in range(draws)]
-    return Calibration(
-        means(predicted).tolist(),
-        means(observed).tolist(),
-        count[used].tolist(),
-        error(observed),
-        float(np.quantile(null, 0.95)),
-    )
+    return drawn
 
 
-def calibrator(
-    predicted: np.ndarray, observed: np.ndarray, method: Literal["isotonic", "temperature"]
-) -> Callable[[np.ndarray], np.ndarray]:
-    """A monotone map from predictions to the observed share, fitted on (N,) predictions and outcomes in [0, 1].
+def calibrator(predicted: np.ndarray, observed: np.ndarray, method: Method) -> Callable[[np.ndarray], np.ndarray]:
+    """A rising map from predictions to the observed share, fitted on (N,) predictions and outcomes in [0, 1].
 
-    isotonic: any monotone step (Zadrozny and Elkan 2002); temperature: the logit times one number (Guo et al. 2017,
-    arXiv 1706.04599). Raises TrainingError where the outcomes are all equal.
+    isotonic: any rising step (Zadrozny and Elkan 2002); temperature: the logit over one positive number (Guo et al.
+    2017, arXiv 1706.04599). Raises TrainingError where the outcomes are all equal.
     """
+    from scipy.optimize import minimize_scalar
     from sklearn.isotonic import IsotonicRegression
-    from sklearn.linear_model import LogisticRegression
 
     if np.ptp(observed) == 0:
         raise TrainingError(
@@ -95,26 +125,26 @@ def calibrator(
             "collect more conversations, or raise data.evidence_share"
         )
     if method == "isotonic":
-        steps = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(predicted, observed)
+        steps = IsotonicRegression(y_min=0.0, y_max=1.0, increasing=True, out_of_bounds="clip").fit(predicted, observed)
         return lambda values: np.asarray(steps.predict(values))
-    shares, classes = np.concatenate([observed, 1.0 - observed]), np.repeat([1, 0], len(observed))
-    scale = LogisticRegression(C=np.inf, fit_intercept=False)
-    scale.fit(np.tile(_logit(predicted), (2, 1)), classes, sample_weight=shares)
-    return lambda values: np.asarray(scale.predict_proba(_logit(values))[:, 1])
+    logit = _logit(predicted)
+
+    def loss(log_temperature: float) -> float:
+        scaled = logit * np.exp(-log_temperature)
+        return float((np.logaddexp(0.0, scaled) - observed * scaled).mean())
+
+    temperature = np.exp(minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x)
+    return lambda values: 1.0 / (1.0 + np.exp(-_logit(values) / temperature))
 
 
 def _logit(share: np.ndarray) -> np.ndarray:
-    """(N, 1) log odds."""
+    """(N,) log odds."""
     held = np.clip(share, 1e-6, 1.0 - 1e-6)
-    return np.log(held / (1.0 - held))[:, None]
+    return np.asarray(np.log(held / (1.0 - held)))
 
 
 def recalibrated(
-    predicted: np.ndarray,
-    observed: np.ndarray,
-    group: np.ndarray,
-    method: Literal["isotonic", "temperature"],
-    folds: int = 5,
+    predicted: np.ndarray, observed: np.ndarray, group: np.ndarray, method: Method, folds: int = 5
 ) -> np.ndarray:
     """(N,) predictions in [0, 1], each mapped by a calibrator that has not seen its own conversation.
 
@@ -123,14 +153,25 @@ def recalibrated(
 
     Raises TrainingError where there are fewer conversations than folds, or all outcomes outside a fold are equal.
     """
+    return _mapped(predicted, observed, _folds(group, folds), method)
+
+
+def _folds(group: np.ndarray, folds: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The rows outside each fold, and those in it; a conversation is in one."""
     from sklearn.model_selection import GroupKFold
 
     if (conversations := len(np.unique(group))) < folds:
         raise TrainingError(
             f"{conversations} held-out conversations, calibration needs at least {folds}; raise data.evidence_share"
         )
+    return list(GroupKFold(folds).split(group, groups=group))
+
+
+def _mapped(
+    predicted: np.ndarray, observed: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]], method: Method
+) -> np.ndarray:
     mapped = np.empty(len(predicted))
-    for others, mine in GroupKFold(folds).split(predicted, groups=group):
+    for others, mine in folds:
         mapped[mine] = calibrator(predicted[others], observed[others], method)(predicted[mine])
     return mapped
 

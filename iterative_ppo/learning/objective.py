@@ -15,7 +15,7 @@ def head_weights(config: Config) -> dict[str, float]:
 
 
 def head_range(config: Config) -> tuple[float, float]:
-    """Least and greatest value of a head: of each outcome, of acceptance, or of what credited rewards may come to.
+    """Least and greatest value of a head: of an outcome or the sum of all, of acceptance, or of credited returns.
 
     ITPO's are normalised so that what is to come of them is within 1 (credit/rewards.py:token_rewards), but without
     discount: with it, early rewards weigh more than later ones of the other sign that make up for them, and a return of
@@ -28,13 +28,13 @@ def head_range(config: Config) -> tuple[float, float]:
     if config.credit.assigner == "norm_itpo":
         low, high = outcome_range(config)
         return min(0.0, low), max(0.0, high)
+    if not config.q.outcome_heads:
+        return outcome_range(config)
     return config.data.outcome_low, config.data.outcome_high
 
 
 def outcome_range(config: Config) -> tuple[float, float]:
     """Least and greatest R, the weighted sum of the outcomes."""
     ends = (config.data.outcome_low, config.data.outcome_high)
-    if not config.q.outcome_heads:
-        return ends
     worth = [[weight * end for end in ends] for weight in config.outcomes.values()]
     return sum(map(min, worth)), sum(map(max, worth))

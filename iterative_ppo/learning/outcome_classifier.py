@@ -23,7 +23,8 @@ from iterative_ppo.mdp.labels import transcripts
 from iterative_ppo.mdp.turn_table import last_rows, outcome_columns
 
 SETTINGS, WEIGHTS = "outcome_classifier.json", "outcome_classifier.safetensors"
-FORMAT, FOLDS = 1, 5
+FORMAT, FOLDS = 2, 5
+"""Format 1 knew no outcome below 0."""
 _WORD = re.compile(r"\w+")
 
 
@@ -34,7 +35,8 @@ class OutcomeClassifier:
     Attributes:
         outcomes: their K names. vocabulary: V words and pairs of words, as `words` gives them. idf: (V,).
         coefficients: (K, V). intercept, threshold: (K,); a probability of at least the threshold is an outcome.
-        value: (K,) the outcome that it is then: the mean of those reported above 0.
+        value: (K,) the outcome that it is then: the mean of those reported above 0. otherwise: (K,) the mean of the
+            others, below 0 where some outcomes are.
     """
 
     outcomes: tuple[str, ...]
@@ -44,6 +46,7 @@ class OutcomeClassifier:
     intercept: np.ndarray
     threshold: np.ndarray
     value: np.ndarray
+    otherwise: np.ndarray
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """(N, K) of each outcome, of conversations as `transcripts` writes them."""
@@ -54,9 +57,9 @@ class OutcomeClassifier:
         return _sigmoid(vectorizer.transform(texts) @ self.coefficients.T + self.intercept)
 
     def labels(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """(C, K) the outcome columns of a turn table's conversations, by their ids: the outcome's value, or 0."""
+        """(C, K) the outcome columns of a turn table's conversations, by their ids."""
         texts = transcripts(frame)
-        found = (self.probabilities(texts.tolist()) >= self.threshold) * self.value
+        found = np.where(self.probabilities(texts.tolist()) >= self.threshold, self.value, self.otherwise)
         return pd.DataFrame(found, index=texts.index, columns=outcome_columns(self.outcomes))
 
     def save(self, path: Path) -> None:
@@ -78,6 +81,8 @@ class OutcomeClassifier:
         try:
             names, words = tuple(settings["outcomes"]), tuple(settings["vocabulary"])
             arrays = load_file(path / WEIGHTS)
+            if settings["format"] == 1:
+                arrays["otherwise"] = np.zeros(len(names))
             expected = {"idf": (len(words),), "coefficients": (len(names), len(words))}
             for name in _ARRAYS:
                 if arrays[name].shape != expected.get(name, (len(names),)):
@@ -87,7 +92,7 @@ class OutcomeClassifier:
             raise StoreError(f"{path}: not an outcome classifier ({error}); restore it") from None
 
 
-_ARRAYS = ("idf", "coefficients", "intercept", "threshold", "value")
+_ARRAYS = ("idf", "coefficients", "intercept", "threshold", "value", "otherwise")
 
 
 def fit_outcome_classifier(
@@ -111,19 +116,31 @@ def fit_outcome_classifier(
         )
     vectorizer = _vectorizer(max_features=config.vocabulary)
     fit = np.flatnonzero(~talks.held)
-    words = vectorizer.fit_transform([talks.texts[k] for k in fit]) if len(fit) else None
+    words = _fitted_words(vectorizer, [talks.texts[k] for k in fit]) if len(fit) else None
     heads, metrics = [], {"classifier_fit": float(len(fit)), "classifier_held_out": float(talks.held.sum())}
     for k, name in enumerate(talks.outcomes):
         won = talks.values[:, k] > 0
         _check_classes(won, talks, name)
         model, threshold = _head(words, won[fit], talks.customer[fit], config, seed)
-        heads.append((model.coef_[0], model.intercept_[0], threshold, talks.values[won & ~talks.held, k].mean()))
+        worth = [talks.values[part & ~talks.held, k].mean() for part in (won, ~won)]
+        heads.append((model.coef_[0], model.intercept_[0], threshold, *worth))
         score = model.predict_proba(vectorizer.transform([talks.texts[i] for i in np.flatnonzero(talks.held)]))[:, 1]
         found = _held_out(won[talks.held], score, threshold, config)
         metrics |= {f"classifier_{name}_{key}": value for key, value in found.items()}
     fitted = (np.array(part, dtype=float) for part in zip(*heads, strict=True))
     names = tuple(str(word) for word in vectorizer.get_feature_names_out())
     return OutcomeClassifier(talks.outcomes, names, vectorizer.idf_, *fitted), metrics
+
+
+def _fitted_words(vectorizer: Any, texts: list[str]) -> Any:
+    """(C, V) of conversations. Raises TrainingError where none of them has a word."""
+    try:
+        return vectorizer.fit_transform(texts)
+    except ValueError:
+        raise TrainingError(
+            f"labels.kind classifier: none of {len(texts)} reported conversations holds a word, only signs; it tells "
+            "outcomes by words, so set labels.kind to reported or rule"
+        ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +206,9 @@ def least_costly(won: np.ndarray, score: np.ndarray, config: ClassifierConfig) -
     missed = (won.sum() - np.append(0, np.cumsum(won[order]))) * config.false_negative_cost
     cuts = np.flatnonzero(np.append(True, edges[1:] < edges[:-1]))  # with k called positive, all of one score are
     best = cuts[np.argmin((wrong + missed)[cuts])]
-    return float((1.0 + edges[0]) / 2 if best == 0 else (edges[best - 1] + edges[best]) / 2)
+    if best == 0:
+        return float(max((1.0 + edges[0]) / 2, np.nextafter(edges[0], 2.0)))
+    return float((edges[best - 1] + edges[best]) / 2)
 
 
 def _held_out(won: np.ndarray, score: np.ndarray, threshold: float, config: ClassifierConfig) -> dict[str, float]:

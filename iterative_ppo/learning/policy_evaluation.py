@@ -86,7 +86,7 @@ def fit_q(
     rounds = [current, *(r for r in replay if r.own or not estimator.own_only)]
     data = transitions(policy, rounds, estimator, settings)
     by_turn = current.assigner != "outcome" or config.improve.reward == "acceptance"
-    report = checked(data, estimator, config.q.effective_size_floor, len(settings.outcomes), by_turn)
+    report = checked(data, estimator, config.q.effective_size_floor, list(settings.outcomes.values()), by_turn)
     weights = bootstrap_weights(data.last, settings, config.seed)
     log = Log(policy, [r.encoded for r in rounds], config.q, config.seed, weights, progress, checkpoint)
     q = _first(None if config.q.target == "lstd_q" else start, policy, settings, config.seed)
@@ -96,6 +96,8 @@ def fit_q(
 
 
 def _first(start: QModel | None, policy: LanguagePolicy, settings: QSettings, seed: int) -> QModel:
+    if start is not None and start.settings.outcomes.keys() == settings.outcomes.keys():
+        start = start.reweighted(settings.outcomes)
     if start is not None and start.settings.same_network(settings):
         return QModel(copy.deepcopy(start.model), settings, start.pad)
     return QModel.from_policy(start or policy, settings, seed)
@@ -156,7 +158,11 @@ def effective_size(log_ratio: np.ndarray) -> float:
 
 
 def checked(
-    data: Transitions, estimator: Estimator, effective_size_floor: float, outcomes: int, by_turn: bool = False
+    data: Transitions,
+    estimator: Estimator,
+    effective_size_floor: float,
+    weights: Sequence[float],
+    by_turn: bool = False,
 ) -> dict[str, float]:
     """Figures of what is to be fitted. Raises TrainingError, with the figure and a remedy, where it teaches no Q^pi.
 
@@ -164,8 +170,8 @@ def checked(
     Q would learn how soon a conversation ends.
 
     Args:
-        outcomes: heads of one member. by_turn: whether turns are paid each by itself (a credit assigner's rewards,
-            acceptance), so that their returns are what must differ.
+        weights: in R, of each head of one member. by_turn: whether turns are paid each by itself (a credit assigner's
+            rewards, acceptance), so that their returns are what must differ.
     """
     rows = data.fit & data.logged
     mine = rows if estimator.off_policy else rows & data.own
@@ -177,7 +183,7 @@ def checked(
             f"none of {data.logged.sum()} logged suggestions is in the fit part{whose}: Q has nothing to be fitted to; "
             "collect more conversations with logged suggestions, or lower data.evidence_share"
         )
-    figures["fit_constant_outcomes"] = float(_alike(data, mine, outcomes, by_turn))
+    figures["fit_constant_outcomes"] = float(_alike(data, mine, weights, by_turn))
     if estimator.iterations is not None:
         turns = np.bincount(data.conversation)[np.unique(data.conversation[mine])] - 1
         figures["fit_longest_conversation"] = float(turns.max())
@@ -201,18 +207,33 @@ def checked(
     return figures
 
 
-def _alike(data: Transitions, rows: np.ndarray, outcomes: int, by_turn: bool) -> int:
-    """How many heads of a member learn of nothing that differs in some rows. Raises NothingToLearn where all do."""
+def _alike(data: Transitions, rows: np.ndarray, weights: Sequence[float], by_turn: bool) -> int:
+    """How many heads of a member learn of nothing that differs in some rows.
+
+    Raises NothingToLearn where all do, or their weighted sum R does not differ.
+    """
     told = data.returns[rows] if by_turn else data.outcomes[np.unique(data.conversation[rows])]
-    constant = np.ptp(told, axis=0) <= 1e-9 * np.abs(told).max(axis=0)
+    told = told[:, : len(weights)]
+    constant, total = _constant(told), told @ np.array(weights)
+    what = "returns of turns" if by_turn else "conversations' outcomes"
+    if not constant.all() and _constant(total):
+        raise NothingToLearn(
+            f"all {len(told)} {what} come to R = {total[0]:g}, the sum of those that differ by their weights "
+            f"{', '.join(f'{weight:g}' for weight in weights)}: no conversation is better than another; collect more "
+            "conversations, or give other weights in `outcomes`"
+        )
     if constant.all():
-        what = "returns of turns" if by_turn else "conversations' outcomes"
-        found = ", ".join(f"{value:g}" for value in told[0, :outcomes])
+        found = ", ".join(f"{value:g}" for value in told[0])
         raise NothingToLearn(
             f"all {len(told)} {what} are {found}: no outcome differs, so Q has nothing to learn but how soon they "
             "come; collect more conversations, until some end otherwise, or check how outcomes are labelled"
         )
-    return int(constant[:outcomes].sum())
+    return int(constant.sum())
+
+
+def _constant(values: np.ndarray) -> np.ndarray:
+    """Whether nothing differs, up to rounding, along the first axis."""
+    return np.asarray(np.ptp(values, axis=0) <= 1e-9 * np.abs(values).max(axis=0))
 
 
 def bootstrap_weights(last: np.ndarray, settings: QSettings, seed: int) -> np.ndarray | None:

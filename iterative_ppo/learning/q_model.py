@@ -176,12 +176,26 @@ class QModel:
         return state
 
     def reweighted(self, outcomes: Mapping[str, float]) -> QModel:
-        """The same network under new weights of its outcomes, without a fit. Raises ConfigError for other names."""
+        """The same network under new weights of its outcomes, its heads in their order, without a fit.
+
+        Raises ConfigError for other names.
+        """
         known = self.settings.outcomes
         if missing := [name for name in (*known, *outcomes) if name not in known or name not in outcomes]:
             hint = did_you_mean(missing[0], known)
             raise ConfigError(f"outcomes: this Q has heads for {', '.join(known)}, not for the weights given{hint}")
-        return self.with_settings(outcomes={name: outcomes[name] for name in known})
+        reread, order = self.with_settings(outcomes=dict(outcomes)), [list(known).index(name) for name in outcomes]
+        if order != sorted(order):
+            reread.model = copy.deepcopy(self.model)
+            reread._reorder_heads(order)
+        return reread
+
+    @torch.no_grad()
+    def _reorder_heads(self, order: Sequence[int]) -> None:
+        """Put the heads of each member into another order of the outcomes."""
+        for parameter in self.head.parameters():
+            blocks = parameter.unflatten(0, (-1, len(order), self.settings.bins))
+            parameter.copy_(blocks[:, list(order)].flatten(0, 2))
 
     def with_settings(self, **changes: Any) -> QModel:
         """The same network read in another way: other `outcomes` weights or `pessimism`."""

@@ -112,7 +112,7 @@ def corpus_q(
     settings, alone = QSettings.of(config), MonteCarlo()
     try:
         data, by_turn = transitions(policy, [corpus], alone, settings), config.improve.reward == "acceptance"
-        checked(data, alone, config.q.effective_size_floor, len(settings.outcomes), by_turn)
+        checked(data, alone, config.q.effective_size_floor, list(settings.outcomes.values()), by_turn)
     except NothingToLearn as error:
         _LOG.warning("the corpus of the first policy gives no Q to start from, round 0's starts anew: %s", error)
         return None

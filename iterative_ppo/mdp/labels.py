@@ -5,6 +5,7 @@ A reported outcome is never touched. A label stands where a reported one would: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -47,7 +48,8 @@ def by_rule(frame: pd.DataFrame, rules: Mapping[str, RuleConfig]) -> pd.DataFram
 def _matches(frame: pd.DataFrame, rule: RuleConfig) -> pd.Series:
     last = np.inf if rule.last_turn is None else rule.last_turn
     turn = frame["turn"].to_numpy(dtype=float, na_value=np.nan)
-    said = frame[SIDES[rule.side]].astype(object).str.contains(rule.pattern, regex=True, na=False)
+    find, messages = re.compile(rule.pattern).search, frame[SIDES[rule.side]].astype(object)
+    said = messages.map(lambda text: isinstance(text, str) and find(text) is not None)
     return said.astype(bool) & (rule.first_turn <= turn) & (turn <= last)
 
 

@@ -90,7 +90,7 @@ def _means(cell: np.ndarray, values: np.ndarray, before: np.ndarray, weight: np.
 
 def _expectiles(cell: np.ndarray, values: np.ndarray, before: np.ndarray, expectile: float) -> np.ndarray:
     """The mean where what is above it weighs `expectile` and the rest 1 - expectile: found by repeating it."""
-    found, last = _means(cell, values, before), before
+    found, last = _means(cell, values, before), np.full(len(before), np.nan)
     while expectile != 0.5 and not np.allclose(found, last, rtol=1e-12, atol=1e-15):
         weight = np.where(values > found[cell], expectile, 1 - expectile)
         found, last = _means(cell, values, before, weight), found
