@@ -354,8 +354,8 @@ class PPOConfig(Frozen):
     kl_target: float | None = Field(gt=0.0)
     """Nats a response from the reference that the coefficient adapts to; null keeps it fixed."""
     kl_budget: float | None = Field(gt=0.0)
-    """Nats a response that the result may be from the champion: PPO ends at a rollout that shows more, and gives the
-    policy of the rollout before. null sets no limit."""
+    """Nats a response from the champion that PPO may go to: it ends at a rollout that shows more, and gives the policy
+    of the rollout before. What it begins from may be farther already: then it makes no update. null sets no limit."""
     critic: Literal["q", "learned"]
     """q: the frozen Q's running value; learned: a copy of it that follows the returns."""
     critic_learning_rate: float = Rate

@@ -60,6 +60,10 @@ class NothingToLearn(TrainingError):  # noqa: N818 (what a round finds)
     """A round's conversations, or the Q that they gave, teach nothing; those of another round may."""
 
 
+class SameReward(NothingToLearn):
+    """Q tells none of the policy's responses from another."""
+
+
 class SupportError(NothingToLearn):
     """A log is too far from a policy to tell Q of it: the effective sample size is below the floor."""
 

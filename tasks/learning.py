@@ -89,6 +89,12 @@ def initial_policy_stage(
         "lessons": fingerprint(*lessons),
         "code": 1,
     } | _credit(config)
+    place = Path(config.policy.base_model) if config.policy.base_model else None
+    if place and place.exists():  # else it is a name, and what it stands for is not here to be looked at
+        inputs["base"] = content_hash(place)
+    if config.q.corpus_epochs:
+        inputs |= {"reward": config.improve.reward, "outcomes": config.outcomes}
+        inputs["data"] = config.data.model_dump(include={"evidence_share", "split_by", "outcome_low", "outcome_high"})
     folder = round_folder(config, 0)
 
     def work(draft: Path) -> Mapping[str, float]:

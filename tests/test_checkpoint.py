@@ -20,9 +20,9 @@ import torch
 from bandit import WORDS, build_bandit
 
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.errors import StoreError, TrainingError
-from iterative_ppo.files import content_hash
-from iterative_ppo.learning import rounds
+from iterative_ppo.errors import SameReward, StoreError, TrainingError
+from iterative_ppo.files import content_hash, read_json, write_json
+from iterative_ppo.learning import adapters, rounds
 from iterative_ppo.learning.checkpoint import Checkpoint, take_up
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel, QSettings
@@ -256,6 +256,87 @@ def test_a_killed_first_policy_goes_on_within_its_passes(
     assert updates == fitting[2:]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"improve": {"reward": "acceptance"}},
+        {"data": {"evidence_share": 0.5}},
+        {"data": {"outcome_high": 2.0}},
+        {"data": {"split_by": "business"}},
+    ],
+)
+def test_a_first_policys_q_is_made_anew_under_another_objective_or_split(
+    tiny_config: Config, scripted: list[Conversation], tmp_path: Path, changes: dict[str, dict[str, Any]]
+) -> None:
+    quick: dict[str, dict[str, Any]] = {"supervised": {"epochs": 0.1}, "q": {"corpus_epochs": 0.1}}
+
+    def made(given: dict[str, dict[str, Any]]) -> bool:
+        parts: dict[str, dict[str, Any]] = {"data": {"root": tmp_path}, "improve": {}, **quick}
+        update = {
+            name: getattr(tiny_config, name).model_copy(update={**part, **given.get(name, {})})
+            for name, part in parts.items()
+        }
+        return initial_policy_stage(tiny_config.model_copy(update=update), scripted[:24], "talks").done_before
+
+    assert [made({}), made({}), made(changes)] == [False, True, False]
+
+
+def test_a_first_policy_is_made_anew_of_other_weights_under_the_same_path(
+    tiny_config: Config, scripted: list[Conversation], tiny_policy: LanguagePolicy, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    tiny_policy.save(base)
+    update = {
+        "data": tiny_config.data.model_copy(update={"root": tmp_path}),
+        "policy": tiny_config.policy.model_copy(update={"base_model": str(base), "init": "prompt"}),
+        "q": tiny_config.q.model_copy(update={"corpus_epochs": 0.0}),
+    }
+    config = tiny_config.model_copy(update=update)
+    assert [initial_policy_stage(config, scripted[:4], "talks").done_before for _ in range(2)] == [False, True]
+    tiny_policy.with_model(adapters.merged(tiny_policy.model, None)).at(0.5).save(base)
+    assert not initial_policy_stage(config, scripted[:4], "talks").done_before
+
+
+def test_what_the_best_of_n_brought_stands_where_it_left_ppo_nothing_to_learn(
+    night: Night, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def certain(*_: Any, **__: Any) -> Any:
+        raise SameReward("Q gives all responses to a prompt the same reward")
+
+    monkeypatch.setattr(rounds, "improve_on_samples", certain)
+    stage = night.improve()
+    assert "the best of n left ppo nothing to learn" in caplog.text
+    assert set(learning.curves(stage)) == {"best_of_n"}
+    with pytest.raises(SameReward):
+        night.improve(**{"improve.best_of_n.epochs": 0.0})
+
+
+def test_a_later_iteration_that_tells_no_response_from_another_ends_with_the_policy_so_far(
+    night: Night, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    improve = rounds.Passes.improve
+
+    def once(self: rounds.Passes, student: LanguagePolicy) -> Any:
+        if self.number > 1:
+            raise SameReward("Q gives all responses to a prompt the same reward")
+        return improve(self, student)
+
+    one = night.improve()
+    weights = content_hash(one.path / "model")
+    monkeypatch.setattr(rounds.Passes, "improve", once)
+    two = night.improve(**{"improve.policy_iterations": 2})
+    assert "policy iteration 2: Q gives all responses" in caplog.text
+    assert content_hash(two.path / "model") == weights and two.metrics["policy_iterations"] == 1.0
+
+
+def test_a_beginning_beyond_the_budget_is_told(night: Night, caplog: pytest.LogCaptureFixture) -> None:
+    far = {"improve.best_of_n.epochs": 4.0, "improve.best_of_n.learning_rate": 0.01, "improve.ppo.kl_budget": 0.001}
+    stage = night.improve(**far)
+    (only,) = learning.curves(stage)["ppo"]
+    assert only["updates"] == 0.0 and only["kl_to_champion"] > 0.001
+    assert "ppo made no update: it began" in caplog.text and "lower improve.best_of_n.epochs" in caplog.text
+
+
 def test_candidates_of_pi_0_come_from_where_the_first_round_left_it(
     night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +439,29 @@ def test_a_failed_training_leaves_nothing_that_forbids_to_mend_its_settings(
         night.improve()
     night.improve(**{"improve.ppo.learning_rate": 1e-4})
     assert not night.unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"curve": None},
+        {"curve": "none"},
+        {"beta": "much"},
+        {"generator": {}},
+        {"curve": [{"q": 1.0}]},
+    ],
+)
+def test_a_checkpoint_that_was_written_into_is_an_error(tmp_path: Path, damage: dict[str, Any]) -> None:
+    def stop(done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed_improvement.improved(tmp_path / "kept", stop)
+    state = read_json(tmp_path / "kept" / "state.json") | damage
+    write_json(tmp_path / "kept" / "state.json", {name: value for name, value in state.items() if value is not None})
+    with pytest.raises(StoreError, match=rf"{tmp_path / 'kept'}: a damaged checkpoint \(.*remove it to begin anew"):
+        killed_improvement.improved(tmp_path / "kept")
 
 
 @pytest.mark.parametrize("rollouts", [1, 5])

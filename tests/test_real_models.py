@@ -18,7 +18,7 @@ from real_models import ADD_FIRST, ENDS, FAMILIES, SETTINGS, SIZES, build_tokeni
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from iterative_ppo.config import LoRAConfig, RuntimeConfig, load_config
-from iterative_ppo.errors import ConfigError, ModelError, StoreError
+from iterative_ppo.errors import ConfigError, ModelError, StoreError, TrainingError
 from iterative_ppo.learning import adapters, optimization, q_model
 from iterative_ppo.learning.batching import EncodedTable, collate
 from iterative_ppo.learning.checkpoint import Checkpoint
@@ -563,6 +563,19 @@ def test_killed_fine_tuning_ends_with_the_same_weights(
         assert figures == told
         state = weights(resumed)
         assert all(torch.equal(state[name], value) for name, value in weights(whole).items())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_fine_tuning_that_diverges_says_so(
+    plain_llama: Path, talks: list[Conversation], tmp_path: Path, kept: bool
+) -> None:
+    policy = LanguagePolicy.load(plain_llama, SETTINGS)
+    with torch.no_grad():
+        next(policy.model.parameters()).fill_(torch.nan)
+    checkpoint = Checkpoint(tmp_path / "kept", "key") if kept else None
+    with pytest.raises(TrainingError, match=r"diverged .loss nan.; lower supervised.learning_rate"):
+        fine_tune(policy, encoded(policy, talks).sequences, load_config().supervised, seed=0, checkpoint=checkpoint)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_fine_tuning_in_micro_batches_ends_at_the_same_weights(plain_llama: Path, talks: list[Conversation]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ class Checkpoint:
             return load_file(self.path / TENSORS), values
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{self.path}: a damaged checkpoint ({error}); remove it to begin anew") from None
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """For a block that takes up what `load` gave: StoreError where that is not what such a training writes."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise StoreError(f"{self.path}: a damaged checkpoint ({reason}); remove it to begin anew") from None
 
     def clear(self) -> None:
         """Forget it: the work is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.checkpoint import (
     Checkpoint,
     below_prefix,
@@ -19,6 +21,8 @@ from iterative_ppo.learning.checkpoint import (
     with_prefix,
 )
 from iterative_ppo.learning.language_model import LanguagePolicy
+
+DIVERGED = "supervised fine-tuning diverged (loss {}); lower supervised.learning_rate"
 
 
 class KeptTrainer:
@@ -31,8 +35,8 @@ class KeptTrainer:
     def __init__(
         self, policy: LanguagePolicy, checkpoint: Checkpoint | None, callbacks: Sequence[TrainerCallback], **given: Any
     ) -> None:
-        found = checkpoint.load() if checkpoint else None
-        self.policy, (self.tensors, self.values) = policy, found or ({}, {"updates": 0})
+        self.policy, self.kept = policy, checkpoint or Checkpoint(Path(), "")
+        self.tensors, self.values = (checkpoint.load() if checkpoint else None) or ({}, {"updates": 0})
         keeper = [Keeper(self, checkpoint)] if checkpoint else []
         super().__init__(callbacks=[*keeper, *callbacks], **given)  # type: ignore[call-arg]
 
@@ -50,12 +54,14 @@ class KeptTrainer:
         return float(trainer.train(resume_from_checkpoint=folder).training_loss)
 
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
-        self.policy.load_training_state(below_prefix("weights", self.tensors))
+        with self.kept.understood():
+            self.policy.load_training_state(below_prefix("weights", self.tensors))
 
     def _load_optimizer_and_scheduler(self, *_: Any) -> None:
         trainer: Any = self
-        load_optimizer(trainer.optimizer, self.tensors)
-        resume_schedule(trainer.lr_scheduler, self.values["updates"])
+        with self.kept.understood():
+            load_optimizer(trainer.optimizer, self.tensors)
+            resume_schedule(trainer.lr_scheduler, self.values["updates"])
 
     def _load_scaler(self, *_: Any) -> None:
         """There is none: no loss of ours is scaled."""
@@ -87,11 +93,14 @@ class Keeper(TrainerCallback):
         done, last = state.global_step, state.global_step == state.max_steps
         if done % self.checkpoint.every and not last:
             return
+        loss = float(self.trainer._tr_loss)
+        if not math.isfinite(loss):  # it is a sum, so no later one mends it
+            raise TrainingError(DIVERGED.format(loss))
         tensors = with_prefix("weights", self.trainer.policy.training_state())
         if not last:
             tensors |= optimizer_tensors(self.trainer.optimizer)
             tensors |= with_prefix("random", _random_state()) | with_prefix("epoch", self.epoch)
-        values = {"updates": done, "of": state.max_steps, "loss": float(self.trainer._tr_loss)}
+        values = {"updates": done, "of": state.max_steps, "loss": loss}
         self.checkpoint.save(tensors, {**values, "within_epoch": not float(state.epoch).is_integer()})
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config, ImproveConfig
-from iterative_ppo.errors import NothingToLearn, TrainingError
+from iterative_ppo.errors import NothingToLearn, SameReward, TrainingError
 from iterative_ppo.learning.batching import encode
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit import credited
@@ -199,7 +199,13 @@ def improve_policy(
         how = Passes(
             policy, current, behaviour, q, prompts, config, seed + number - 1, number, progress, checkpoint, initial
         )
-        student, found = how.improve(student)
+        try:
+            student, found = how.improve(student)
+        except SameReward as error:
+            if number == 1:
+                raise
+            _LOG.warning("policy iteration %d: %s; the policy so far stands", number, error)
+            break
         for name, curve in found.items():
             curves.setdefault(name, []).extend({**entry, "iteration": float(number)} for entry in curve)
         report["policy_iterations"] = float(number)
@@ -261,18 +267,32 @@ class Passes:
             self._kept("best_of_n", UPDATES),
             self.initial,
         )
-        student, sampled = improve_on_samples(
-            student,
-            q,
-            self.prompts,
-            c,
-            self.seed,
-            reference=student if c.ppo.reference == "start" else self.champion,
-            scale=max(float(np.nanstd((values.q - values.v)[usable])), 1e-6),
-            progress=self.progress,
-            champion=self.champion,
-            checkpoint=self._kept(c.algorithm, 1),
-        )
+        try:
+            student, sampled = improve_on_samples(
+                student,
+                q,
+                self.prompts,
+                c,
+                self.seed,
+                reference=student if c.ppo.reference == "start" else self.champion,
+                scale=max(float(np.nanstd((values.q - values.v)[usable])), 1e-6),
+                progress=self.progress,
+                champion=self.champion,
+                checkpoint=self._kept(c.algorithm, 1),
+            )
+        except SameReward as error:
+            if not best:
+                raise
+            _LOG.warning("the best of n left %s nothing to learn: %s", c.algorithm, error)
+            sampled = []
+        if sampled and c.ppo.kl_budget is not None and sampled[0]["kl_to_champion"] > c.ppo.kl_budget:
+            _LOG.warning(
+                "%s made no update: it began %.2g nats a response from the champion, beyond improve.ppo.kl_budget "
+                "= %g; lower improve.best_of_n.epochs, or raise the budget",
+                c.algorithm,
+                sampled[0]["kl_to_champion"],
+                c.ppo.kl_budget,
+            )
         curves = {"logged": logged, "best_of_n": best, c.algorithm: sampled}
         return student, {name: curve for name, curve in curves.items() if curve}
 

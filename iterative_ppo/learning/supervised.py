@@ -15,7 +15,7 @@ from iterative_ppo.config import SupervisedConfig
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning import runtime
 from iterative_ppo.learning.checkpoint import Checkpoint
-from iterative_ppo.learning.kept_trainer import KeptTrainer
+from iterative_ppo.learning.kept_trainer import DIVERGED, KeptTrainer
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.mdp.rendering import Encoded
 
@@ -98,7 +98,7 @@ def fine_tune(
         trainer.remove_callback(PrinterCallback)
         loss = trainer.mean_loss()
     if not np.isfinite(loss) or not finite(student):
-        raise TrainingError(f"supervised fine-tuning diverged (loss {loss}); lower supervised.learning_rate")
+        raise TrainingError(DIVERGED.format(loss))
     return student, {"loss": loss}
 
 

@@ -56,10 +56,11 @@ def train(
     curve: Curve = []
     if checkpoint and (found := checkpoint.load()):
         tensors, values = found
-        trainee.load_training_state(below_prefix("weights", tensors))
-        load_optimizer(optimizer, tensors)
-        curve = values["curve"]
-        resume_schedule(schedule, len(curve))
+        with checkpoint.understood():
+            trainee.load_training_state(below_prefix("weights", tensors))
+            load_optimizer(optimizer, tensors)
+            curve = [dict(entry) for entry in values["curve"]]
+            resume_schedule(schedule, len(curve))
     for batch in islice(batches, len(curve), None):
         curve.append(descend(batch, objective, optimizer, schedule))
         if after_step:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import BestOfNConfig
-from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
+from iterative_ppo.errors import ModelError, NothingToLearn, SameReward, TrainingError
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import NO_NUMBER, SAME_REWARD, RewardModel, check_prompts
@@ -121,7 +121,7 @@ def _choose(
         chosen += block.responses
         spread, largest = max(spread, block.spread), max(largest, block.largest)
     if spread <= 1e-6 * largest:
-        raise NothingToLearn(SAME_REWARD)
+        raise SameReward(SAME_REWARD)
     return chosen
 
 
@@ -161,6 +161,7 @@ def _kept_block(place: Checkpoint, rng: np.random.Generator) -> Block | None:
     if not found:
         return None
     tensors, values = found
-    rng.bit_generator.state = values["generator"]
-    responses = [tuple(part.tolist()) for part in tensors["tokens"].split(tensors["lengths"].tolist())]
-    return Block(responses, values["spread"], values["largest"])
+    with place.understood():
+        rng.bit_generator.state = values["generator"]
+        responses = [tuple(part.tolist()) for part in tensors["tokens"].split(tensors["lengths"].tolist())]
+        return Block(responses, float(values["spread"]), float(values["largest"]))

@@ -20,7 +20,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import ImproveConfig
-from iterative_ppo.errors import ConfigError, NothingToLearn, TrainingError
+from iterative_ppo.errors import ConfigError, NothingToLearn, SameReward, TrainingError
 from iterative_ppo.learning import distributed, runtime
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
@@ -134,7 +134,7 @@ class Groups:
         worth = np.array([value[-1] for value in values])
         spread = np.ptp(worth.reshape(-1, self.config.group.size), axis=1).max()
         if not self.run.curve and spread <= 1e-6 * np.abs(worth).max():
-            raise NothingToLearn(SAME_REWARD)
+            raise SameReward(SAME_REWARD)
         self.run.curve.append(self._described(EncodedTable(sequences, len(sequences)), worth, finished))
         if not self.run.look(self.config.ppo):
             raise Spent

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import NothingToLearn
+from iterative_ppo.errors import SameReward
 from iterative_ppo.learning.batching import Batch, training_batches
 from iterative_ppo.learning.checkpoint import (
     Checkpoint,
@@ -109,15 +109,16 @@ class Run:
         if found is None:
             return
         tensors, values = found
-        self.student.load_training_state(below_prefix("policy", tensors))
-        self.kept = below_prefix("kept", tensors) or None
-        load_optimizer(self.optimizer, tensors)
-        self.rng.bit_generator.state = values["generator"]
-        self.beta, self.curve = values["beta"], values["curve"]
-        updates = int(sum(entry["updates"] for entry in self.curve))
-        resume_schedule(self.schedule, updates)
-        if self.critic:
-            self.critic.load(tensors, updates)
+        with checkpoint.understood():
+            self.student.load_training_state(below_prefix("policy", tensors))
+            self.kept = below_prefix("kept", tensors) or None
+            load_optimizer(self.optimizer, tensors)
+            self.rng.bit_generator.state = values["generator"]
+            self.beta, self.curve = float(values["beta"]), values["curve"]
+            updates = int(sum(entry["updates"] for entry in self.curve))
+            resume_schedule(self.schedule, updates)
+            if self.critic:
+                self.critic.load(tensors, updates)
 
 
 def improve(
@@ -208,7 +209,7 @@ def advance(
     chosen = [prompts[i] for i in run.rng.integers(len(prompts), size=size)]
     episodes = roll_out(run.student, reference, q, chosen, config, scale, seed + 7919 * number, run.beta, run.critic)
     if number == 1 and min(np.ptp(episodes.q), episodes.spread) <= 1e-6 * np.abs(episodes.q).max():
-        raise NothingToLearn(SAME_REWARD)
+        raise SameReward(SAME_REWARD)
     entry = _described(episodes, run, q, champion)
     run.curve.append(entry)
     goes_on = run.look(config) and learns
