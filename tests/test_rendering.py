@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,7 @@ from iterative_ppo.environments.renovation import Progress, Renovation, Script, 
 from iterative_ppo.errors import ModelError
 from iterative_ppo.learning.tiny import messages, train_tokenizer
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, State, Suggestion, Turn
-from iterative_ppo.mdp.rendering import MARKERS, Encoded, Renderer, shared, single
+from iterative_ppo.mdp.rendering import MARKERS, Encoded, Renderer, first_that, shared, single, within
 
 ABSTAINS = "<|abstain|>"
 ROOMY = 100_000
@@ -323,6 +324,124 @@ def test_a_conversation_that_is_too_long_falls_back_to_a_row_a_turn_and_counts_w
 def test_no_prompt_is_ever_longer_than_allowed(bpe: PreTrainedTokenizerBase, talk: Conversation, limit: int) -> None:
     renderer = chatting(bpe, CHAT, limit)
     assert all(len(prompt) <= limit for prompt in prompts(renderer, talk))
+
+
+# --- long conversations ----------------------------------------------------------------------------------------------
+
+SPOKEN = {"abstained": ABSTAINS, "missing": MARKERS["missing"]}
+
+
+def sent(turn: Turn) -> str:
+    if turn.business_message is None:
+        return MARKERS["no_reply"]
+    return MARKERS["verbatim"] if turn.adoption == "verbatim" else turn.business_message
+
+
+def marked(renderer: Renderer, state: State) -> tuple[int, ...]:
+    """All of a state with markers, by the definition."""
+    pieces = [] if state.context is None else [MARKERS["context"], state.context]
+    for turn in state.history:
+        assert turn.suggestion is not None
+        said = SPOKEN.get(turn.suggestion.status, turn.suggestion.text or "")
+        pieces += [MARKERS["customer"], turn.customer_message or "", MARKERS["suggestion"], said, "<|eos|>"]
+        pieces += [MARKERS["business"], sent(turn)]
+    pieces += [MARKERS["customer"], state.customer_message, MARKERS["suggestion"]]
+    return tuple(token for piece in pieces for token in renderer.tokenizer.encode(piece, add_special_tokens=False))
+
+
+def chatted(renderer: Renderer, state: State) -> tuple[int, ...]:
+    """All of a state in the chat template, by the definition."""
+    heard, messages = "" if state.context is None else f"Context: {state.context}\n", []
+    for turn in state.history:
+        assert turn.suggestion is not None
+        messages += [{"role": "user", "content": f"{heard}Customer: {turn.customer_message}"}]
+        said = SPOKEN.get(turn.suggestion.status, turn.suggestion.text or "")
+        messages += [{"role": "assistant", "content": said}]
+        heard = f"Business: {sent(turn)}\n"
+    messages += [{"role": "user", "content": f"{heard}Customer: {state.customer_message}"}]
+    apply: Any = renderer.tokenizer.apply_chat_template
+    text = apply(messages, tokenize=False, add_generation_prompt=True)
+    return tuple(renderer.tokenizer.encode(text, add_special_tokens=False))
+
+
+def longhand(renderer: Renderer, talk: Conversation, first_row: int) -> tuple[list[Encoded], int]:
+    """What `encode` gives, by the definition: each state from its first turn on, or its second, until it fits."""
+    whole = chatted if renderer.tokenizer.chat_template else marked
+    pieces, cut = [], 0
+    for i, action in enumerate(actions(talk)):
+        state = talk.state(i)
+        begun = [whole(renderer, replace(state, history=state.history[skipped:])) for skipped in range(i + 1)]
+        skipped = next((k for k, tokens in enumerate(begun) if len(tokens) <= renderer.max_prompt_tokens), i)
+        cut += skipped
+        prompt = begun[skipped][-renderer.max_prompt_tokens :]
+        pieces.append((first_row + i, prompt, renderer.response(action), action.status != "missing"))
+    one_each = [within(renderer.max_tokens, *piece) for piece in pieces]
+    return shared(pieces, renderer.max_tokens) or one_each, cut
+
+
+@settings(light, max_examples=100)
+@given(
+    talk=CONVERSATION,
+    limit=st.integers(1, 120),
+    template=st.sampled_from([None, CHAT, DATED, FORGETFUL]),
+)
+def test_a_conversation_is_encoded_as_its_states_are_one_by_one(
+    bpe: PreTrainedTokenizerBase, talk: Conversation, limit: int, template: str | None
+) -> None:
+    renderer = chatting(bpe, template, limit) if template else Renderer(bpe, limit, 64, ABSTAINS)
+    expected, cut = longhand(renderer, talk, 7)
+    assert renderer.encode(talk, 7) == (expected, cut)
+    states = [talk.state(i) for i in range(len(talk.turns) - 1)]
+    assert sum(renderer.prompt(state).truncated_turns for state in states) == cut
+
+
+def long_talk(length: int) -> Conversation:
+    turns = [Turn(f"c {i}", (0.0,), Suggestion(f"a {i}", "suggested"), f"m {i}", "edited") for i in range(length)]
+    return Conversation("long", (*turns, Turn(None)), "u")
+
+
+def counted(renderer: Renderer, work: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows with each call of a method of the renderer."""
+    calls: list[Any] = []
+    does = getattr(renderer, work)
+    monkeypatch.setattr(renderer, work, lambda *a, **k: calls.append(a) or does(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize("template", [None, CHAT, DATED], ids=["markers", "a chat template", "one that dates"])
+def test_encoding_a_conversation_of_twice_the_length_takes_twice_the_work(
+    bpe: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, template: str | None
+) -> None:
+    renderer = chatting(bpe, template, 200) if template else Renderer(bpe, 200, 64, ABSTAINS)
+    calls = counted(renderer, "_templated" if template else "ids", monkeypatch)
+    work = []
+    for length in (40, 80):
+        calls.clear()
+        assert renderer.encode(long_talk(length))[1] > length
+        work.append(len(calls))
+    assert work[1] <= 2.1 * work[0]
+    assert template is None or work[1] <= 3 * 80
+
+
+def test_a_state_late_in_a_long_conversation_takes_few_renderings(
+    bpe: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = chatting(bpe, CHAT, 200)
+    calls, state = counted(renderer, "_templated", monkeypatch), long_talk(200).state(199)
+    prompt = renderer.prompt(state)
+    assert len(calls) <= 20
+    kept = replace(state, history=state.history[prompt.truncated_turns - 1 :])
+    assert len(prompt.tokens) <= 200 < len(chatted(renderer, kept))
+
+
+def test_the_first_that_holds_is_found_from_anywhere() -> None:
+    for last in range(9):
+        for first in range(last + 2):  # one past the last: none holds
+            for near in range(last + 1):
+                assert first_that(lambda n, first=first: n >= first, near, last) == min(first, last)
+
+
+# --- what a tokenizer cannot say -------------------------------------------------------------------------------------
 
 
 def test_a_word_for_abstaining_that_the_tokenizer_cannot_spell_is_refused(word: PreTrainedTokenizerBase) -> None:

@@ -9,9 +9,10 @@ falls back to a sequence a turn where a template or truncation breaks it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.errors import ModelError
@@ -162,35 +163,75 @@ class Renderer:
         return (*self.ids(self._spoken(suggestion)), self.eos)
 
     def prompt(self, state: State) -> Prompt:
-        """The prompt of a state, without its oldest turns where it would be too long."""
-        for skipped in range(len(state.history) + 1):
-            tokens = self._state(State(state.history[skipped:], state.customer_message, state.context))
-            if len(tokens) <= self.max_prompt_tokens:
-                return Prompt(tokens, skipped)
-        first = tokens[:1] if tokens[0] == self.tokenizer.bos_token_id else ()
-        return Prompt(first + tokens[len(first) - self.max_prompt_tokens :], len(state.history))
+        """The prompt of a state, without its oldest turns where it would be too long.
 
-    def _state(self, state: State) -> tuple[int, ...]:
-        return self._chat(state) if self.tokenizer.chat_template else self._marked(state)
+        A chat template is taken to write no less for a turn more; of one that does, other turns may be left out.
+        """
+        return next(self._prompts((state,)))
 
-    def _marked(self, state: State) -> tuple[int, ...]:
-        label = {name: self.ids(text) for name, text in self._labels.items()}
-        tokens = list(self._first)
-        if self.instruction:
-            tokens += self.ids(self.instruction + "\n")
-        if state.context is not None:
-            tokens += label["context"] + self.ids(self._plain(state.context))
-        for turn in state.history:
-            tokens += label["customer"] + self.ids(self._plain(turn.customer_message)) + label["suggestion"]
-            tokens += self.response(_action_of(turn)) + label["business"]
-            tokens += self.ids(self._sent(turn))
-        tokens += label["customer"] + self.ids(self._plain(state.customer_message)) + label["suggestion"]
-        return tuple(tokens)
+    def _prompts(self, states: Iterable[State]) -> Iterator[Prompt]:
+        """The prompts of states of one conversation, in its order."""
+        return self._chats(states) if self.tokenizer.chat_template else self._marked(states)
+
+    def _fitted(self, tokens: tuple[int, ...], skipped: int) -> Prompt:
+        """A prompt, cut at its beginning where even without any turn it is too long."""
+        if len(tokens) > self.max_prompt_tokens:
+            first = tokens[:1] if tokens[0] == self.tokenizer.bos_token_id else ()
+            tokens = first + tokens[len(first) - self.max_prompt_tokens :]
+        return Prompt(tokens, skipped)
+
+    def _marked(self, states: Iterable[State]) -> Iterator[Prompt]:
+        """A turn's tokens are the same in every prompt that holds it, so they are made once."""
+        past: list[int] = []
+        ends = [0]
+        for state in states:
+            for turn in state.history[len(ends) - 1 :]:
+                past += self._told(turn)
+                ends.append(len(past))
+            head, asked, now = self._head(state.context), self._asked(state.customer_message), len(state.history)
+            room = self.max_prompt_tokens - len(head) - len(asked)
+            skipped = bisect_left(ends, ends[now] - room, hi=now)
+            yield self._fitted((*head, *past[ends[skipped] : ends[now]], *asked), skipped)
+
+    def _head(self, context: str | None) -> tuple[int, ...]:
+        instruction = self.ids(self.instruction + "\n") if self.instruction else ()
+        if context is None:
+            return self._first + instruction
+        return self._first + instruction + self._label("context") + self.ids(self._plain(context))
+
+    def _told(self, turn: Turn) -> tuple[int, ...]:
+        response = self.response(_action_of(turn))
+        return self._asked(turn.customer_message) + response + self._label("business") + self.ids(self._sent(turn))
+
+    def _asked(self, message: str | None) -> tuple[int, ...]:
+        return self._label("customer") + self.ids(self._plain(message)) + self._label("suggestion")
+
+    def _label(self, name: str) -> tuple[int, ...]:
+        return self.ids(self._labels[name])
 
     def _sent(self, turn: Turn) -> str:
         if turn.business_message is None:
             return self._labels["no_reply"]
         return self._labels["verbatim"] if turn.adoption == "verbatim" else self._plain(turn.business_message)
+
+    def _chats(self, states: Iterable[State]) -> Iterator[Prompt]:
+        """A template may write a turn otherwise in each prompt; most prompts begin near where the one before did."""
+        skipped = 0
+        for state in states:
+            prompt = self._fitting_chat(state, skipped)
+            skipped = prompt.truncated_turns
+            yield prompt
+
+    def _fitting_chat(self, state: State, near: int) -> Prompt:
+        @cache
+        def rendered(skipped: int) -> tuple[int, ...]:
+            return self._chat(State(state.history[skipped:], state.customer_message, state.context))
+
+        def fits(skipped: int) -> bool:
+            return len(rendered(skipped)) <= self.max_prompt_tokens
+
+        skipped = first_that(fits, near, len(state.history))
+        return self._fitted(rendered(skipped), skipped)
 
     def _chat(self, state: State) -> tuple[int, ...]:
         messages: list[dict[str, str]] = []
@@ -220,12 +261,30 @@ class Renderer:
         """
         turns = [i for i, turn in enumerate(conversation.turns) if not turn.terminal]
         pieces, truncated = [], 0
-        for i in turns:
-            prompt = self.prompt(conversation.state(i))
+        for i, prompt in zip(turns, self._prompts(map(conversation.state, turns)), strict=True):
             truncated += prompt.truncated_turns
             action = _action_of(conversation.turns[i])
             pieces.append((first_row + i, prompt.tokens, self.response(action), action.status != "missing"))
         return (shared(pieces, self.max_tokens) or [within(self.max_tokens, *piece) for piece in pieces]), truncated
+
+
+def first_that(holds: Callable[[int], bool], near: int, last: int) -> int:
+    """The least number up to `last` for which `holds` is true, `last` where there is none; what is near is found soon.
+
+    `holds` must stay true once it is.
+    """
+    step = 1
+    if near < last and not holds(near):
+        low, high = near, near + step  # holds(low) is false
+        while high < last and not holds(high):
+            step *= 2
+            low, high = high, high + step
+    else:
+        low, high = near - step, near  # holds(high) is true, or high is last
+        while low >= 0 and holds(low):
+            step *= 2
+            low, high = low - step, low
+    return bisect_left(range(last), True, max(low + 1, 0), min(high, last), key=holds)
 
 
 def _action_of(turn: Turn) -> Suggestion:
