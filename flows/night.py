@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from prefect import flow
 from prefect.logging import get_run_logger
 
@@ -144,7 +145,8 @@ def freeze(config: Config, store: tracking.Tracking, state: NightState, number: 
 
 def outcome_rates(dataset: Dataset, config: Config) -> dict[str, float]:
     """Success rate of each policy version in a dataset, to notice a shift of the same version later."""
-    ends = closed(dataset.read(config)).dropna(subset=["policy_version"])
+    last = [closed(block)[["policy_version", "persona", "outcome"]] for block in dataset.blocks(config)]
+    ends = pd.concat(last).dropna(subset=["policy_version"])
     ends = ends[ends["persona"].isna()]
     rates = (ends["outcome"] > 0).groupby(ends["policy_version"].astype(str)).mean()
     return {str(version): float(rate) for version, rate in rates.items()}

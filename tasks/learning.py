@@ -25,7 +25,15 @@ from tasks.exploration import coverage_metrics
 from tasks.labels import origin_metrics
 from tasks.progress import progress
 from tasks.q_report import write_q_report
-from tasks.round_data import champion_round, earlier_round, other_rounds, read_prompts, token_folder, write_prompts
+from tasks.round_data import (
+    champion_round,
+    earlier_round,
+    other_rounds,
+    read_prompts,
+    token_folder,
+    write_blocks,
+    write_prompts,
+)
 from tasks.stage import Stage, made_with, run_stage
 from tasks.suitability import cut_by_limits, tell_of_rates
 
@@ -148,16 +156,21 @@ def initial_policy_stage(
 
 
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:
-    """Monte Carlo returns of every turn, as a table beside the dataset."""
+    """Monte Carlo returns of every turn, as a table beside the dataset, made some conversations at a time."""
     inputs = {"md5": dataset.md5, "gamma": config.gamma, "outcomes": config.outcomes}
 
     def work(draft: Path) -> Mapping[str, float]:
-        frame = dataset.read(config)
-        reward, returns = rewards(frame), monte_carlo(frame, config.gamma)
-        table = frame[["conversation_id", "turn"]].assign(reward=reward, **{"return": returns})
-        table.to_parquet(draft / "returns.parquet", index=False)
-        first = (frame["turn"] == 1).to_numpy()
-        return {"mean_return": float(returns[first].mean()), "conversations": float(first.sum()), "turns": len(frame)}
+        path, first = draft / "returns.parquet", []
+
+        def tables() -> Iterator[pd.DataFrame]:
+            for block in dataset.blocks(config):
+                returns = monte_carlo(block, config.gamma)
+                first.append(returns[(block["turn"] == 1).to_numpy()])
+                yield block[["conversation_id", "turn"]].assign(reward=rewards(block), **{"return": returns})
+
+        write_blocks(path, tables())
+        values, turns = np.concatenate(first), turn_table.count_rows(path)
+        return {"mean_return": float(values.mean()), "conversations": float(len(values)), "turns": turns}
 
     return run_stage(folder / "returns", inputs, work)
 

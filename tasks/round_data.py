@@ -88,6 +88,15 @@ def conversations_of(dataset: Dataset, config: Config, ids: list[str]) -> dict[s
     return {talk.conversation_id: talk for rows in kept for talk in turn_table.conversations(rows)}
 
 
+def write_blocks(path: Path, blocks: Iterator[pd.DataFrame]) -> None:
+    """Blocks of the same columns, one at least, as one Parquet file, so that only one is held at a time."""
+    tables = (pa.Table.from_pandas(block, preserve_index=False) for block in blocks)
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
+
+
 def write_prompts(path: Path, prompts: Sequence[tuple[int, ...]]) -> None:
     """Prompts as a Parquet file, a block at a time."""
     schema = pa.schema({"tokens": pa.list_(pa.int64())})

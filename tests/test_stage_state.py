@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from filelock import FileLock, Timeout
 
@@ -19,6 +21,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.chain import Chain
 from iterative_ppo.errors import StoreError, TurnTableError
 from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.returns import monte_carlo, rewards
 from iterative_ppo.mdp.turn_table import to_frame
 from tasks import notify
 from tasks.datasets import (
@@ -494,3 +497,67 @@ def test_earlier_rounds_are_found_newest_first(config: Config) -> None:
     one = datasets_before(config, 1, 1)[0]
     assert isinstance(one, Dataset) and one.read(config)["conversation_id"].nunique() == 5
     assert round_folder(config, 12).name == "0012"
+
+
+# --- a dataset some conversations at a time --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_blocks(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Dataset, pd.DataFrame]:
+    """A dataset that can be read in small blocks alone, and what it holds."""
+    talks = [CHAIN.sample(CHAIN.uniform(), size, seed, version) for size, seed, version in ((60, 0, "1"), (30, 1, "2"))]
+    turn_table.write(
+        to_frame([talk for some in talks for talk in some], config.outcomes, 0.2),
+        turns_folder(config, 0) / "turns.parquet",
+        config.outcomes,
+    )
+    dataset = Dataset(0, turns_folder(config, 0), "md5")
+    whole = dataset.read(config)
+    small = partial(turn_table.blocks, rows=40)
+    assert len(list(small(dataset.path, config.outcomes))) > 3
+    monkeypatch.setattr(turn_table, "blocks", small)
+    monkeypatch.setattr(turn_table, "read", None)
+    return dataset, whole
+
+
+def test_returns_are_made_by_blocks_and_are_those_of_the_whole(
+    config: Config, in_blocks: tuple[Dataset, pd.DataFrame], tmp_path: Path
+) -> None:
+    from tasks.learning import returns_stage
+
+    dataset, whole = in_blocks
+    stage, returns = returns_stage(config, dataset, tmp_path / "round"), monte_carlo(whole, config.gamma)
+    expected = whole[["conversation_id", "turn"]].assign(reward=rewards(whole), **{"return": returns})
+    pd.testing.assert_frame_equal(pd.read_parquet(stage.path / "returns.parquet"), as_read(expected, tmp_path))
+    first = returns[(whole["turn"] == 1).to_numpy()]
+    assert stage.metrics == {"mean_return": first.mean(), "conversations": 90.0, "turns": len(whole)}
+
+
+def as_read(frame: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    frame.to_parquet(folder / "expected.parquet", index=False)
+    return pd.read_parquet(folder / "expected.parquet")
+
+
+def test_a_dataset_that_ends_too_early_leaves_no_returns(
+    config: Config, in_blocks: tuple[Dataset, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.learning import returns_stage
+
+    def cut(path: Path, outcomes: Mapping[str, float]) -> Iterator[pd.DataFrame]:
+        yield next(small(path, outcomes))
+        raise StoreError("damaged")
+
+    small = turn_table.blocks
+    monkeypatch.setattr(turn_table, "blocks", cut)
+    with pytest.raises(StoreError, match="damaged"):
+        returns_stage(config, in_blocks[0], tmp_path / "round")
+    assert not list((tmp_path / "round").iterdir())
+
+
+def test_outcome_rates_are_read_by_blocks(config: Config, in_blocks: tuple[Dataset, pd.DataFrame]) -> None:
+    from flows.night import outcome_rates
+
+    dataset, whole = in_blocks
+    rates = {version: arm(whole, version) for version in ("1", "2")}
+    expected = {version: found.successes / found.conversations for version, found in rates.items()}
+    assert outcome_rates(dataset, config) == pytest.approx(expected)
