@@ -185,6 +185,14 @@ class Imported:
         yield f"{len(self.conversations)} conversations imported, {count} set aside{where}"
         for reason, times in self.set_aside.most_common():
             yield f"set aside: {times} {reason}"
+        left_out = [dropped for talk in self.conversations if (dropped := int(talk.extra.get("dropped_turns", "0")))]
+        if left_out:
+            went, turns = _counted(len(left_out), "conversation"), _counted(sum(left_out), "later turn")
+            yield f"{went} went on after the outcome; {turns} left out"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def import_logs(config: Config) -> tuple[Path, Imported]:

@@ -23,6 +23,7 @@ from iterative_ppo.sources.craigslist import import_craigslist
 from iterative_ppo.sources.log import read_json
 from iterative_ppo.sources.star import import_star
 from iterative_ppo.sources.table import import_table
+from tasks.traffic import read_logs
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 CONFIG = load_config()
@@ -509,6 +510,56 @@ def test_table_takes_interleaved_conversations_and_named_outcomes(table: Callabl
     assert [talk.turns[-1].outcomes for talk in log.conversations] == [(1.0, 1.0), (0.0, 1.0)]
     with pytest.raises(SourceError, match="'outcome_contact' is missing"):
         table(*GOOD, outcomes={"contact": 0.5, "purchase": 0.5})
+
+
+TWO = {"purchase": 1.0, "contact": 0.25}
+
+
+def named(row: dict[str, Any], purchase: Any = None, contact: Any = None) -> dict[str, Any]:
+    return changed(row, outcome="absent", outcome_purchase=purchase, outcome_contact=contact)
+
+
+def test_table_carries_an_earlier_outcome_to_the_last_one(table: Callable[..., ImportedLog]) -> None:
+    called = named(record(2, customer_message="call me"), contact=0.5)
+    again = named(record(4, customer_message="again", suggestion="A", business_message="A"), 0, 1)
+    rows = [named(record()), called, named(record(3)), again, named(paid(5), 1, 0), named(record(6))]
+    talk = only(table(*rows, outcomes=TWO))
+    assert [turn.outcomes for turn in talk.turns] == [(0.0, 0.0)] * 4 + [(1.0, 1.0)]
+    assert [turn.customer_message for turn in talk.turns] == ["hi", "call me", "hi", "again", "paid"]
+    acted = talk.turns[3]
+    assert acted.suggestion is not None
+    assert (acted.suggestion.text, acted.business_message, acted.adoption) == ("A", "A", "verbatim")
+    assert talk.extra == {"dropped_turns": "1"}
+
+
+def test_table_ends_at_the_one_row_with_outcomes(table: Callable[..., ImportedLog]) -> None:
+    rows = [named(record()), named(paid(customer_message=None), 0, 1), named(record(3)), named(ended(4))]
+    talk = only(table(*rows, outcomes=TWO))
+    assert talk.turns[-1] == Turn(None, (0.0, 1.0))
+    assert talk.extra == {"dropped_turns": "2"}
+
+
+def test_table_sets_aside_an_outcome_on_the_way_that_is_no_turn(table: Callable[..., ImportedLog]) -> None:
+    good = [named(record(conversation_id="good")), named(paid(conversation_id="good"), 1)]
+    silent = [named(record()), named(ended(), contact=1), named(paid(3), 1)]
+    aside = the_bad(table(*good, *silent, outcomes=TWO))
+    assert (aside.field, aside.row) == ("customer_message", 4)
+    assert "null before the last row" in aside.reason
+    unanswered = [named(record()), named(paid(2), contact=1), named(paid(3), 1)]
+    assert the_bad(table(*good, *unanswered, outcomes=TWO)).field == "business_message"
+
+
+def test_what_follows_an_outcome_is_told(tmp_path: Path) -> None:
+    def told(*rows: dict[str, Any]) -> list[str]:
+        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        overrides = {"source.kind": "table", "source.path": str(tmp_path / "log.jsonl")}
+        config = load_config(None, {**overrides, "data.root": str(tmp_path / "data"), "outcomes": ONE})
+        return list(read_logs(config).told())
+
+    assert told(*GOOD) == ["1 conversations imported, 0 set aside"]
+    more = [row | {"conversation_id": name} for name in "ab" for row in (record(), paid(), record(3), ended(4))]
+    assert told(*GOOD, *more)[1:] == ["2 conversations went on after the outcome; 4 later turns left out"]
+    assert told(*more[:3])[1:] == ["1 conversation went on after the outcome; 1 later turn left out"]
 
 
 def test_table_without_times_takes_silence_for_the_end(table: Callable[..., ImportedLog]) -> None:

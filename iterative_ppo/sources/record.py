@@ -28,14 +28,18 @@ OF_CONVERSATION = ("customer_id", "business_id", "context", "policy_version", "a
 OPTIONAL = (*OF_CONVERSATION, "suggestion_status", "adoption", "behaviour_logprob", "timestamp", "outcome")
 
 
-def turn_of(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> Turn:
+def turn_of(row: Row, outcomes: Mapping[str, float], data: DataConfig, goes_on: bool = False) -> Turn:
     """A record as a turn: terminal where its outcome is not 0, or where the customer said nothing any more.
+
+    Where the conversation `goes_on` to a later outcome, it is a turn like those without one.
 
     Raises BadDialogueError where a field has another type, is out of its range or contradicts another.
     """
     heard, sent = text(row, "customer_message"), text(row, "business_message")
     found, time, action = _outcomes(row, outcomes, data), _time(row), _suggestion(row)
     adoption = _adoption(row, action, sent, data.edited_at_least)
+    if goes_on:
+        found = (0.0,) * len(found)
     if any(found):
         return Turn(heard, found, timestamp=time)
     if heard is not None:

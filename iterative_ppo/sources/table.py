@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     A conversation ends where its outcome is not 0, and what follows is left out (`extra["dropped_turns"]` counts it);
     or with a row whose customer_message is null; or by a silence, up to the log's newest time, that is longer than
     `data.outcome_window_hours`. A log without any times is taken to be past it. Others are set aside as "open: ...".
+    Of several outcomes the last row that holds one ends it: what an earlier row holds is carried there, the last value
+    of each outcome that is not 0, and that row is a turn like others.
 
     Args:
         outcomes: named outcomes and their weights in R.
@@ -89,12 +92,25 @@ def _talks(rows: Rows, outcomes: Mapping[str, float], data: DataConfig, log: Imp
             continue
         try:
             records.sort(key=lambda row: number(row, "turn") or 0.0)
-            turns = [turn_of(row, outcomes, data) for row in records]
+            turns = _turns(records, outcomes, data)
             _check_order(records, turns)
             good.append((records, turns))
         except BadDialogueError as bad:
             log.set_aside.append(set_aside(name, records[0].file, bad))
     return good
+
+
+def _turns(records: Sequence[Row], outcomes: Mapping[str, float], data: DataConfig) -> list[Turn]:
+    """A turn a record; of several outcomes all are told by the last turn that has one. Raises what `turn_of` does."""
+    turns = [turn_of(row, outcomes, data) for row in records]
+    found = [turn.outcomes for turn in turns]
+    *before, end = [place for place, values in enumerate(found) if any(values)] or [0]
+    if len(outcomes) > 1 and before:
+        for place in before:
+            turns[place] = turn_of(records[place], outcomes, data, goes_on=True)
+        last = (next(filter(None, values), 0.0) for values in zip(*reversed(found), strict=True))
+        turns[end] = replace(turns[end], outcomes=tuple(last))
+    return turns
 
 
 def _grouped(rows: Iterable[Row], log: ImportedLog) -> dict[str, list[Row]]:
