@@ -193,6 +193,12 @@ def test_star_joins_consecutive_messages_and_allows_the_wizard_to_open(star: Cal
     assert [turn.business_message for turn in talk.turns] == ["Welcome", "c\nd", None]
 
 
+def test_star_takes_a_suggestion_with_more_words_for_edited(star: Callable[..., ImportedLog]) -> None:
+    turn = only(star(dialogue([*HELLO, types("How are you?"), user("b")]))).turns[0]
+    assert turn.suggestion is not None
+    assert (turn.suggestion.text, turn.business_message, turn.adoption) == ("Hi!", "Hi!\nHow are you?", "edited")
+
+
 def changed(event: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in {**event, **changes}.items() if value != "absent"}
 
@@ -494,6 +500,13 @@ def test_table_keeps_what_is_logged(table: Callable[..., ImportedLog]) -> None:
     assert [turn.timestamp for turn in talk.turns] == [datetime(2025, 1, 31, hour, tzinfo=UTC) for hour in (10, 11)]
 
 
+def test_table_keeps_an_adoption_that_may_be(table: Callable[..., ImportedLog]) -> None:
+    rows = [record(adoption="verbatim", business_message="hello  There!"), record(2, adoption="rejected")]
+    rows += [record(3, suggestion=None, adoption="rejected"), record(4, suggestion="", adoption="edited"), paid(5)]
+    found = [turn.adoption for turn in actions(table(*rows))]
+    assert found == ["verbatim", "rejected", "rejected", "edited"]
+
+
 def test_table_drops_what_follows_an_outcome(table: Callable[..., ImportedLog]) -> None:
     talk = only(table(record(), paid(suggestion="Thanks", business_message="Thanks"), record(3), ended(4)))
     assert len(talk.turns) == 2
@@ -621,6 +634,10 @@ def test_reasons_are_counted_without_what_was_found(table: Callable[..., Importe
         ([record(suggestion_status="missing")], "suggestion_status", 3, "does not go with"),
         ([record(adoption="liked")], "adoption", 3, "'liked'"),
         ([record(adoption="no_reply")], "adoption", 3, "does not go with"),
+        ([record(suggestion=None, adoption="verbatim")], "adoption", 3, "'verbatim' without a suggestion"),
+        ([record(suggestion=None, adoption="edited")], "adoption", 3, "'edited' without a suggestion"),
+        ([record(suggestion="", adoption="verbatim")], "adoption", 3, "another text was sent than suggested"),
+        ([record(business_message="100", adoption="verbatim")], "adoption", 3, "'Hello there!' and business_message"),
         ([record(behaviour_logprob=0.5)], "behaviour_logprob", 3, "at most 0"),
         ([record(outcome=2)], "outcome", 3, "expected 0 to 1, found 2"),
         ([record(outcome=float("nan"))], "outcome", 3, "expected a number"),

@@ -90,10 +90,19 @@ def adoption_of(suggestion: str, sent: str | None, edited_at_least: float) -> Ad
     """Adoption by similarity, where the log has no event of its own: ratio of matching characters, in [0, 1]."""
     if sent is None:
         return "no_reply"
-    a, b = " ".join(suggestion.split()).casefold(), " ".join(sent.split()).casefold()
-    if a == b:
+    if same_words(suggestion, sent):
         return "verbatim"
+    a, b = _words(suggestion), _words(sent)
     return "edited" if SequenceMatcher(None, a, b, autojunk=False).ratio() >= edited_at_least else "rejected"
+
+
+def same_words(one: str, other: str) -> bool:
+    """Whether two texts are the same but for spaces and capitals."""
+    return one == other or _words(one) == _words(other)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def part_of(unit: str, evidence_share: float) -> Part:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -128,7 +128,7 @@ def _conversation(dialogue: Any, responses: Responses) -> Conversation:
         raise BadDialogueError("no user turn", "Events")
     end = next((i for i, event in enumerate(events) if _succeeded(event, task)), len(events))
     before, after = ([one for one in part if one] for part in (said[:end], said[end:]))
-    turns = turns_of(before, end < len(events), lambda answer: _action(answer[0].event, task, responses))
+    turns = turns_of(before, end < len(events), lambda answer: _action(answer, task, responses))
     dropped = sum(bool(pair.customer) for pair in exchanges(after))
     context = task.replace("_", " ")
     return Conversation(name, turns, customer, business, context, extra={"dropped_turns": str(dropped)})
@@ -183,14 +183,15 @@ def _succeeded(event: Event, task: str) -> bool:
     return any(SUCCESS.search(str(item.get(key, ""))) for key in ("Message", "ReservationStatus"))
 
 
-def _action(event: Event, task: str, responses: Responses) -> tuple[Suggestion, Adoption | None]:
+def _action(answer: Sequence[Said], task: str, responses: Responses) -> tuple[Suggestion, Adoption | None]:
+    event = answer[0].event
     if event["Action"] == "utter":
         return MISSING, "rejected"  # own words after suggestions were shown
     if event["ActionLabel"] == CUSTOM:
         return MISSING, None  # no suggestion was shown
     first = event["ActionLabelOptions"][0]
     if event["ActionLabel"] == first:
-        return Suggestion(event["Text"], "suggested"), "verbatim"
+        return Suggestion(event["Text"], "suggested"), "verbatim" if len(answer) == 1 else "edited"
     text = responses.render(task, first, event.get("PrimaryItem"))
     return (MISSING if text is None else Suggestion(text, "suggested")), "rejected"
 
