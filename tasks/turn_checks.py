@@ -11,7 +11,7 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.learning.objective import outcome_range
-from iterative_ppo.mdp.conversation import ADOPTIONS, PARTS, SUGGESTION_STATUSES, same_words
+from iterative_ppo.mdp.conversation import ADOPTIONS, PARTS, SUGGESTION_STATUSES
 from iterative_ppo.mdp.labels import ORIGINS
 from iterative_ppo.mdp.turn_table import ORIGIN, conform, outcome_columns, turn_schema
 
@@ -190,19 +190,9 @@ def _suggestion_checks(rows: Rows) -> Checks:
         "behaviour_logprob: must be null where suggestion_status is missing": _null(frame, "behaviour_logprob")
         | ~missing,
     }
-    checks["adoption: must be verbatim only where the business_message is the suggestion"] = ~_reworded(rows)
     for field in ("suggestion", "business_message", "adoption", "behaviour_logprob"):
         checks[f"{field}: must be null in a terminal row"] = _null(frame, field) | ~rows.terminal
     return checks
-
-
-def _reworded(rows: Rows) -> np.ndarray:
-    """(N,) bool: what was sent verbatim, so they say, though nothing was suggested or another text."""
-    frame, found = rows.frame, np.zeros(len(rows.frame), bool)
-    verbatim = _is(frame["adoption"], "verbatim") & ~rows.terminal & ~_null(frame, "business_message")
-    texts = frame.loc[verbatim, ["suggestion", "business_message"]]
-    found[verbatim] = [pd.isna(said) or not same_words(said, sent) for said, sent in texts.itertuples(index=False)]
-    return found
 
 
 def _outcome_checks(rows: Rows, outcomes: Mapping[str, float]) -> Checks:

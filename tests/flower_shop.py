@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from iterative_ppo.mdp.conversation import Adoption, State, Suggestion, Turn
+from iterative_ppo.mdp.conversation import State, Suggestion, Turn
 
 ASK, OFFER, CHAT = "What is the occasion?", "I would take the red roses.", "Nice weather today."
 OUTCOMES = 2  # order, and whether it was a large one
@@ -22,8 +22,7 @@ class Order:
 
     def step(self, suggestion: Suggestion) -> None:
         sent = suggestion.text or CHAT
-        adoption: Adoption | None = "verbatim" if suggestion.text else None
-        self.turns.append(Turn(self.message, (0.0,) * OUTCOMES, suggestion, sent, adoption))
+        self.turns.append(Turn(self.message, (0.0,) * OUTCOMES, suggestion, sent, "verbatim"))
         if sent == OFFER and self.rng.random() < (0.9 if self.told else 0.2):
             self.turns.append(Turn("I take them.", (1.0, float(self.told))))
             self.closed = True

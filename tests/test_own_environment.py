@@ -120,7 +120,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> Config:
 
 def closing_with(turn: Turn) -> Any:
     def step(self: flower_shop.Order, suggestion: Suggestion) -> None:
-        self.turns += [Turn(self.message, (0.0, 0.0), suggestion, "x", "rejected"), turn]
+        self.turns += [Turn(self.message, (0.0, 0.0), suggestion, "x", "verbatim"), turn]
         self.closed = True
 
     return step

@@ -208,6 +208,15 @@ def test_abstain_missing_no_reply_verbatim_and_texts_are_told_apart(renderer: Re
     assert len({renderer.prompt(state).tokens for state in states}) == len(states)
 
 
+@pytest.mark.parametrize("action", [Suggestion("OK.", "suggested"), ABSTAIN, MISSING])
+def test_what_was_sent_is_told_where_it_is_not_the_suggestion_though_logged_as_verbatim(
+    renderer: Renderer, action: Suggestion
+) -> None:
+    told = {price: renderer.prompt(one_turn(action, price, "verbatim")).tokens for price in ("Hello.", "And?")}
+    assert told["Hello."] != told["And?"]
+    assert told["Hello."] == renderer.prompt(one_turn(action, "Hello.", "edited")).tokens
+
+
 def test_no_context_an_empty_one_and_a_text_are_told_apart(renderer: Renderer) -> None:
     told = [renderer.prompt(State((), "Hello.", context)).tokens for context in (None, "", "OK.")]
     assert len(set(told)) == 3

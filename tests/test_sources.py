@@ -636,8 +636,6 @@ def test_reasons_are_counted_without_what_was_found(table: Callable[..., Importe
         ([record(adoption="no_reply")], "adoption", 3, "does not go with"),
         ([record(suggestion=None, adoption="verbatim")], "adoption", 3, "'verbatim' without a suggestion"),
         ([record(suggestion=None, adoption="edited")], "adoption", 3, "'edited' without a suggestion"),
-        ([record(suggestion="", adoption="verbatim")], "adoption", 3, "another text was sent than suggested"),
-        ([record(business_message="100", adoption="verbatim")], "adoption", 3, "'Hello there!' and business_message"),
         ([record(behaviour_logprob=0.5)], "behaviour_logprob", 3, "at most 0"),
         ([record(outcome=2)], "outcome", 3, "expected 0 to 1, found 2"),
         ([record(outcome=float("nan"))], "outcome", 3, "expected a number"),

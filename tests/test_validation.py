@@ -134,9 +134,6 @@ BREAKS = [
     set_at("adoption", 0, "no_reply", "not be no_reply where a business_message was sent"),
     Break("silence, then more", "adoption", 0, silent_early, says="only before a terminal row without a message"),
     set_at("adoption", 3, "verbatim", "be null in a terminal row"),
-    set_at("adoption", 1, "verbatim", "be verbatim only where the business_message is the suggestion"),
-    set_at("adoption", 2, "verbatim", "be verbatim only where the business_message is the suggestion"),
-    Break("reworded", "adoption", 0, setting("business_message", 0, "400"), leaves, "be verbatim only where"),
     set_at("suggestion", 0, None, "hold text"),
     set_at("suggestion", 0, "", "hold text"),
     set_at("suggestion", 1, "No", 'be "" where suggestion_status is abstained'),
@@ -345,9 +342,8 @@ def conversations(draw: st.DrawFn, name: str = "c") -> Conversation:
     for minute in range(draw(st.integers(0, 4))):
         action = draw(st.sampled_from([ABSTAIN, MISSING, SAID]))
         stamp = draw(st.sampled_from([None, at(minute)]))
-        adoption = draw(st.sampled_from([None, *(["verbatim"] if action == SAID else []), "edited", "rejected"]))
-        sent = str(action.text) if adoption == "verbatim" else draw(words)
-        turns.append(Turn(draw(words), (0.0, 0.0), action, sent, adoption, stamp))
+        adoption = draw(st.sampled_from([None, "verbatim", "edited", "rejected"]))
+        turns.append(Turn(draw(words), (0.0, 0.0), action, draw(words), adoption, stamp))
     paid = draw(st.booleans())
     if turns and not paid and draw(st.booleans()):
         turns[-1] = replace(turns[-1], business_message=None, adoption="no_reply")

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.errors import ModelError
-from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn
+from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn, same_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,7 +212,10 @@ class Renderer:
     def _sent(self, turn: Turn) -> str:
         if turn.business_message is None:
             return self._labels["no_reply"]
-        return self._labels["verbatim"] if turn.adoption == "verbatim" else self._plain(turn.business_message)
+        action = turn.suggestion
+        if turn.adoption == "verbatim" and action and same_words(action.text or "", turn.business_message):
+            return self._labels["verbatim"]
+        return self._plain(turn.business_message)
 
     def _chats(self, states: Iterable[State]) -> Iterator[Prompt]:
         """A template may write a turn otherwise in each prompt; most prompts begin near where the one before did."""

@@ -18,7 +18,6 @@ from iterative_ppo.mdp.conversation import (
     Suggestion,
     Turn,
     adoption_of,
-    same_words,
 )
 from iterative_ppo.mdp.turn_table import outcome_columns
 from iterative_ppo.sources.log import BadDialogueError, encodable, short
@@ -138,18 +137,12 @@ def _suggestion(row: Row) -> Suggestion:
 
 
 def _adoption(row: Row, action: Suggestion, sent: str | None, edited_at_least: float) -> Adoption | None:
-    """The log's own adoption or, for a text that was suggested, by similarity to what was sent.
-
-    What is `verbatim` stands in later states without the message, so it must be the suggestion.
-    """
+    """The log's own adoption or, for a text that was suggested, by similarity to what was sent."""
     logged: Adoption | None = _one_of(row, "adoption", ADOPTIONS)
     if logged is not None and (logged == "no_reply") != (sent is None):
         raise refused(row, "adoption", f"{logged!r} does not go with business_message {short(sent)}")
     if logged in ("verbatim", "edited") and action.status == "missing":
         raise refused(row, "adoption", f"{logged!r} without a suggestion; write null where none was logged")
-    if logged == "verbatim" and not same_words(action.text or "", sent or ""):
-        found = f"found suggestion {short(action.text)} and business_message {short(sent)}"
-        raise refused(row, "adoption", f"'verbatim' although another text was sent than suggested, {found}")
     if logged is not None or sent is None:
         return logged or "no_reply"
     return adoption_of(action.text or "", sent, edited_at_least) if action.status == "suggested" else None
