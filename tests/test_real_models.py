@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from real_models import ADD_FIRST, ENDS, FAMILIES, SETTINGS, SIZES, build_tokenizer, save_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -290,6 +291,38 @@ def test_adapters_and_merged_weights_are_the_same_policy(
         assert np.allclose(last.score(table), grandchild.score(table), atol=1e-4, equal_nan=True)
     root = json.loads((tmp_path / "adapters-next" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(root) == plain_llama.resolve(), "however many rounds, one base"
+
+
+def peft_directory(path: Path, base: Path, **how: Any) -> Path:
+    """Adapters as peft itself saves them, trained a little, with the base's tokenizer."""
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **how))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(base).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("owner", ["peft", "ours"])
+def test_loaded_adapters_saved_merged_load_again(
+    plain_llama: Path, talks: list[Conversation], lora: LoRAConfig | None, owner: str, tmp_path: Path
+) -> None:
+    """As they are and trained on: the weights have their own names, not those that the adapters' file had."""
+    if owner == "ours":
+        nudged(LanguagePolicy.load(plain_llama, SETTINGS, lora=LORA), 0).save(tmp_path / "adapters", "adapters")
+    else:
+        peft_directory(tmp_path / "adapters", plain_llama)
+    policy = LanguagePolicy.load(tmp_path / "adapters", SETTINGS, lora=lora)
+    for k, some in enumerate((policy, policy.trainable_copy(), nudged(policy, 1))):
+        some.save(tmp_path / str(k))
+        again, table = LanguagePolicy.load(tmp_path / str(k)), encoded(policy, talks)
+        assert not adapters.has_adapters(again.model)
+        assert np.allclose(again.score(table), some.score(table), atol=1e-4, equal_nan=True)
 
 
 def test_a_base_saved_as_adapters_changes_nothing(

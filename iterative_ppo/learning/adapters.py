@@ -116,6 +116,7 @@ def merged(model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
         setattr(plain.get_submodule(parent), child, layer.get_base_layer())
     plain._hf_peft_config_loaded = False
     del plain.peft_config
+    vars(plain).pop("_weight_conversions", None)  # names that loaded adapters had, which saving would write again
     return plain.requires_grad_(True)
 
 
