@@ -75,6 +75,18 @@ def encoded(policy: LanguagePolicy, talks: list[Conversation]) -> EncodedTable:
     return EncodedTable(sequences, row)
 
 
+def made(path: Path, kind: str, talks: list[Conversation], **sizes: Any) -> Path:
+    """A fresh model of any kind with a plain tokenizer."""
+    tokenizer = build_tokenizer("qwen2", messages(talks), chat=False)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **sizes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 def q_of(policy: LanguagePolicy) -> QModel:
     return QModel.from_policy(policy, QSettings.of(load_config()), seed=0)
 
@@ -323,6 +335,36 @@ def test_loaded_adapters_saved_merged_load_again(
         again, table = LanguagePolicy.load(tmp_path / str(k)), encoded(policy, talks)
         assert not adapters.has_adapters(again.model)
         assert np.allclose(again.score(table), some.score(table), atol=1e-4, equal_nan=True)
+
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": SIZES | MOE | {"num_experts": 4},
+    "mixtral": SIZES | {"num_local_experts": 4},
+    "deepseek_v3": {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
+    | MOE
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8}
+    | {"q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_carry_adapters(family: str, talks: list[Conversation], tmp_path: Path) -> None:
+    """Several weights of one module have adapters there, one around the other."""
+    base = LanguagePolicy.load(made(tmp_path / "base", family, talks, **EXPERTS[family]), SETTINGS, lora=LORA)
+    student = nudged(base, 0)
+    table, grandchild = encoded(base, talks[:2]), nudged(student, 1)
+    scores = [p.score(table) for p in (base, student, grandchild)]
+    assert np.nanmax(np.abs(scores[1] - scores[0])) > 0.1 < np.nanmax(np.abs(scores[2] - scores[1]))
+    assert np.array_equal(student.trainable_copy().score(table), scores[1], equal_nan=True), "starts as its parent"
+    assert np.isfinite(q_of(student).evaluate(table).q).any()
+    for k, policy in enumerate((base, student, grandchild)):
+        assert np.array_equal(policy.score(table), scores[k], equal_nan=True)
+        for kind in ("merged", "adapters"):
+            policy.save(tmp_path / kind, kind)  # type: ignore[arg-type]
+            again = LanguagePolicy.load(tmp_path / kind)
+            assert np.allclose(again.score(table), scores[k], atol=1e-3, equal_nan=True)
+            shutil.rmtree(tmp_path / kind)
 
 
 def test_a_base_saved_as_adapters_changes_nothing(

@@ -109,7 +109,9 @@ def merged(model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
     plain: Any = copy.deepcopy(model).float()
     if not has_adapters(model):
         return plain
-    for name, layer in [(name, module) for name, module in plain.named_modules() if module in set(_layers(plain))]:
+    layers = set(_layers(plain))
+    inner_last = [(name, module) for name, module in plain.named_modules() if module in layers]
+    for name, layer in reversed(inner_last):  # experts carry one layer around another
         if adapter:
             layer.merge(safe_merge=True, adapter_names=[adapter])
         parent, _, child = name.rpartition(".")
