@@ -96,6 +96,14 @@ class SimulatorConfig(Frozen):
     max_business_turns: int = Count
 
 
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}; mend or quote it") from None
+    return pattern
+
+
 class LoRAConfig(Frozen):
     rank: int = Field(ge=0)
     """0 trains all weights; otherwise low-rank adapters of this rank are trained (Hu et al. 2021, arXiv 2106.09685)."""
@@ -104,7 +112,13 @@ class LoRAConfig(Frozen):
     dropout: float = Field(ge=0.0, le=0.0)
     """None yet: dropout would make log-probs and their ratios noise."""
     target_modules: list[str] | str | None
-    """Names of the layers that carry adapters, as peft reads them; null: all linear layers but the vocabulary's."""
+    """Layers that carry adapters, as peft reads them: a list of names, a regular expression of whole names, or
+    `all-linear`, which null says too: all linear layers but the vocabulary's."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _compiles(cls, targets: list[str] | str | None) -> list[str] | str | None:
+        return _regular_expression(targets) if isinstance(targets, str) else targets
 
 
 class RuleConfig(Frozen):
@@ -123,10 +137,7 @@ class RuleConfig(Frozen):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}; mend or quote it") from None
+        _regular_expression(pattern)
         if re.search(pattern, ""):
             raise ValueError(f"{pattern!r} is found in every message, also in an empty one; name what has to be said")
         return pattern

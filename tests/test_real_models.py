@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -305,10 +305,10 @@ def test_adapters_and_merged_weights_are_the_same_policy(
     assert Path(root) == plain_llama.resolve(), "however many rounds, one base"
 
 
-def peft_directory(path: Path, base: Path, **how: Any) -> Path:
+def peft_directory(path: Path, base: Path, targets: Sequence[str] = ("q_proj", "v_proj"), **how: Any) -> Path:
     """Adapters as peft itself saves them, trained a little, with the base's tokenizer."""
     plain = AutoModelForCausalLM.from_pretrained(base)
-    model = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **how))
+    model = get_peft_model(plain, LoraConfig(r=2, target_modules=list(targets), **how))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -400,10 +400,48 @@ def test_another_rank_than_the_saved_one_is_refused(base: LanguagePolicy, tmp_pa
         LanguagePolicy.load(tmp_path, lora=LORA.model_copy(update={"rank": 8}))
 
 
-def test_layers_that_are_not_there_are_named(plain_llama: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["nothing"], "no layer named nothing; it has .*q_proj"),
+        (["q_proj", "vproj"], r"no layer named vproj \(did you mean 'v_proj'\?\); it has"),
+        (".*nothing.*", r"no layer named \.\*nothing\.\*; it has"),
+    ],
+)
+def test_layers_that_are_not_there_are_named(plain_llama: Path, targets: list[str] | str, said: str) -> None:
     """Before anything is trained."""
-    with pytest.raises(ModelError, match=r"policy\.lora\.target_modules: .* no layer named nothing; it has .*q_proj"):
-        LanguagePolicy.load(plain_llama, SETTINGS, lora=LORA.model_copy(update={"target_modules": ["nothing"]}))
+    with pytest.raises(ModelError, match=rf"policy\.lora\.target_modules: {plain_llama} has {said}"):
+        LanguagePolicy.load(plain_llama, SETTINGS, lora=LORA.model_copy(update={"target_modules": targets}))
+
+
+def test_layers_may_be_named_as_peft_reads_them(plain_llama: Path) -> None:
+    def layers(targets: list[str] | str | None) -> int:
+        lora = LORA.model_copy(update={"target_modules": targets})
+        policy = LanguagePolicy.load(plain_llama, SETTINGS, lora=lora).trainable_copy()
+        return len(policy.trainable_parameters()) // 2
+
+    assert layers("all-linear") == layers(None) == 14
+    assert layers(r".*\.layers\.0\..*_proj") == 7
+    assert layers(["q_proj", "lm_head"]) == 3
+    with pytest.raises(ConfigError, match="is no regular expression"):
+        load_config(overrides={"policy.lora.target_modules": "*proj"})
+
+
+def test_adapters_of_layers_that_cannot_carry_them_are_refused_at_load(
+    talks: list[Conversation], tmp_path: Path
+) -> None:
+    """peft refuses some layers, and an adapter of a tied one would change two when it is merged."""
+    path = made(tmp_path / "mamba", "mamba", talks, hidden_size=16, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ModelError, match="'out_proj' is incompatible with Mamba"):
+        LanguagePolicy.load(path, SETTINGS, lora=LORA)
+    tied = save_model(tmp_path / "tied", "qwen2", messages(talks))
+    for layer in ("lm_head", "embed_tokens"):
+        with pytest.raises(ModelError, match=f"{tied}: an adapter of {layer} cannot be merged, since .* shares"):
+            LanguagePolicy.load(tied, SETTINGS, lora=LORA.model_copy(update={"target_modules": [layer, "q_proj"]}))
+    untied = LanguagePolicy.load(peft_directory(tmp_path / "saved", tied, targets=["lm_head"]), SETTINGS)
+    untied.save(tmp_path / "merged")  # peft kept the head's own weights, so nothing is shared
+    table, again = encoded(untied, talks), LanguagePolicy.load(tmp_path / "merged")
+    assert np.allclose(again.score(table), untied.score(table), atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -775,6 +813,12 @@ def test_a_reserved_token_of_the_model_is_the_abstain_action_in_one_token(
         assert said == Suggestion("", "abstained", -2.0)
         prompts = prompts_of(policy, talks[:1])
         assert np.isfinite(policy.score(table_of(prompts[:1], [policy.renderer.response(ABSTAIN)]))).all()
+
+
+def test_an_abstain_action_that_ends_the_response_is_refused(plain_llama: Path) -> None:
+    for text in ("<|end|>", "no <|end|>"):
+        with pytest.raises(ModelError, match=r"policy\.abstain '.*' holds the token that ends a response"):
+            LanguagePolicy.load(plain_llama, replace(SETTINGS, abstain=text))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

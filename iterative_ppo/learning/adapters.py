@@ -15,11 +15,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from iterative_ppo.config import LoRAConfig
-from iterative_ppo.errors import ModelError
+from iterative_ppo.errors import ModelError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ALL_LINEAR = "all-linear"
 LINEAR = (torch.nn.Linear, Conv1D)
 
 
@@ -62,26 +63,64 @@ def switched(model: PreTrainedModel, adapter: str | None) -> Iterator[PreTrained
 
 
 def check(model: PreTrainedModel, config: LoRAConfig) -> None:
-    """Raise `add`'s ModelError before there is anything to train."""
-    from peft.tuners.tuners_utils import check_target_module_exists
+    """Put an adapter into a copy without weights, before there is anything to train.
 
-    how = _peft_config(model, config)
-    if config.target_modules and not any(check_target_module_exists(how, name) for name, _ in model.named_modules()):
-        names = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, LINEAR)})
+    Raises ModelError where the model has no layer of a name in `policy.lora.target_modules`, where peft refuses a
+    layer, or where `check_apart` does.
+    """
+    trial, how = _without_weights(model), _peft_config(model, config)
+    refusal = None
+    try:
+        _inject(trial, how, "trial")
+    except ModelError as error:
+        refusal = error
+    if config.target_modules and (absent := _absent(model, how)):
+        linear = sorted({_last(name) for name, part in model.named_modules() if isinstance(part, LINEAR)})
+        hint = "" if isinstance(config.target_modules, str) else did_you_mean(absent[0], linear)
         raise ModelError(
-            f"policy.lora.target_modules: {model.name_or_path or model.config.model_type} has no layer named "
-            f"{' or '.join(config.target_modules)}; it has {', '.join(names)}"
+            f"policy.lora.target_modules: {_name(model)} has no layer named {' or '.join(absent)}{hint}; "
+            f"it has {', '.join(linear)}"
+        )
+    if refusal:
+        raise refusal
+    check_apart(trial)
+
+
+def check_apart(model: PreTrainedModel) -> None:
+    """Raise ModelError where an adapter's layer shares its weights with another, as a tied vocabulary head does.
+
+    The adapter changes what that layer alone says; merged into the weights, it would change both.
+    """
+    owners: dict[torch.nn.Parameter, set[torch.nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(module)
+    adapted = {layer.get_base_layer(): name for name, layer in model.named_modules() if layer in set(_layers(model))}
+    shared = sorted({_last(adapted[m]) for some in owners.values() if len(some) > 1 for m in some if m in adapted})
+    if shared:
+        raise ModelError(
+            f"{_name(model)}: an adapter of {', '.join(shared)} cannot be merged, since the layer shares its weights "
+            "with another (tied embeddings); leave it out of policy.lora.target_modules, or untie the weights"
         )
 
 
 def add(model: PreTrainedModel, config: LoRAConfig, start: str | None) -> str:
     """Put a new adapter into the model and switch it on: a copy of the adapter `start`, or one that changes nothing.
 
-    Raises ModelError where the model has no layer of the names in `policy.lora.target_modules`.
+    Raises ModelError where peft refuses a layer; what `check` says of it first is plainer.
     """
     name = f"adapter{len(model.peft_config) if has_adapters(model) else 0}"
-    how = copy.deepcopy(model.peft_config[start]) if start else _peft_config(model, config)
     before = set(model.parameters())
+    _inject(model, copy.deepcopy(model.peft_config[start]) if start else _peft_config(model, config), name)
+    for parameter in set(model.parameters()) - before:
+        parameter.data = parameter.data.float()
+    if start:
+        _copy_weights(model, start, name)
+    switch(model, name)
+    return name
+
+
+def _inject(model: PreTrainedModel, how: Any, name: str) -> None:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a second adapter, which is what we want
@@ -89,12 +128,32 @@ def add(model: PreTrainedModel, config: LoRAConfig, start: str | None) -> str:
             model.add_adapter(how, name)
     except ValueError as error:
         raise ModelError(f"policy.lora.target_modules: {' '.join(str(error).split())[:300]}") from None
-    for parameter in set(model.parameters()) - before:
-        parameter.data = parameter.data.float()
-    if start:
-        _copy_weights(model, start, name)
-    switch(model, name)
-    return name
+
+
+def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the layers, on the meta device, sharing what the model shares."""
+    memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo | {id(b): b.to("meta") for b in model.buffers()})
+
+
+def _absent(model: PreTrainedModel, how: Any) -> list[str]:
+    """Targets that no layer has; peft keeps as targets what it has not made parameters of experts."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if isinstance(how.target_modules, str):
+        every = how.target_modules.lower() == ALL_LINEAR
+        found = every or any(check_target_module_exists(how, name) for name, _ in model.named_modules())
+        return [] if found else [how.target_modules]
+    names = {f".{name}" for name, _ in model.named_modules()}
+    return [t for t in sorted(how.target_modules) if not any(name.endswith(f".{t}") for name in names)]
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.name_or_path or str(model.config.model_type)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def as_float32(model: PreTrainedModel) -> None:
@@ -143,7 +202,7 @@ def _peft_config(model: PreTrainedModel, config: LoRAConfig) -> Any:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.target_modules or "all-linear",
+        target_modules=config.target_modules or ALL_LINEAR,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
 

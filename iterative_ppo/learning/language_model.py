@@ -122,6 +122,7 @@ class LanguagePolicy:
             settings = _read_settings(Path(path) / SETTINGS)
         loading.check_fits(model, tokenizer, settings.max_prompt_tokens + settings.max_response_tokens)
         adapters.as_float32(model)
+        adapters.check_apart(model)
         model.get_output_embeddings().float()
         adapter = adapters.current(model)
         if lora and adapter and adapters.rank_of(model, adapter) != lora.rank:

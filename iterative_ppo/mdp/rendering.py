@@ -86,8 +86,8 @@ class Renderer:
     `eos` ends a response: the token with which the chat template ends an assistant's turn, else the end of sequence.
     `ordinary` are the ids of tokens that are not special.
 
-    Raises ModelError where the tokenizer has no end of sequence or cannot spell `abstain`, or its chat template fails
-    on a plain conversation.
+    Raises ModelError where the tokenizer has no end of sequence or cannot spell `abstain` before it, or its chat
+    template fails on a plain conversation.
     """
 
     def __init__(
@@ -115,6 +115,11 @@ class Renderer:
             raise ModelError(
                 f"{tokenizer.name_or_path}: its tokens cannot spell policy.abstain {abstain!r}, and read it back as "
                 f"{written!r}; choose one in its alphabet"
+            )
+        if self.eos in self.ids(abstain):
+            raise ModelError(
+                f"{tokenizer.name_or_path}: policy.abstain {abstain!r} holds the token that ends a response, so "
+                "it could never be said; choose another text"
             )
 
     def _end_of_turn(self) -> int:
