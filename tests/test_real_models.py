@@ -815,6 +815,38 @@ def test_a_reserved_token_of_the_model_is_the_abstain_action_in_one_token(
         assert np.isfinite(policy.score(table_of(prompts[:1], [policy.renderer.response(ABSTAIN)]))).all()
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_token_that_is_never_written_needs_no_row(talks: list[Conversation], chat: bool, tmp_path: Path) -> None:
+    """As Gemma 3's token for images; one that texts or the chat template hold needs one."""
+    path = save_model(tmp_path / "model", "gemma2", messages(talks), chat=chat)
+    rows = AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight.shape[0]
+
+    def add(*tokens: str, special: bool) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.add_tokens(list(tokens), special_tokens=special)
+        tokenizer.save_pretrained(path)
+
+    add(*(f"<|{k}|>" for k in range(rows - len(AutoTokenizer.from_pretrained(path)))), special=True)
+    add("<image_soft_token>", special=True)
+    policy = LanguagePolicy.load(path, SETTINGS)
+    assert max(policy.tokenizer.get_vocab().values()) == rows
+    asking = replace(talks[0].turns[0], customer_message="<image_soft_token> what is this?")
+    prompts = prompts_of(policy, [replace(talks[0], turns=(asking, *talks[0].turns[1:])), *talks])
+    responses = policy.respond(prompts, seed=0)
+    assert np.allclose(policy.score(table_of(prompts, responses.tokens)), responses.logprobs, atol=2e-4)
+    refused = [replace(SETTINGS, abstain="<image_soft_token>")]
+    if chat:
+        with_template("{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}<image_soft_token>")(path)
+        refused.append(SETTINGS)
+    for settings in refused:
+        with pytest.raises(ModelError, match=f"texts hold token ids up to {rows}, the model embeds {rows}"):
+            LanguagePolicy.load(path, settings)
+    with_template("{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}")(path)
+    add("worded", special=False)
+    with pytest.raises(ModelError, match=f"texts hold token ids up to {rows + 1}, the model embeds {rows}"):
+        LanguagePolicy.load(path, SETTINGS)
+
+
 def test_an_abstain_action_that_ends_the_response_is_refused(plain_llama: Path) -> None:
     for text in ("<|end|>", "no <|end|>"):
         with pytest.raises(ModelError, match=r"policy\.abstain '.*' holds the token that ends a response"):

@@ -120,7 +120,7 @@ class LanguagePolicy:
         model, tokenizer = loading.load_causal_lm(path, torch.bfloat16 if half else torch.float32)
         if settings is None:
             settings = _read_settings(Path(path) / SETTINGS)
-        loading.check_fits(model, tokenizer, settings.max_prompt_tokens + settings.max_response_tokens)
+        loading.check_fits(model, str(path), settings.max_prompt_tokens + settings.max_response_tokens)
         adapters.as_float32(model)
         adapters.check_apart(model)
         model.get_output_embeddings().float()
@@ -133,6 +133,7 @@ class LanguagePolicy:
         if lora and not adapter:
             adapters.check(model, lora)
         policy = cls(model.to(device), tokenizer, settings, adapter, lora)
+        loading.check_rows(model, str(path), policy.renderer.ids_in_use() | {policy.pad})
         _ = policy.abilities  # now, so that a model that cannot serve is refused before anything is done with it
         return policy
 

@@ -69,20 +69,27 @@ def context(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
-    """Raise ModelError where a prompt with its response, or the vocabulary, is more than the model takes."""
-    name, limit = tokenizer.name_or_path, context(model)
+def check_fits(model: PreTrainedModel, name: str, tokens: int) -> None:
+    """Raise ModelError where a prompt with its response is more than the model reads."""
+    limit = context(model)
     if limit and tokens > limit:
         raise ModelError(
             f"{name}: its context is {limit} tokens, but policy.max_prompt_tokens + policy.max_response_tokens is "
             f"{tokens}; lower them"
         )
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
+
+
+def check_rows(model: PreTrainedModel, name: str, ids: set[int]) -> None:
+    """Raise ModelError where the model has no row for one of the ids that its texts hold.
+
+    A tokenizer may know more: Gemma's has a token for images that its text models do not embed.
+    """
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    rows, largest = min(layer.weight.shape[0] for layer in layers), max(ids)
     if largest >= rows:
         raise ModelError(
-            f"{name}: the tokenizer has token ids up to {largest}, the model embeds {rows}; they do not match"
+            f"{name}: texts hold token ids up to {largest}, the model embeds {rows}; they do not match, so take the "
+            "tokenizer that the model was trained with"
         )
 
 

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.errors import ModelError
-from iterative_ppo.mdp.conversation import Conversation, State, Suggestion, Turn, same_words
+from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, State, Suggestion, Turn, same_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,11 +145,21 @@ class Renderer:
     @cached_property
     def _takes_system(self) -> bool:
         """Whether the chat template writes a system's message; some refuse it or leave it out."""
-        said = [{"role": "system", "content": "INSTRUCTION"}, {"role": "user", "content": "a"}]
         try:
-            return "INSTRUCTION" in self._templated(said, add_generation_prompt=True)
+            return "INSTRUCTION" in self._instructed()
         except ModelError:
             return False
+
+    def _instructed(self) -> str:
+        said = [{"role": "system", "content": "INSTRUCTION"}, {"role": "user", "content": "a"}]
+        return self._templated(said, add_generation_prompt=True)
+
+    def ids_in_use(self) -> set[int]:
+        """Ids that a prompt or a response may hold: all ordinary ones, and the special ones that rendering writes."""
+        written = self._state(State((Turn("a", (), ABSTAIN, "a"),), "a", "a"))
+        labels = {i for text in self._labels.values() for i in self.ids(text)}
+        system = self.ids(self._instructed()) if self.tokenizer.chat_template and self._takes_system else ()
+        return self.ordinary | {self.eos, *self._first, *self.ids(self.abstain), *written, *labels, *system}
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text without special tokens, remembered for a while."""
