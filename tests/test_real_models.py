@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from real_models import ADD_FIRST, ENDS, FAMILIES, SETTINGS, SIZES, build_tokenizer, save_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from iterative_ppo.config import LoRAConfig, RuntimeConfig, load_config
@@ -384,6 +385,14 @@ def test_registered_adapters_load(base: LanguagePolicy, tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(StoreError, match="adapters does not load"):
         check_loads(POLICY, tmp_path, "adapters")
+
+
+def test_pickled_adapters_are_not_read(plain_llama: Path, tmp_path: Path) -> None:
+    path = peft_directory(tmp_path, plain_llama)
+    torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"its weights are pickles, .* save them as safetensors"):
+        LanguagePolicy.load(path, SETTINGS)
 
 
 def test_adapters_without_their_base_say_which_it_was(talks: list[Conversation], tmp_path: Path) -> None:
@@ -874,11 +883,40 @@ def without_head(path: Path) -> None:
     AutoModel.from_pretrained(path).save_pretrained(path)
 
 
-def with_broken_weights(path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.fill_(torch.nan)
-    model.save_pretrained(path)
+def with_broken_weights(layer: str) -> Callable[[Path], None]:
+
+    def change(path: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        with torch.no_grad():
+            model.get_submodule(layer).weight[300, 3] = torch.inf
+        model.save_pretrained(path)
+
+    return change
+
+
+def with_config(**values: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | values))
+
+    return change
+
+
+def with_file(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_bytes(content) and None
+
+
+def with_pickled_weights(content: bytes | None) -> Callable[[Path], None]:
+    """Of the very model, or of anything."""
+
+    def change(path: Path) -> None:
+        weights = AutoModelForCausalLM.from_pretrained(path).state_dict()
+        (path / "model.safetensors").unlink()
+        if content is None:
+            torch.save(weights, path / "pytorch_model.bin")
+        else:
+            (path / "pytorch_model.bin").write_bytes(content)
+
+    return change
 
 
 def another_model(kind: str, **sizes: Any) -> Callable[[Path], None]:
@@ -902,7 +940,16 @@ BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head
         pytest.param(shutil.rmtree, "no such directory", id="not there"),
         pytest.param(encoder_decoder, "not a causal language model", id="encoder and decoder"),
         pytest.param(another_model("bert", **BERT), "depends on what follows", id="reads both ways"),
-        pytest.param(with_broken_weights, "its logits are not numbers", id="broken weights"),
+        pytest.param(with_broken_weights("lm_head"), r"weight lm_head\.weight holds .* not finite", id="head"),
+        pytest.param(with_broken_weights("model.embed_tokens"), r"weight model.embed_tokens.weight holds", id="row"),
+        pytest.param(with_config(hidden_size="16"), "not a causal language model .*hidden_size", id="size in words"),
+        pytest.param(with_config(num_attention_heads=3), "not a causal language model .*hidden", id="heads"),
+        pytest.param(with_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
+                     "not a causal language model .*GPTQ", id="quantized"),
+        pytest.param(with_file("generation_config.json", b"[]"), "not a causal language model", id="generation"),
+        pytest.param(with_file("config.json", b"[]"), "not a causal language model", id="no configuration"),
+        pytest.param(with_pickled_weights(b"garbage"), "pickles, .* save them as safetensors", id="garbage"),
+        pytest.param(with_pickled_weights(None), "its weights are pickles", id="pickled"),
         pytest.param(without_head, "its weights lack lm_head", id="no vocabulary head"),
         pytest.param(without_eos, "no end-of-sequence token; set eos_token", id="no end of sequence"),
         pytest.param(another_model("llama", **SIZES | {"vocab_size": 100}), "token ids up to 329, the model embeds 100",
@@ -925,3 +972,22 @@ def test_a_model_that_cannot_serve_is_refused_in_one_line(
         LanguagePolicy.load(path, SETTINGS)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("lost", ["score.weight", "layers.1"])
+def test_a_q_without_all_its_weights_is_refused(plain_llama: Path, tmp_path: Path, lost: str) -> None:
+    """Nothing is filled at random; nor is a Q read whose weights are no numbers."""
+    q_of(LanguagePolicy.load(plain_llama, SETTINGS)).save(tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+
+    def written(changed: dict[str, torch.Tensor]) -> None:
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    written({name: weight for name, weight in kept.items() if lost not in name})
+    with pytest.raises(ModelError, match=rf"{tmp_path}: its weights lack .*{lost}.* expected .* a saved Q-model"):
+        QModel.load(tmp_path)
+    written({name: weight * (torch.nan if lost in name else 1.0) for name, weight in kept.items()})
+    with pytest.raises(ModelError, match=rf"{tmp_path}: its weight .*{lost}.* not finite"):
+        QModel.load(tmp_path)
+    written(kept)
+    assert QModel.load(tmp_path).settings.heads == 1

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from iterative_ppo.errors import ModelError, StoreError
@@ -35,20 +34,47 @@ def load_causal_lm(path: Path | str, dtype: torch.dtype) -> tuple[Any, PreTraine
     source = str(Path(path).resolve()) if there else str(path)
     if not there and (Path(path).is_absolute() or source.startswith((".", "~"))):
         raise ModelError(f"{path}: no such directory; expected the path or the name of a causal language model")
+    _check_no_pickles(Path(path))
     _check_base(Path(path))
-    auto: Any = AutoModelForCausalLM
-    try:
-        model, info = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: not a causal language model that can be loaded offline ({reason})") from None
+    what = "a causal language model that can be loaded offline"
+    model = with_weights(AutoModelForCausalLM, source, path, dtype, what)
+    return model, tried(lambda: AutoTokenizer.from_pretrained(source), path, what)
+
+
+def with_weights(kind: Any, source: str, path: Path | str, dtype: torch.dtype, what: str) -> Any:
+    """A model of a transformers class from safetensors, which cannot hold code; `path` is what errors name.
+
+    Raises ModelError where it cannot be loaded, or a weight is missing or is not a number.
+    """
+    how = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+    model, info = tried(lambda: kind.from_pretrained(source, **how), path, what)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{path}: its weights lack {missing[0]} and {len(missing) - 1} more that {type(model).__name__} needs; "
-            "expected the checkpoint of a causal language model with its vocabulary head"
+            f"expected the checkpoint of {what.partition(' that ')[0]} with its head"
         )
-    return model, tokenizer
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ModelError(
+                f"{path}: its weight {name} holds values that are not finite numbers, so the file is damaged or its "
+                "training diverged; take another copy"
+            )
+    return model
+
+
+def tried(load: Callable[[], Any], path: Path | str, what: str) -> Any:
+    """What a loader of transformers gives. Raises ModelError with its reason: `path` is not `what`."""
+    try:
+        return load()
+    except Exception as error:  # a damaged file meets any of their checks, or none
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{path}: not {what} ({reason})") from None
+
+
+def _check_no_pickles(path: Path) -> None:
+    name = "adapter_model" if (path / ADAPTERS).exists() else "*"
+    if list(path.glob(f"{name}.bin")) and not list(path.glob(f"{name}.safetensors")):
+        raise ModelError(f"{path}: its weights are pickles, which may hold code; save them as safetensors")
 
 
 def _check_base(path: Path) -> None:

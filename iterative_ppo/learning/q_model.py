@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,7 +33,7 @@ from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batch
 from iterative_ppo.learning.checkpoint import load_weights, weights_of
 from iterative_ppo.learning.forward import backbone, last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
-from iterative_ppo.learning.loading import alike, holds
+from iterative_ppo.learning.loading import alike, holds, tried, with_weights
 from iterative_ppo.learning.objective import head_range, head_weights
 from iterative_ppo.learning.sharding import full
 from iterative_ppo.learning.value_scale import ValueScale
@@ -147,11 +146,8 @@ class QModel:
             settings = QSettings(**values | {"format": FORMAT})
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path / SETTINGS}: not a Q's settings ({error})") from None
-        try:
-            config = AutoConfig.from_pretrained(str(path))
-            model: Any = value_class(config).from_pretrained(str(path), dtype=torch.float32)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{path}: not a saved Q-model ({' '.join(str(error).split())[:200]})") from None
+        config = tried(lambda: AutoConfig.from_pretrained(str(path)), path, "a saved Q-model")
+        model = with_weights(value_class(config), str(path), path, torch.float32, "a saved Q-model")
         return cls(model.to(device), settings, pad)
 
     def save(self, path: Path) -> None:
