@@ -856,6 +856,30 @@ def test_a_token_that_is_never_written_needs_no_row(talks: list[Conversation], c
         LanguagePolicy.load(path, SETTINGS)
 
 
+def test_texts_that_would_depend_on_their_batch_are_refused(talks: list[Conversation], tmp_path: Path) -> None:
+    """LongRoPE's frequencies are those of the longest text."""
+    sizes = {k: v for k, v in SIZES.items() if k != "head_dim"} | {"original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"partial_rotary_factor": 1.0, "original_max_position_embeddings": 64, "factor": 10.0}
+    path = made(tmp_path, "phi3", talks, **sizes, rope_parameters=rope)
+    with pytest.raises(ModelError, match=r"beyond 64 tokens .*max_prompt_tokens \+ .* is 65; lower them"):
+        LanguagePolicy.load(path, replace(SETTINGS, max_prompt_tokens=57))
+    policy = LanguagePolicy.load(path, replace(SETTINGS, max_prompt_tokens=56))
+    prompts = prompts_of(policy, talks)
+    responses = policy.respond(prompts, seed=1)
+    alone = [policy.score(table_of([p], [r]))[0] for p, r in zip(prompts, responses.tokens, strict=True)]
+    assert np.allclose(alone, responses.logprobs, atol=2e-4)
+
+
+def test_a_context_is_known_by_any_name(talks: list[Conversation], tmp_path: Path) -> None:
+    mpt = {"d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 607}
+    with pytest.raises(ModelError, match=r"context is 607 tokens, but .* is 608; lower them"):
+        LanguagePolicy.load(made(tmp_path / "mpt", "mpt", talks, **mpt), SETTINGS)
+    xlnet = {"d_model": 16, "n_head": 2, "n_layer": 2, "d_inner": 32}
+    with pytest.raises(ModelError, match="depends on what follows"):  # which is what is wrong with it
+        LanguagePolicy.load(made(tmp_path / "xlnet", "xlnet", talks, **xlnet), SETTINGS)
+
+
 def test_an_abstain_action_that_ends_the_response_is_refused(plain_llama: Path) -> None:
     for text in ("<|end|>", "no <|end|>"):
         with pytest.raises(ModelError, match=r"policy\.abstain '.*' holds the token that ends a response"):

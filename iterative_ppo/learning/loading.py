@@ -91,17 +91,31 @@ def _check_base(path: Path) -> None:
 def context(model: PreTrainedModel) -> int | None:
     """How many tokens a model reads at most; None where its configuration sets no limit."""
     config = model.config.get_text_config()
-    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return limit
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((limit for limit in found if limit and limit > 0), None)  # XLNet says -1 where it has none
+
+
+def steady_context(model: PreTrainedModel) -> int | None:
+    """Beyond how many tokens the longest text of a batch changes how all of it is read; None where it never does.
+
+    LongRoPE (arXiv 2402.13753) has a second set of frequencies for longer texts, and takes one for the whole batch.
+    """
+    rope: dict[str, Any] = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # or a set for each kind of layer
+    limits = [part.get("original_max_position_embeddings") for part in parts if part.get("rope_type") == "longrope"]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def check_fits(model: PreTrainedModel, name: str, tokens: int) -> None:
-    """Raise ModelError where a prompt with its response is more than the model reads."""
-    limit = context(model)
+    """Raise ModelError where a prompt with its response is more than the model reads, or reads alike in any batch."""
+    asked = f"policy.max_prompt_tokens + policy.max_response_tokens is {tokens}; lower them"
+    limit, steady = context(model), steady_context(model)
     if limit and tokens > limit:
+        raise ModelError(f"{name}: its context is {limit} tokens, but {asked}")
+    if steady and tokens > steady:
         raise ModelError(
-            f"{name}: its context is {limit} tokens, but policy.max_prompt_tokens + policy.max_response_tokens is "
-            f"{tokens}; lower them"
+            f"{name}: beyond {steady} tokens its LongRoPE makes a text's log-prob depend on what else is in the batch, "
+            f"but {asked}"
         )
 
 
