@@ -511,7 +511,7 @@ def test_a_precision_or_device_that_is_not_there_is_refused() -> None:
         assert not chosen.bfloat16, "float32 on the CPU"
 
 
-def opt(path: Path, talks: list[Conversation]) -> LanguagePolicy:
+def opt(path: Path, talks: list[Conversation], **changes: Any) -> LanguagePolicy:
     """OPT drops out inside its layers, not in modules of their own."""
     tokenizer = build_tokenizer("qwen2", messages(talks), chat=False)
     sizes = {
@@ -520,12 +520,22 @@ def opt(path: Path, talks: list[Conversation]) -> LanguagePolicy:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "word_embed_proj_dim": 16,
-    }
+    } | changes
     config = AutoConfig.for_model("opt", vocab_size=len(tokenizer), max_position_embeddings=640, init_std=0.2, **sizes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return LanguagePolicy.load(path, SETTINGS)
+
+
+def test_q_has_the_width_that_the_backbone_returns(talks: list[Conversation], tmp_path: Path) -> None:
+    """OPT-350m's is half its hidden size."""
+    policy = opt(tmp_path / "model", talks, word_embed_proj_dim=8, do_layer_norm_before=False)
+    q, table = q_of(policy), encoded(policy, talks)
+    assert q.head.weight.shape == (1, 8)
+    q.save(tmp_path / "q")
+    assert np.array_equal(QModel.load(tmp_path / "q").evaluate(table).q, q.evaluate(table).q, equal_nan=True)
+    assert np.isfinite(q.evaluate(table).q).any()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "opt"])

@@ -131,9 +131,10 @@ class QModel:
         """A new Q on the backbone of a policy (or of another Q), with fresh heads."""
         config = copy.deepcopy(source.model.config)
         config.num_labels = settings.heads * settings.bins * (1 + settings.value_head)
+        kind = value_class(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = value_class(config)(config)
+            model: Any = kind(config)
         backbone(model).load_state_dict(source.backbone_state())
         return cls(model.to(source.model.device), settings, source.pad)
 
@@ -355,6 +356,21 @@ def value_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if kind not in causal_lms:
         raise ModelError(f"{config.model_type}: not a causal language model, so it can carry no Q")
     causal = causal_lms[kind]
+    with torch.device("meta"):
+        width = causal(config).get_output_embeddings().weight.shape[1]
     family = next(base for base in causal.__mro__ if base.__name__.endswith("PreTrainedModel"))
-    parts = {"config_class": kind, "__module__": causal.__module__}
-    return type(f"{causal.__name__}WithValue", (GenericForTokenClassification, family), parts)
+    parts = {"config_class": kind, "__module__": causal.__module__, "width": width}
+    return type(f"{causal.__name__}WithValue", (_WithValue, family), parts)
+
+
+class _WithValue(GenericForTokenClassification):
+    """A head as wide as the vocabulary's; OPT-350m's backbone returns less than its hidden size."""
+
+    width: int
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        own: Any = self
+        if own.score.in_features != self.width:
+            own.score = torch.nn.Linear(self.width, config.num_labels, bias=own.score.bias is not None)
+            own._init_weights(own.score)

@@ -35,7 +35,8 @@ def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
     """Raise TrainingError where there is no prompt, ModelError where one leaves its response no room in the context."""
     if not prompts:
         raise TrainingError("no prompt to improve on")
-    limit, room = loading.context(policy.model), policy.settings.max_response_tokens
+    limit, room = loading.steady_context(policy.model), policy.settings.max_response_tokens
+    limit = limit or loading.context(policy.model)
     lengths = prompt_lengths(prompts)
     longest = int(lengths.argmax())
     if limit and lengths[longest] + room > limit:
