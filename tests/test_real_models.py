@@ -309,7 +309,7 @@ def test_adapters_and_merged_weights_are_the_same_policy(
 def peft_directory(path: Path, base: Path, targets: Sequence[str] = ("q_proj", "v_proj"), **how: Any) -> Path:
     """Adapters as peft itself saves them, trained a little, with the base's tokenizer."""
     plain = AutoModelForCausalLM.from_pretrained(base)
-    model = get_peft_model(plain, LoraConfig(r=2, target_modules=list(targets), **how))
+    model = get_peft_model(plain, LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), **how))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -403,10 +403,34 @@ def test_adapters_without_their_base_say_which_it_was(talks: list[Conversation],
         LanguagePolicy.load(tmp_path / "policy")
 
 
-def test_another_rank_than_the_saved_one_is_refused(base: LanguagePolicy, tmp_path: Path) -> None:
+def test_adapters_know_the_weights_of_their_base(talks: list[Conversation], tmp_path: Path) -> None:
+    """Others under the same path are refused; the same ones, written anew, are not."""
+    path, saved = save_model(tmp_path / "base", "llama", messages(talks)), tmp_path / "policy"
+    nudged(LanguagePolicy.load(path, SETTINGS, lora=LORA), 0).save(saved, "adapters")
+    nudged(LanguagePolicy.load(saved, lora=LORA), 1).save(tmp_path / "next", "adapters")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(path)
+    assert LanguagePolicy.load(saved).settings == LanguagePolicy.load(tmp_path / "next").settings == SETTINGS
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 0.1
+    model.save_pretrained(path)
+    for version in (saved, tmp_path / "next"):
+        with pytest.raises(ModelError, match=f"{version}: adapters of {path}, whose weights are not those"):
+            LanguagePolicy.load(version)
+    shutil.copytree(saved, tmp_path / "old")
+    settings = json.loads((saved / "policy.json").read_text())
+    settings.pop("base_weights")
+    (tmp_path / "old" / "policy.json").write_text(json.dumps(settings))
+    LanguagePolicy.load(tmp_path / "old")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("rank", 2), ("alpha", 4)])
+def test_another_rank_or_scale_than_the_saved_one_is_refused(
+    base: LanguagePolicy, name: str, kept: int, tmp_path: Path
+) -> None:
     nudged(base, 0).save(tmp_path, "adapters")
-    with pytest.raises(ModelError, match=r"adapters of rank 2, policy\.lora\.rank is 8"):
-        LanguagePolicy.load(tmp_path, lora=LORA.model_copy(update={"rank": 8}))
+    with pytest.raises(ModelError, match=rf"adapters of {name} {kept}, policy\.lora\.{name} is 8; keep the {name}"):
+        LanguagePolicy.load(tmp_path, lora=LORA.model_copy(update={name: 8}))
 
 
 @pytest.mark.parametrize(

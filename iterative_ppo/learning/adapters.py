@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,9 +182,15 @@ def merged(model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
     return plain.requires_grad_(True)
 
 
-def rank_of(model: PreTrainedModel, adapter: str) -> int:
-    config: Any = model.peft_config[adapter]
-    return int(config.r)
+def check_same(model: PreTrainedModel, adapter: str, config: LoRAConfig, path: Path | str) -> None:
+    """Raise ModelError where an adapter that is to be trained on is not what `policy.lora` says."""
+    how: Any = model.peft_config[adapter]
+    for name, found, wanted in (("rank", how.r, config.rank), ("alpha", how.lora_alpha, config.alpha)):
+        if found != wanted:
+            raise ModelError(
+                f"{path}: holds adapters of {name} {found}, policy.lora.{name} is {wanted}; "
+                f"keep the {name}, or save policies merged"
+            )
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:

@@ -38,6 +38,8 @@ __all__ = ["INFERENCE_TOKENS", "SETTINGS", "LanguagePolicy", "PolicySettings", "
 logging.disable_progress_bar()  # a bar for each loaded shard would hide ours
 
 SETTINGS = "policy.json"
+BASE = "base_weights"
+"""Of a version that is adapters, beside its settings: the hash of the weights that they were trained on."""
 FORMAT = 1
 INFERENCE_TOKENS = 32_768
 
@@ -118,6 +120,7 @@ class LanguagePolicy:
         lora = lora if lora and lora.rank else None
         half = lora is not None and runtime.current().bfloat16  # frozen weights need no more; trained ones do
         model, tokenizer = loading.load_causal_lm(path, torch.bfloat16 if half else torch.float32)
+        _check_base(Path(path))
         if settings is None:
             settings = _read_settings(Path(path) / SETTINGS)
         loading.check_fits(model, str(path), settings.max_prompt_tokens + settings.max_response_tokens)
@@ -125,11 +128,8 @@ class LanguagePolicy:
         adapters.check_apart(model)
         model.get_output_embeddings().float()
         adapter = adapters.current(model)
-        if lora and adapter and adapters.rank_of(model, adapter) != lora.rank:
-            raise ModelError(
-                f"{path}: holds adapters of rank {adapters.rank_of(model, adapter)}, policy.lora.rank is {lora.rank}; "
-                "keep the rank, or save policies merged"
-            )
+        if lora and adapter:
+            adapters.check_same(model, adapter, lora, path)
         if lora and not adapter:
             adapters.check(model, lora)
         policy = cls(model.to(device), tokenizer, settings, adapter, lora)
@@ -149,10 +149,12 @@ class LanguagePolicy:
         if weights == "adapters" and self.adapter:
             with self.active(), torch.no_grad():
                 self.model.save_pretrained(path)
+            base = {BASE: loading.base_weights(path)}
         else:
             self._plain_model().save_pretrained(path)
+            base = {}
         self.tokenizer.save_pretrained(path)
-        write_json(path / SETTINGS, asdict(self.settings))
+        write_json(path / SETTINGS, asdict(self.settings) | base)
 
     @cached_property
     def abilities(self) -> loading.Abilities:
@@ -330,7 +332,20 @@ def _rows(model: PreTrainedModel) -> int:
 
 
 def _read_settings(path: Path) -> PolicySettings:
+    values = read_settings(path, FORMAT)
     try:
-        return PolicySettings(**read_settings(path, FORMAT))
+        return PolicySettings(**{name: value for name, value in values.items() if name != BASE})
     except TypeError as error:
         raise StoreError(f"{path}: not a policy's settings ({error})") from None
+
+
+def _check_base(path: Path) -> None:
+    """Raise ModelError where other weights lie where the base of a version's adapters was."""
+    if not (path / SETTINGS).exists() or loading.base_of(path) is None:
+        return
+    known = read_settings(path / SETTINGS, FORMAT).get(BASE)
+    if known and known != loading.base_weights(path):
+        raise ModelError(
+            f"{path}: adapters of {loading.base_of(path)}, whose weights are not those that they were trained on; "
+            "put those back, or make the policy anew, saved merged if the base is to change"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from iterative_ppo.errors import ModelError, StoreError
-from iterative_ppo.files import read_json
+from iterative_ppo.files import content_hash, fingerprint, read_json
 from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
 from iterative_ppo.learning.sampling import CachedReader, right_padded
 
@@ -78,14 +79,38 @@ def _check_no_pickles(path: Path) -> None:
 
 
 def _check_base(path: Path) -> None:
+    base = base_of(path)
+    if base and base.is_absolute() and not base.exists():
+        raise ModelError(f"{path}: adapters of {base}, which is not there; put the base back, or save policies merged")
+
+
+def base_of(path: Path) -> Path | None:
+    """The model that a directory of adapters names, by path or by name; None where it holds none or names none.
+
+    Raises ModelError where its configuration is none of peft's.
+    """
     if not (path / ADAPTERS).exists():
-        return
+        return None
     try:
         base = read_json(path / ADAPTERS).get("base_model_name_or_path")
     except (StoreError, AttributeError) as error:
         raise ModelError(f"{path / ADAPTERS}: not a peft configuration ({error})") from None
-    if base and Path(base).is_absolute() and not Path(base).exists():
-        raise ModelError(f"{path}: adapters of {base}, which is not there; put the base back, or save policies merged")
+    return Path(base) if base else None
+
+
+def base_weights(path: Path) -> str | None:
+    """The hash of the weights below a directory of adapters; None where they are in no directory here."""
+    base = base_of(path)
+    if base is None or not base.is_dir():
+        return None
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("*.safetensors"))]
+    return _hash_of(tuple(files))
+
+
+@lru_cache(maxsize=8)
+def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Of files as they were at a time: a large base is read once by a process."""
+    return fingerprint([content_hash(Path(name)) for name, _, _ in files])
 
 
 def context(model: PreTrainedModel) -> int | None:
