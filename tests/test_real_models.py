@@ -363,9 +363,16 @@ def test_experts_carry_adapters(family: str, talks: list[Conversation], tmp_path
         assert np.array_equal(policy.score(table), scores[k], equal_nan=True)
         for kind in ("merged", "adapters"):
             policy.save(tmp_path / kind, kind)  # type: ignore[arg-type]
-            again = LanguagePolicy.load(tmp_path / kind)
-            assert np.allclose(again.score(table), scores[k], atol=1e-3, equal_nan=True)
+            again = LanguagePolicy.load(tmp_path / kind, lora=LORA)
+            for same in (again, again.trainable_copy()):
+                assert np.allclose(same.score(table), scores[k], atol=1e-3, equal_nan=True)
             shutil.rmtree(tmp_path / kind)
+
+
+def test_adapters_that_replace_whole_layers_are_refused(plain_llama: Path, tmp_path: Path) -> None:
+    path = peft_directory(tmp_path, plain_llama, modules_to_save=["lm_head"])
+    with pytest.raises(ModelError, match=rf"{path}: its adapters replace lm_head too .* merge them by peft"):
+        LanguagePolicy.load(path, SETTINGS)
 
 
 def test_a_base_saved_as_adapters_changes_nothing(

@@ -84,10 +84,23 @@ def check(model: PreTrainedModel, config: LoRAConfig) -> None:
         )
     if refusal:
         raise refusal
-    check_apart(trial)
+    check_apart(trial, _name(model))
 
 
-def check_apart(model: PreTrainedModel) -> None:
+def check_loaded(model: PreTrainedModel, name: str) -> None:
+    """Raise ModelError where what came with a directory of adapters cannot be copied or merged into the weights."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    whole = sorted({_last(n) for n, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)})
+    if whole:
+        raise ModelError(
+            f"{name}: its adapters replace {', '.join(whole)} too (modules_to_save or trainable tokens), which "
+            "is not kept here; merge them by peft's merge_and_unload, and name what that saves"
+        )
+    check_apart(model, name)
+
+
+def check_apart(model: PreTrainedModel, name: str) -> None:
     """Raise ModelError where an adapter's layer shares its weights with another, as a tied vocabulary head does.
 
     The adapter changes what that layer alone says; merged into the weights, it would change both.
@@ -96,12 +109,13 @@ def check_apart(model: PreTrainedModel) -> None:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, set()).add(module)
-    adapted = {layer.get_base_layer(): name for name, layer in model.named_modules() if layer in set(_layers(model))}
+    layers = set(_layers(model))
+    adapted = {layer.get_base_layer(): place for place, layer in model.named_modules() if layer in layers}
     shared = sorted({_last(adapted[m]) for some in owners.values() if len(some) > 1 for m in some if m in adapted})
     if shared:
         raise ModelError(
-            f"{_name(model)}: an adapter of {', '.join(shared)} cannot be merged, since the layer shares its weights "
-            "with another (tied embeddings); leave it out of policy.lora.target_modules, or untie the weights"
+            f"{name}: an adapter of {', '.join(shared)} cannot be merged, since the layer shares its weights with "
+            "another (tied embeddings); leave it out of policy.lora.target_modules, or untie the weights"
         )
 
 
@@ -125,6 +139,7 @@ def _inject(model: PreTrainedModel, how: Any, name: str) -> None:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a second adapter, which is what we want
+            warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)  # of experts, untrue
             torch.manual_seed(0)
             model.add_adapter(how, name)
     except ValueError as error:

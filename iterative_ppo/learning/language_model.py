@@ -125,7 +125,7 @@ class LanguagePolicy:
             settings = _read_settings(Path(path) / SETTINGS)
         loading.check_fits(model, str(path), settings.max_prompt_tokens + settings.max_response_tokens)
         adapters.as_float32(model)
-        adapters.check_apart(model)
+        adapters.check_loaded(model, str(path))
         model.get_output_embeddings().float()
         adapter = adapters.current(model)
         if lora and adapter:
