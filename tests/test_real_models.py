@@ -436,7 +436,7 @@ def test_another_rank_or_scale_than_the_saved_one_is_refused(
     base: LanguagePolicy, name: str, kept: int, tmp_path: Path
 ) -> None:
     nudged(base, 0).save(tmp_path, "adapters")
-    with pytest.raises(ModelError, match=rf"adapters of {name} {kept}, policy\.lora\.{name} is 8; keep the {name}"):
+    with pytest.raises(ModelError, match=rf"adapters of {name} {kept}, policy\.lora\.{name} is 8; set it to {kept}"):
         LanguagePolicy.load(tmp_path, lora=LORA.model_copy(update={name: 8}))
 
 
@@ -472,8 +472,12 @@ def test_adapters_of_layers_that_cannot_carry_them_are_refused_at_load(
 ) -> None:
     """peft refuses some layers, and an adapter of a tied one would change two when it is merged."""
     path = made(tmp_path / "mamba", "mamba", talks, hidden_size=16, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ModelError, match="'out_proj' is incompatible with Mamba"):
+    with pytest.raises(ModelError, match=f"{path} cannot carry it .*'out_proj' is incompatible with Mamba"):
         LanguagePolicy.load(path, SETTINGS, lora=LORA)
+    biased = save_model(tmp_path / "biased", "gpt2", messages(talks))
+    saved = peft_directory(tmp_path / "biases", biased, targets=["c_attn"], bias="all")
+    with pytest.raises(ModelError, match=r"cannot carry it .*only 1 adapter with bias"):
+        LanguagePolicy.load(saved, SETTINGS, lora=LORA)
     tied = save_model(tmp_path / "tied", "qwen2", messages(talks))
     for layer in ("lm_head", "embed_tokens"):
         with pytest.raises(ModelError, match=f"{tied}: an adapter of {layer} cannot be merged, since .* shares"):

@@ -143,7 +143,9 @@ def _inject(model: PreTrainedModel, how: Any, name: str) -> None:
             torch.manual_seed(0)
             model.add_adapter(how, name)
     except ValueError as error:
-        raise ModelError(f"policy.lora.target_modules: {' '.join(str(error).split())[:300]}") from None
+        raise ModelError(
+            f"policy.lora: {_name(model)} cannot carry it ({' '.join(str(error).split())[:300]})"
+        ) from None
 
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -198,14 +200,15 @@ def merged(model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
 
 
 def check_same(model: PreTrainedModel, adapter: str, config: LoRAConfig, path: Path | str) -> None:
-    """Raise ModelError where an adapter that is to be trained on is not what `policy.lora` says."""
+    """Raise ModelError where an adapter is not what `policy.lora` says, or peft makes no copy of it to train on."""
     how: Any = model.peft_config[adapter]
     for name, found, wanted in (("rank", how.r, config.rank), ("alpha", how.lora_alpha, config.alpha)):
         if found != wanted:
             raise ModelError(
                 f"{path}: holds adapters of {name} {found}, policy.lora.{name} is {wanted}; "
-                f"keep the {name}, or save policies merged"
+                f"set it to {found}, or merge the adapters into their base first"
             )
+    _inject(_without_weights(model), copy.deepcopy(how), "trial")
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:
