@@ -156,9 +156,10 @@ class Renderer:
 
     def ids_in_use(self) -> set[int]:
         """Ids that a prompt or a response may hold: all ordinary ones, and the special ones that rendering writes."""
-        written = self._state(State((Turn("a", (), ABSTAIN, "a"),), "a", "a"))
+        templated = self.tokenizer.chat_template
+        written = self._chat(State((Turn("a", (), ABSTAIN, "a"),), "a", "a")) if templated else ()
         labels = {i for text in self._labels.values() for i in self.ids(text)}
-        system = self.ids(self._instructed()) if self.tokenizer.chat_template and self._takes_system else ()
+        system = self.ids(self._instructed()) if templated and self._takes_system else ()
         return self.ordinary | {self.eos, *self._first, *self.ids(self.abstain), *written, *labels, *system}
 
     def ids(self, text: str) -> tuple[int, ...]:
