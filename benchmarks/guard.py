@@ -23,6 +23,8 @@ from iterative_ppo.evaluation.ab_test import Arm, ab_test
 from iterative_ppo.mdp.rendering import single
 
 ROLLOUTS, CONVERSATIONS, STATES, SAMPLES = 12, 1500, 400, 4
+EARLY = 3
+"""Rollouts after which success was highest in most of the runs that were made before this was asked."""
 WEAK: dict[str, Any] = {
     "q.members": 3,
     "q.judges": 2,
@@ -119,11 +121,9 @@ RULES: dict[str, Callable[[Curve], int]] = {
 
 
 def falls(curve: Curve) -> bool:
-    """Whether success ends significantly below what it was at best, at .05 over all rollouts (Bonferroni)."""
-    best, end = (
-        Arm(round(entry["success"] * CONVERSATIONS), CONVERSATIONS) for entry in (curve[hindsight(curve)], curve[-1])
-    )
-    return ab_test(end, best, 0.05).p_value < 0.05 / last(curve)
+    """Whether success ends significantly below what it was after EARLY rollouts, at .05."""
+    early, end = (Arm(round(entry["success"] * CONVERSATIONS), CONVERSATIONS) for entry in (curve[EARLY], curve[-1]))
+    return ab_test(end, early, 0.05).p_value < 0.05
 
 
 def rows_of(name: str, curves: dict[int, Curve]) -> list[dict[str, Any]]:
