@@ -108,7 +108,6 @@ def bounded(key: str, limit: float) -> Callable[[Curve], int]:
     return lambda curve: next((k for k, entry in enumerate(curve) if entry[key] > limit), len(curve)) - 1
 
 
-hindsight = top("success")
 RULES: dict[str, Callable[[Curve], int]] = {
     "no guard": last,
     "KL budget of .5 nats": bounded("kl", 0.5),
@@ -116,7 +115,7 @@ RULES: dict[str, Callable[[Curve], int]] = {
     "KL budget of 2 nats": bounded("kl", 2.0),
     "judges' gain highest": top("gain"),
     "a tenth of states worse": bounded("worse", 0.1),
-    "hindsight": hindsight,
+    "hindsight": top("success"),
 }
 
 

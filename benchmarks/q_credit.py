@@ -11,7 +11,7 @@ from benchmarks.q_cells import FITTED, Row, cell, row, sections
 from benchmarks.results_file import figure, mean_interval
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
-from iterative_ppo.mdp.turn_table import to_frame
+from iterative_ppo.mdp.turn_table import conversation_numbers, to_frame
 
 ANSWERS = ("red", "blue", "green", "grey")
 """What the assistant says in any turn, at random; the first one sells where the customer has asked."""
@@ -66,7 +66,7 @@ def decisive_turn(assigner: str, seed: int) -> dict[str, float]:
     policy, _ = fine_tune(untrained, sequences, config.supervised, seed)
     current = round_of(policy, frame, config)
     credit = credited(policy, current, [], config)
-    conversation = np.cumsum(current.last) - current.last
+    conversation = conversation_numbers(current.last)
     sold = np.bincount(conversation, current.reward) > 0
     held = np.bincount(conversation, ~current.fit) > 0
     asked = frame["customer_message"].eq(QUESTION).to_numpy(bool, na_value=False)

@@ -18,6 +18,7 @@ NAMED = (("gate", "guardrails"), ("labels", "rules"))
 WHOLE = (("outcomes",), ("exploration", "personas"))
 """Tables of users' own that are replaced whole."""
 ON_POLICY = ("monte_carlo", "td_lambda", "sarsa")
+MERGE = "tag:yaml.org,2002:merge"
 DEFAULTS = Path(__file__).resolve().parents[1] / "params.yaml"
 
 Share = Field(ge=0.0, le=1.0)
@@ -138,8 +139,8 @@ class RuleConfig(Frozen):
     @classmethod
     def _compiles(cls, pattern: str) -> str:
         _regular_expression(pattern)
-        if re.search(pattern, ""):
-            raise ValueError(f"{pattern!r} is found in every message, also in an empty one; name what has to be said")
+        if not pattern:
+            raise ValueError("'' is found in every message; name what has to be said")
         return pattern
 
     @model_validator(mode="after")
@@ -737,6 +738,8 @@ class _Once(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
         for name, _ in node.value:
+            if name.tag == MERGE:
+                continue
             key = self.construct_object(name, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice", problem_mark=name.start_mark)

@@ -71,9 +71,7 @@ def take_up(config: Config, round_number: int) -> list[Path]:
         content = content_hash(file)
         aside = config.data.root / "quarantine" / "inbox" / f"{file.stem}-{content}.parquet"
         if damage:
-            place, said = aside, f"{damage}; it is set aside as {aside}: deliver it again"
-            log.warning("inbox: %s", said)
-            notify.tell(config, "alarm", f"{file.name} arrived damaged", said)
+            place = aside
         elif (taken := _taken_before(config, round_number, file, content)) is not None:
             place = aside
             log.warning("inbox: %s is %s once more; it is set aside as %s", file.name, taken, place)
@@ -83,6 +81,10 @@ def take_up(config: Config, round_number: int) -> list[Path]:
                 place = target / f"{file.stem}-{content}.parquet"
         place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
+        if damage:
+            said = f"{damage}; it is set aside as {aside}: deliver it again"
+            log.warning("inbox: %s", said)
+            notify.tell(config, "alarm", f"{file.name} arrived damaged", said)
     return tables_in(target)
 
 
@@ -90,6 +92,8 @@ def _damage(file: Path) -> str | None:
     try:
         turn_table.check_file(file)
     except StoreError as error:
+        if getattr(error.__context__, "errno", None):  # the disk or a permission, not the file
+            raise
         return " ".join(str(error).split())
     return None
 

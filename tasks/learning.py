@@ -99,9 +99,11 @@ def initial_policy_stage(
     } | _credit(config)
     place = Path(config.policy.base_model) if config.policy.base_model else None
     if place and place.exists():  # else it is a name, and what it stands for is not here to be looked at
-        inputs["base"] = content_hash(place)
+        from iterative_ppo.learning.loading import base_weights
+
+        inputs["base"] = [content_hash(place), base_weights(place)]
     if config.q.corpus_epochs:
-        inputs |= {"reward": config.improve.reward, "outcomes": config.outcomes}
+        inputs |= {"reward": config.improve.reward, "outcomes": list(config.outcomes.items())}
         inputs["data"] = config.data.model_dump(include={"evidence_share", "split_by", "outcome_low", "outcome_high"})
     folder = round_folder(config, 0)
 
@@ -218,7 +220,7 @@ def fit_q_stage(
             q = reweighted_q(job, folder / "q", inputs, draft)
             if q is None:
                 credited = [content_hash(rewards) for rewards in draft.glob(TURN_REWARDS)]
-                with _resumable(folder / FITTING, fingerprint(inputs, credited)) as checkpoint:
+                with _resumable(folder / FITTING, fingerprint(inputs, list(config.outcomes), credited)) as checkpoint:
                     job = replace(job, checkpoint=checkpoint.part("q", UPDATES))
                     with progress("fitting Q") as report:
                         q = do(job, draft, report)

@@ -14,7 +14,7 @@ from iterative_ppo.errors import TrainingError
 from iterative_ppo.evaluation.doubts import doubts
 from iterative_ppo.evaluation.metrics import Calibration, Method, auc, calibration, r_squared, recalibration
 from iterative_ppo.files import read_json, write_json
-from iterative_ppo.mdp.turn_table import outcome_columns
+from iterative_ppo.mdp.turn_table import conversation_numbers, outcome_columns
 
 if TYPE_CHECKING:
     from iterative_ppo.learning.policy_evaluation import Round
@@ -122,7 +122,7 @@ def forecast(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, Calibr
 
 def _ended(current: Round, rewards: np.ndarray) -> np.ndarray:
     """(N, K) what the rewards (N, K) of each row's conversation sum to."""
-    number = np.cumsum(current.last) - current.last
+    number = conversation_numbers(current.last)
     return np.stack([np.bincount(number, column)[number] for column in rewards.T], axis=1)
 
 

@@ -305,7 +305,7 @@ def test_what_the_best_of_n_brought_stands_where_it_left_ppo_nothing_to_learn(
 
     monkeypatch.setattr(rounds, "improve_on_samples", certain)
     stage = night.improve()
-    assert "the best of n left ppo nothing to learn" in caplog.text
+    assert "what was learnt first left ppo nothing to learn" in caplog.text
     assert set(learning.curves(stage)) == {"best_of_n"}
     with pytest.raises(SameReward):
         night.improve(**{"improve.best_of_n.epochs": 0.0})

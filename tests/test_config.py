@@ -226,6 +226,13 @@ def test_settings_at_odds_are_refused_before_any_work(values: dict[str, object],
         load_config(None, values)
 
 
+def test_a_file_may_merge_one_mapping_into_another(tmp_path: Path) -> None:
+    a, b = "a: &a {instruction: Be short., temperature: 1.0}", "b: {<<: *a, temperature: 2.0}"
+    path = params(tmp_path, f"exploration:\n  personas:\n    {a}\n    {b}\n")
+    personas = load_config(path).exploration.personas
+    assert (personas["b"].instruction, personas["b"].temperature) == ("Be short.", 2.0)
+
+
 def test_the_range_of_outcomes_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="outcome_low must be below outcome_high") as error:
         load_config(params(tmp_path, "data:\n  outcome_low: 2\n"))

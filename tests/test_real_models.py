@@ -444,7 +444,7 @@ def test_another_rank_or_scale_than_the_saved_one_is_refused(
     ("targets", "said"),
     [
         (["nothing"], "no layer named nothing; it has .*q_proj"),
-        (["q_proj", "vproj"], r"no layer named vproj \(did you mean 'v_proj'\?\); it has"),
+        (["vproj"], r"no layer named vproj \(did you mean 'v_proj'\?\); it has"),
         (".*nothing.*", r"no layer named \.\*nothing\.\*; it has"),
     ],
 )
@@ -452,6 +452,12 @@ def test_layers_that_are_not_there_are_named(plain_llama: Path, targets: list[st
     """Before anything is trained."""
     with pytest.raises(ModelError, match=rf"policy\.lora\.target_modules: {plain_llama} has {said}"):
         LanguagePolicy.load(plain_llama, SETTINGS, lora=LORA.model_copy(update={"target_modules": targets}))
+
+
+def test_a_name_of_no_layer_beside_others_is_told(plain_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A list of names that fits several families is usual."""
+    LanguagePolicy.load(plain_llama, SETTINGS, lora=LORA.model_copy(update={"target_modules": ["q_proj", "c_attn"]}))
+    assert "has no layer named c_attn" in caplog.text and "the other names carry adapters" in caplog.text
 
 
 def test_layers_may_be_named_as_peft_reads_them(plain_llama: Path) -> None:
@@ -730,6 +736,22 @@ def test_killed_fine_tuning_ends_with_the_same_weights(
         assert figures == told
         state = weights(resumed)
         assert all(torch.equal(state[name], value) for name, value in weights(whole).items())
+
+
+@pytest.mark.parametrize("damage", [{"loss": None}, {"updates": "two"}, {"of": [3]}])
+def test_a_checkpoint_of_fine_tuning_that_was_written_into_is_an_error(
+    plain_llama: Path, talks: list[Conversation], tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    policy = LanguagePolicy.load(plain_llama, SETTINGS)
+    given = policy, encoded(policy, talks).sequences, load_config().supervised.model_copy(update={"batch_size": 2})
+    checkpoint = Checkpoint(tmp_path / "kept", "key")
+    with suppress(KeyboardInterrupt):
+        fine_tune(*given, seed=0, callbacks=[Killed(2)], checkpoint=checkpoint)
+    state = tmp_path / "kept" / "state.json"
+    kept = json.loads(state.read_text()) | damage
+    state.write_text(json.dumps({name: value for name, value in kept.items() if value is not None}))
+    with pytest.raises(StoreError, match=r"a damaged checkpoint .*remove it to begin anew"):
+        fine_tune(*given, seed=0, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -500,11 +500,11 @@ def test_table_keeps_what_is_logged(table: Callable[..., ImportedLog]) -> None:
     assert [turn.timestamp for turn in talk.turns] == [datetime(2025, 1, 31, hour, tzinfo=UTC) for hour in (10, 11)]
 
 
-def test_table_keeps_an_adoption_that_may_be(table: Callable[..., ImportedLog]) -> None:
+def test_table_keeps_the_logs_own_adoption(table: Callable[..., ImportedLog]) -> None:
     rows = [record(adoption="verbatim", business_message="hello  There!"), record(2, adoption="rejected")]
-    rows += [record(3, suggestion=None, adoption="rejected"), record(4, suggestion="", adoption="edited"), paid(5)]
+    rows += [record(3, suggestion=None, adoption="verbatim"), record(4, suggestion="", adoption="edited"), paid(5)]
     found = [turn.adoption for turn in actions(table(*rows))]
-    assert found == ["verbatim", "rejected", "rejected", "edited"]
+    assert found == ["verbatim", "rejected", "verbatim", "edited"]
 
 
 def test_table_drops_what_follows_an_outcome(table: Callable[..., ImportedLog]) -> None:
@@ -552,14 +552,25 @@ def test_table_ends_at_the_one_row_with_outcomes(table: Callable[..., ImportedLo
     assert talk.extra == {"dropped_turns": "2"}
 
 
-def test_table_sets_aside_an_outcome_on_the_way_that_is_no_turn(table: Callable[..., ImportedLog]) -> None:
-    good = [named(record(conversation_id="good")), named(paid(conversation_id="good"), 1)]
-    silent = [named(record()), named(ended(), contact=1), named(paid(3), 1)]
-    aside = the_bad(table(*good, *silent, outcomes=TWO))
-    assert (aside.field, aside.row) == ("customer_message", 4)
-    assert "null before the last row" in aside.reason
-    unanswered = [named(record()), named(paid(2), contact=1), named(paid(3), 1)]
-    assert the_bad(table(*good, *unanswered, outcomes=TWO)).field == "business_message"
+def test_table_leaves_out_an_event_on_the_way_and_keeps_its_outcome(table: Callable[..., ImportedLog]) -> None:
+    event = named(ended(), contact=1)
+    talk = only(
+        table(named(record()), event, named(record(3)), named(ended(4), contact=0.5), named(paid(5), 1), outcomes=TWO)
+    )
+    assert [turn.customer_message for turn in talk.turns] == ["hi", "hi", "paid"]
+    assert [turn.outcomes for turn in talk.turns] == [(0.0, 0.0), (0.0, 0.0), (1.0, 0.5)]
+    assert talk.extra == {"dropped_turns": "0"}
+
+
+def test_table_ends_at_an_outcome_that_nothing_can_follow(table: Callable[..., ImportedLog]) -> None:
+    unanswered = [named(record()), named(paid(2), contact=1)]
+    talk = only(table(*unanswered, named(record(3)), named(paid(4), 1), outcomes=TWO))
+    assert (talk.turns[-1], talk.extra) == (Turn("paid", (0.0, 1.0)), {"dropped_turns": "2"})
+    at_once = only(table(*unanswered, named(paid(3), 1), outcomes=TWO))
+    assert (at_once.turns[-1], at_once.extra) == (Turn("paid", (1.0, 1.0)), {"dropped_turns": "1"})
+    odd = named(paid(2, customer_message=None, business_message="Thanks"), contact=1)
+    ended_so = only(table(named(record()), odd, named(record(3)), named(paid(4), 1), outcomes=TWO))
+    assert (ended_so.turns[-1], ended_so.extra) == (Turn(None, (0.0, 1.0)), {"dropped_turns": "2"})
 
 
 def test_what_follows_an_outcome_is_told(tmp_path: Path) -> None:
@@ -634,8 +645,6 @@ def test_reasons_are_counted_without_what_was_found(table: Callable[..., Importe
         ([record(suggestion_status="missing")], "suggestion_status", 3, "does not go with"),
         ([record(adoption="liked")], "adoption", 3, "'liked'"),
         ([record(adoption="no_reply")], "adoption", 3, "does not go with"),
-        ([record(suggestion=None, adoption="verbatim")], "adoption", 3, "'verbatim' without a suggestion"),
-        ([record(suggestion=None, adoption="edited")], "adoption", 3, "'edited' without a suggestion"),
         ([record(behaviour_logprob=0.5)], "behaviour_logprob", 3, "at most 0"),
         ([record(outcome=2)], "outcome", 3, "expected 0 to 1, found 2"),
         ([record(outcome=float("nan"))], "outcome", 3, "expected a number"),

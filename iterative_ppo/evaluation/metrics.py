@@ -59,7 +59,7 @@ def recalibration(
     group: np.ndarray,
     method: Method,
     bins: int = 10,
-    draws: int = 100,
+    draws: int | None = None,
     seed: int = 0,
 ) -> Calibration:
     """The same of predictions as `recalibrated` maps them. Chance then knows that the map was fitted to few outcomes.
@@ -67,12 +67,15 @@ def recalibration(
     Under the null the mapped predictions are true: outcomes are drawn from them, and the maps fitted to those anew. So
     what a map errs by because it saw few conversations is not held against Q.
 
+    Args:
+        draws: sets of outcomes; None means 100, or fewer where a large evidence part makes each dear, 20 at least.
+
     Raises TrainingError, as `recalibrated`.
     """
     folds = _folds(group)
     mapped = _mapped(predicted, observed, folds, method)
     redrawn, null = _redraws(mapped, observed, group, seed), list[float]()
-    for _ in range(draws):
+    for _ in range(draws or min(100, max(20, 2_000_000 // len(predicted)))):
         drawn = redrawn()
         try:
             null.append(_binned(_mapped(predicted, drawn, folds, method), drawn, bins).error)
@@ -117,6 +120,7 @@ def calibrator(predicted: np.ndarray, observed: np.ndarray, method: Method) -> C
     2017, arXiv 1706.04599). Raises TrainingError where the outcomes are all equal.
     """
     from scipy.optimize import minimize_scalar
+    from scipy.special import expit
     from sklearn.isotonic import IsotonicRegression
 
     if np.ptp(observed) == 0:
@@ -134,7 +138,7 @@ def calibrator(predicted: np.ndarray, observed: np.ndarray, method: Method) -> C
         return float((np.logaddexp(0.0, scaled) - observed * scaled).mean())
 
     temperature = np.exp(minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x)
-    return lambda values: 1.0 / (1.0 + np.exp(-_logit(values) / temperature))
+    return lambda values: np.asarray(expit(_logit(values) / temperature))
 
 
 def _logit(share: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ The layers are injected by transformers' own peft integration, so that a model s
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from iterative_ppo.errors import ModelError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LOG = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 LINEAR = (torch.nn.Linear, Conv1D)
 
@@ -66,8 +68,8 @@ def switched(model: PreTrainedModel, adapter: str | None) -> Iterator[PreTrained
 def check(model: PreTrainedModel, config: LoRAConfig) -> None:
     """Put an adapter into a copy without weights, before there is anything to train.
 
-    Raises ModelError where the model has no layer of a name in `policy.lora.target_modules`, where peft refuses a
-    layer, or where `check_apart` does.
+    Raises ModelError where the model has no layer of any name in `policy.lora.target_modules`, where peft refuses a
+    layer, or where `check_apart` does; a name that it lacks beside others is told.
     """
     trial, how = _without_weights(model), _peft_config(model, config)
     refusal = None
@@ -75,13 +77,16 @@ def check(model: PreTrainedModel, config: LoRAConfig) -> None:
         _inject(trial, how, "trial")
     except ModelError as error:
         refusal = error
-    if config.target_modules and (absent := _absent(model, how)):
+    if absent := _absent(model, how) if config.target_modules else []:
         linear = sorted({_last(name) for name, part in model.named_modules() if isinstance(part, LINEAR)})
         hint = "" if isinstance(config.target_modules, str) else did_you_mean(absent[0], linear)
-        raise ModelError(
+        said = (
             f"policy.lora.target_modules: {_name(model)} has no layer named {' or '.join(absent)}{hint}; "
             f"it has {', '.join(linear)}"
         )
+        if refusal:
+            raise ModelError(said)
+        _LOG.warning("%s; the other names carry adapters", said)
     if refusal:
         raise refusal
     check_apart(trial, _name(model))
@@ -126,7 +131,7 @@ def add(model: PreTrainedModel, config: LoRAConfig, start: str | None) -> str:
     """
     name = f"adapter{len(model.peft_config) if has_adapters(model) else 0}"
     before = set(model.parameters())
-    _inject(model, copy.deepcopy(model.peft_config[start]) if start else _peft_config(model, config), name)
+    _inject(model, _copied(model, start) if start else _peft_config(model, config), name)
     for parameter in set(model.parameters()) - before:
         parameter.data = parameter.data.float()
     if start:
@@ -208,7 +213,14 @@ def check_same(model: PreTrainedModel, adapter: str, config: LoRAConfig, path: P
                 f"{path}: holds adapters of {name} {found}, policy.lora.{name} is {wanted}; "
                 f"set it to {found}, or merge the adapters into their base first"
             )
-    _inject(_without_weights(model), copy.deepcopy(how), "trial")
+    _inject(_without_weights(model), _copied(model, adapter), "trial")
+
+
+def _copied(model: PreTrainedModel, adapter: str) -> Any:
+    """The configuration of a copy of an adapter, whose first weights change nothing: its own come after."""
+    how: Any = copy.deepcopy(model.peft_config[adapter])
+    how.init_lora_weights = True
+    return how
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:

@@ -78,6 +78,8 @@ class Checkpoint:
         try:
             yield
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:  # memory, or another process
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise StoreError(f"{self.path}: a damaged checkpoint ({reason}); remove it to begin anew") from None
 

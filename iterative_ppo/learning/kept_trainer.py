@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,22 @@ from iterative_ppo.learning.language_model import LanguagePolicy
 DIVERGED = "supervised fine-tuning diverged (loss {}); lower supervised.learning_rate"
 
 
+@dataclass(frozen=True)
+class Done:
+    """How far a training has come: updates, of how many, the sum of their losses, and whether an epoch is begun."""
+
+    updates: int = 0
+    of: int = 1
+    loss: float = 0.0
+    within_epoch: bool = False
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Done:
+        """What `asdict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        kept = int(values["updates"]), int(values["of"]), float(values["loss"]), bool(values["within_epoch"])
+        return cls(*kept)
+
+
 class KeptTrainer:
     """Laid over a trainer of `policy`'s model: where it reads a checkpoint of its own, it reads ours.
 
@@ -36,20 +53,24 @@ class KeptTrainer:
         self, policy: LanguagePolicy, checkpoint: Checkpoint | None, callbacks: Sequence[TrainerCallback], **given: Any
     ) -> None:
         self.policy, self.kept = policy, checkpoint or Checkpoint(Path(), "")
-        self.tensors, self.values = (checkpoint.load() if checkpoint else None) or ({}, {"updates": 0})
+        found = checkpoint.load() if checkpoint else None
+        self.tensors, self.done = found[0] if found else {}, Done()
+        if found:
+            with self.kept.understood():
+                self.done = Done.read(found[1])
         keeper = [Keeper(self, checkpoint)] if checkpoint else []
         super().__init__(callbacks=[*keeper, *callbacks], **given)  # type: ignore[call-arg]
 
     def mean_loss(self) -> float:
         """Train what is left to train. Returns the mean loss of all updates, those before a kill too."""
         trainer: Any = self
-        if not self.values["updates"]:
+        if not self.done.updates:
             return float(trainer.train().training_loss)
-        if self.values["updates"] == self.values["of"]:
+        if self.done.updates == self.done.of:
             self._load_from_checkpoint()
-            return float(self.values["loss"] / self.values["of"])
+            return self.done.loss / self.done.of
         folder = trainer.args.output_dir
-        begun = TrainerState(global_step=self.values["updates"], train_batch_size=trainer._train_batch_size)
+        begun = TrainerState(global_step=self.done.updates, train_batch_size=trainer._train_batch_size)
         begun.save_to_json(str(Path(folder, TRAINER_STATE_NAME)))
         return float(trainer.train(resume_from_checkpoint=folder).training_loss)
 
@@ -61,32 +82,35 @@ class KeptTrainer:
         trainer: Any = self
         with self.kept.understood():
             load_optimizer(trainer.optimizer, self.tensors)
-            resume_schedule(trainer.lr_scheduler, self.values["updates"])
+            resume_schedule(trainer.lr_scheduler, self.done.updates)
+        self.tensors = {n: t for n, t in self.tensors.items() if n.startswith(("random.", "epoch."))}
 
     def _load_scaler(self, *_: Any) -> None:
         """There is none: no loss of ours is scaled."""
 
     def _load_rng_state(self, *_: Any) -> None:
-        _set_random_state(below_prefix("random", self.tensors))
+        with self.kept.understood():
+            _set_random_state(below_prefix("random", self.tensors))
 
 
 class Keeper(TrainerCallback):
     """Writes the checkpoint, and sets what a trainer's own would not tell it: the epoch's order and the loss so far."""
 
     def __init__(self, trainer: Any, checkpoint: Checkpoint) -> None:
-        self.trainer, self.checkpoint, self.left = trainer, checkpoint, trainer.tensors
+        self.trainer, self.checkpoint, self.resumes = trainer, checkpoint, trainer.done.updates > 0
         self.epoch: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.left:
+        if self.resumes:
             self.trainer._initial_global_step = 0
-            self.trainer._tr_loss += self.trainer.values["loss"]
+            self.trainer._tr_loss += self.trainer.done.loss
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.left:
-            began = self.trainer.values["within_epoch"]
-            _set_random_state(below_prefix("epoch" if began else "random", self.left))
-            self.left = {}
+        if self.resumes:
+            began = self.trainer.done.within_epoch
+            with self.checkpoint.understood():
+                _set_random_state(below_prefix("epoch" if began else "random", self.trainer.tensors))
+            self.resumes = False
         self.epoch = _random_state()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -100,8 +124,8 @@ class Keeper(TrainerCallback):
         if not last:
             tensors |= optimizer_tensors(self.trainer.optimizer)
             tensors |= with_prefix("random", _random_state()) | with_prefix("epoch", self.epoch)
-        values = {"updates": done, "of": state.max_steps, "loss": loss}
-        self.checkpoint.save(tensors, {**values, "within_epoch": not float(state.epoch).is_integer()})
+        begun = not float(state.epoch).is_integer()
+        self.checkpoint.save(tensors, asdict(Done(done, state.max_steps, loss, begun)))
 
 
 def _random_state() -> dict[str, torch.Tensor]:

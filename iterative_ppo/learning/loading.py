@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import content_hash, fingerprint, read_json
@@ -67,6 +68,8 @@ def tried(load: Callable[[], Any], path: Path | str, what: str) -> Any:
     """What a loader of transformers gives. Raises ModelError with its reason: `path` is not `what`."""
     try:
         return load()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a damaged file meets any of their checks, or none
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path}: not {what} ({reason})") from None
@@ -103,8 +106,10 @@ def base_weights(path: Path) -> str | None:
     base = base_of(path)
     if base is None or not base.is_dir():
         return None
-    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("*.safetensors"))]
-    return _hash_of(tuple(files))
+    index = base / SAFE_WEIGHTS_INDEX_NAME
+    parts = set(read_json(index)["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
+    files = [base / part for part in sorted(parts) if (base / part).exists()]
+    return _hash_of(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=8)

@@ -20,6 +20,8 @@ from iterative_ppo.learning.training import Progress
 from iterative_ppo.mdp.turn_table import conversation_numbers
 
 LOGPROB_ROUNDING = 1e-6
+SAME = 1e-9
+"""Values that differ by no more than this share of their size are the same up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,10 @@ def _alike(data: Transitions, rows: np.ndarray, weights: Sequence[float], by_tur
     """
     told = data.returns[rows] if by_turn else data.outcomes[np.unique(data.conversation[rows])]
     told = told[:, : len(weights)]
-    constant, total = _constant(told), told @ np.array(weights)
+    worth = told * np.array(weights)
+    constant, total = np.ptp(told, axis=0) <= SAME * np.abs(told).max(axis=0), worth.sum(axis=1)
     what = "returns of turns" if by_turn else "conversations' outcomes"
-    if not constant.all() and _constant(total):
+    if not constant.all() and np.ptp(total) <= SAME * np.abs(worth).sum(axis=1).max():
         raise NothingToLearn(
             f"all {len(told)} {what} come to R = {total[0]:g}, the sum of those that differ by their weights "
             f"{', '.join(f'{weight:g}' for weight in weights)}: no conversation is better than another; collect more "
@@ -229,11 +232,6 @@ def _alike(data: Transitions, rows: np.ndarray, weights: Sequence[float], by_tur
             "come; collect more conversations, until some end otherwise, or check how outcomes are labelled"
         )
     return int(constant.sum())
-
-
-def _constant(values: np.ndarray) -> np.ndarray:
-    """Whether nothing differs, up to rounding, along the first axis."""
-    return np.asarray(np.ptp(values, axis=0) <= 1e-9 * np.abs(values).max(axis=0))
 
 
 def bootstrap_weights(last: np.ndarray, settings: QSettings, seed: int) -> np.ndarray | None:

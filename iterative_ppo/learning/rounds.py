@@ -257,17 +257,18 @@ class Passes:
             student, logged = improve_on_log(
                 student, data, c.logged, self.seed, self.progress, self._kept("logged", UPDATES)
             )
-        student, best = improve_by_best(
-            student,
-            q,
-            self.prompts,
-            c.best_of_n,
-            self.seed,
-            self.progress,
-            self._kept("best_of_n", UPDATES),
-            self.initial,
-        )
+        best, sampled = Curve(), Curve()
         try:
+            student, best = improve_by_best(
+                student,
+                q,
+                self.prompts,
+                c.best_of_n,
+                self.seed,
+                self.progress,
+                self._kept("best_of_n", UPDATES),
+                self.initial,
+            )
             student, sampled = improve_on_samples(
                 student,
                 q,
@@ -281,14 +282,13 @@ class Passes:
                 checkpoint=self._kept(c.algorithm, 1),
             )
         except SameReward as error:
-            if not best:
+            if not (logged or best):
                 raise
-            _LOG.warning("the best of n left %s nothing to learn: %s", c.algorithm, error)
-            sampled = []
+            _LOG.warning("what was learnt first left %s nothing to learn: %s", c.algorithm if best else "more", error)
         if sampled and c.ppo.kl_budget is not None and sampled[0]["kl_to_champion"] > c.ppo.kl_budget:
             _LOG.warning(
                 "%s made no update: it began %.2g nats a response from the champion, beyond improve.ppo.kl_budget "
-                "= %g; lower improve.best_of_n.epochs, or raise the budget",
+                "= %g; lower improve.best_of_n.epochs or improve.logged.epochs, or raise the budget",
                 c.algorithm,
                 sampled[0]["kl_to_champion"],
                 c.ppo.kl_budget,

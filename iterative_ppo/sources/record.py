@@ -141,8 +141,6 @@ def _adoption(row: Row, action: Suggestion, sent: str | None, edited_at_least: f
     logged: Adoption | None = _one_of(row, "adoption", ADOPTIONS)
     if logged is not None and (logged == "no_reply") != (sent is None):
         raise refused(row, "adoption", f"{logged!r} does not go with business_message {short(sent)}")
-    if logged in ("verbatim", "edited") and action.status == "missing":
-        raise refused(row, "adoption", f"{logged!r} without a suggestion; write null where none was logged")
     if logged is not None or sent is None:
         return logged or "no_reply"
     return adoption_of(action.text or "", sent, edited_at_least) if action.status == "suggested" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 from iterative_ppo.config import DataConfig
@@ -27,6 +28,8 @@ from iterative_ppo.sources.rows import Row, Rows, read_rows
 Talk = tuple[list[Row], list[Turn]]
 """The records of a conversation and the turns that they say, the same number of both."""
 
+ACTIONS = ("suggestion", "business_message")
+
 
 def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) -> ImportedLog:
     """Import a Parquet, CSV or JSON Lines file, or a folder of them.
@@ -43,7 +46,8 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     or with a row whose customer_message is null; or by a silence, up to the log's newest time, that is longer than
     `data.outcome_window_hours`. A log without any times is taken to be past it. Others are set aside as "open: ...".
     Of several outcomes the last row that holds one ends it: what an earlier row holds is carried there, the last value
-    of each outcome that is not 0, and that row is a turn like others.
+    of each outcome that is not 0, and that row is a turn like others, or left out where it says nothing. One that
+    nothing can follow, since the business did not answer, ends the conversation all the same.
 
     Args:
         outcomes: named outcomes and their weights in R.
@@ -92,25 +96,52 @@ def _talks(rows: Rows, outcomes: Mapping[str, float], data: DataConfig, log: Imp
             continue
         try:
             records.sort(key=lambda row: number(row, "turn") or 0.0)
-            turns = _turns(records, outcomes, data)
+            turns = [turn_of(row, outcomes, data) for row in records]
             _check_order(records, turns)
-            good.append((records, turns))
+            good.append(_to_the_last_outcome(records, turns, outcomes, data))
         except BadDialogueError as bad:
             log.set_aside.append(set_aside(name, records[0].file, bad))
     return good
 
 
-def _turns(records: Sequence[Row], outcomes: Mapping[str, float], data: DataConfig) -> list[Turn]:
-    """A turn a record; of several outcomes all are told by the last turn that has one. Raises what `turn_of` does."""
-    turns = [turn_of(row, outcomes, data) for row in records]
-    found = [turn.outcomes for turn in turns]
-    *before, end = [place for place, values in enumerate(found) if any(values)] or [0]
-    if len(outcomes) > 1 and before:
-        for place in before:
-            turns[place] = turn_of(records[place], outcomes, data, goes_on=True)
-        last = (next(filter(None, values), 0.0) for values in zip(*reversed(found), strict=True))
-        turns[end] = replace(turns[end], outcomes=tuple(last))
-    return turns
+def _to_the_last_outcome(
+    records: list[Row], turns: list[Turn], outcomes: Mapping[str, float], data: DataConfig
+) -> Talk:
+    """The rows, and as turns those that hold an outcome before the last one does, which then tells of all of them.
+
+    Where such a row says nothing it is left out, an event alone; where it can be no turn that others follow, the
+    conversation ends with it, and what came before the business did anything more is its outcome too.
+    """
+    paid = [place for place, turn in enumerate(turns) if any(turn.outcomes)]
+    if len(outcomes) == 1 or len(paid) < 2:
+        return records, turns
+    events = {place for place in paid[:-1] if _says_nothing(records[place])}
+    said = [place for place in range(len(turns)) if place not in events]
+    made, end = list(turns), paid[-1]
+    for place, following in pairwise(said):
+        if place not in paid[:-1]:
+            continue
+        turn = _ordinary(records[place], outcomes, data)
+        if turn is None or (turn.business_message is None and turns[following].customer_message is not None):
+            end = place
+            break
+        made[place] = turn
+    acted = (place for place in range(end + 1, len(turns)) if not _says_nothing(records[place], ACTIONS))
+    found = [turn.outcomes for turn in turns[: next(acted, len(turns))]]
+    last = tuple(next(filter(None, values), 0.0) for values in zip(*reversed(found), strict=True))
+    made[end] = replace(turns[end], outcomes=last)
+    return [records[place] for place in said], [made[place] for place in said]
+
+
+def _says_nothing(row: Row, fields: Sequence[str] = ("customer_message", *ACTIONS)) -> bool:
+    return all(row.values.get(field) is None for field in fields)
+
+
+def _ordinary(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> Turn | None:
+    try:
+        return turn_of(row, outcomes, data, goes_on=True)
+    except BadDialogueError:
+        return None
 
 
 def _grouped(rows: Iterable[Row], log: ImportedLog) -> dict[str, list[Row]]:

@@ -35,14 +35,15 @@ def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
     """Raise TrainingError where there is no prompt, ModelError where one leaves its response no room in the context."""
     if not prompts:
         raise TrainingError("no prompt to improve on")
-    limit, room = loading.steady_context(policy.model), policy.settings.max_response_tokens
-    limit = limit or loading.context(policy.model)
+    context, steady = loading.context(policy.model), loading.steady_context(policy.model)
+    limit, room = steady or context, policy.settings.max_response_tokens
+    what = "first LongRoPE range" if steady else "context"
     lengths = prompt_lengths(prompts)
     longest = int(lengths.argmax())
     if limit and lengths[longest] + room > limit:
         raise ModelError(
             f"prompt {longest} has {lengths[longest]} tokens, which with a response of {room} "
-            f"(policy.max_response_tokens) is more than the model's context of {limit}; shorten the prompt"
+            f"(policy.max_response_tokens) is more than the model's {what} of {limit}; shorten the prompt"
         )
 
 
