@@ -119,9 +119,8 @@ def calibrator(predicted: np.ndarray, observed: np.ndarray, method: Method) -> C
     isotonic: any rising step (Zadrozny and Elkan 2002); temperature: the logit over one positive number (Guo et al.
     2017, arXiv 1706.04599). Raises TrainingError where the outcomes are all equal.
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import isotonic_regression, minimize_scalar
     from scipy.special import expit
-    from sklearn.isotonic import IsotonicRegression
 
     if np.ptp(observed) == 0:
         raise TrainingError(
@@ -129,8 +128,9 @@ def calibrator(predicted: np.ndarray, observed: np.ndarray, method: Method) -> C
             "collect more conversations, or raise data.evidence_share"
         )
     if method == "isotonic":
-        steps = IsotonicRegression(y_min=0.0, y_max=1.0, increasing=True, out_of_bounds="clip").fit(predicted, observed)
-        return lambda values: np.asarray(steps.predict(values))
+        said, place, count = np.unique(predicted, return_inverse=True, return_counts=True)
+        steps = isotonic_regression(np.bincount(place, observed) / count, weights=count).x
+        return lambda values: np.interp(values, said, steps)
     logit = _logit(predicted)
 
     def loss(log_temperature: float) -> float:
