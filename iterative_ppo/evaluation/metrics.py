@@ -48,9 +48,9 @@ def calibration(
     Args:
         predicted: (N,) in [0, 1]. observed: (N,). group: (N,) conversation ids.
     """
-    found, redrawn = _binned(predicted, observed, bins), _redraws(predicted, observed, group, seed)
-    null = [_binned(predicted, redrawn(), bins).error for _ in range(draws)]
-    return replace(found, chance_95=float(np.quantile(null, 0.95)))
+    place, redrawn = _bin_of(predicted, bins), _redraws(predicted, observed, group, seed)
+    null = [_binned(predicted, redrawn(), place).error for _ in range(draws)]
+    return replace(_binned(predicted, observed, place), chance_95=float(np.quantile(null, 0.95)))
 
 
 def recalibration(
@@ -78,18 +78,24 @@ def recalibration(
     for _ in range(draws or min(100, max(20, 2_000_000 // len(predicted)))):
         drawn = redrawn()
         try:
-            null.append(_binned(_mapped(predicted, drawn, folds, method), drawn, bins).error)
+            again = _mapped(predicted, drawn, folds, method)
+            null.append(_binned(again, drawn, _bin_of(again, bins)).error)
         except TrainingError:  # all drawn alike
             null.append(0.0)
-    return replace(_binned(mapped, observed, bins), chance_95=float(np.quantile(null, 0.95)))
+    return replace(_binned(mapped, observed, _bin_of(mapped, bins)), chance_95=float(np.quantile(null, 0.95)))
 
 
-def _binned(predicted: np.ndarray, observed: np.ndarray, bins: int) -> Calibration:
+def _bin_of(predicted: np.ndarray, bins: int) -> np.ndarray:
+    """(N,) the bin of equal mass that each prediction is in."""
     edges = np.quantile(predicted, np.linspace(0, 1, bins + 1)[1:-1])
-    place = np.searchsorted(edges, predicted, side="right")
-    count = np.bincount(place, minlength=bins)
+    return np.searchsorted(edges, predicted, side="right")
+
+
+def _binned(predicted: np.ndarray, observed: np.ndarray, place: np.ndarray) -> Calibration:
+    """Means of each bin and their error, given `_bin_of` each prediction; what chance gives is not known here."""
+    count = np.bincount(place)
     used = count > 0
-    said, was = (np.bincount(place, x, minlength=bins)[used] / count[used] for x in (predicted, observed))
+    said, was = (np.bincount(place, x)[used] / count[used] for x in (predicted, observed))
     error = float((np.abs(was - said) * count[used]).sum() / len(predicted))
     return Calibration(said.tolist(), was.tolist(), count[used].tolist(), error, float("nan"))
 

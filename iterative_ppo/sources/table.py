@@ -115,11 +115,11 @@ def _to_the_last_outcome(
     paid = [place for place, turn in enumerate(turns) if any(turn.outcomes)]
     if len(outcomes) == 1 or len(paid) < 2:
         return records, turns
-    events = {place for place in paid[:-1] if _says_nothing(records[place])}
-    said = [place for place in range(len(turns)) if place not in events]
-    made, end = list(turns), paid[-1]
+    *before, end = paid
+    events = {place for place in before if _says_nothing(records[place])}
+    said, made = [place for place in range(len(turns)) if place not in events], list(turns)
     for place, following in pairwise(said):
-        if place not in paid[:-1]:
+        if place not in before:
             continue
         turn = _ordinary(records[place], outcomes, data)
         if turn is None or (turn.business_message is None and turns[following].customer_message is not None):
