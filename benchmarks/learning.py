@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learning_table import table
+from benchmarks.learning_table import outcome_of, table
 from benchmarks.methods import (
     ASKED,
     COLLECTORS,
@@ -37,7 +37,7 @@ from benchmarks.results_file import write
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.files import read_json, whole_directory, write_json
-from tasks.traffic import copying_lessons, environment, outcome_of, scripted_corpus, to_rows
+from tasks.traffic import copying_lessons, environment, scripted_corpus, to_rows
 
 GREEDY = 1e-3
 """A temperature at which sampling takes the likeliest token."""

@@ -14,7 +14,8 @@ from iterative_ppo.environments.renovation import Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.evaluation.ab_test import Arm, ab_test
 from iterative_ppo.files import read_json
-from tasks.traffic import environment, outcome_of
+from iterative_ppo.mdp.conversation import Conversation
+from tasks.traffic import environment
 
 VARIANTS = {
     OURS: "",
@@ -25,6 +26,11 @@ VARIANTS = {
 """Ours, by what the figures that compare or judge them end with."""
 Results = dict[tuple[str, int], list[dict[str, Any]]]
 """By method and round, a result for each seed."""
+
+
+def outcome_of(talks: Sequence[Conversation]) -> Arm:
+    """Successes among conversations of one outcome."""
+    return Arm(sum(talk.turns[-1].outcomes[0] > 0 for talk in talks), len(talks))
 
 
 def table(seeds: list[int], rounds: int, methods: Collection[str] = tuple(METHODS)) -> list[dict[str, Any]]:

@@ -17,11 +17,12 @@ from benchmarks.q_credit import credit
 from benchmarks.q_credit_learning import credit_learning
 from benchmarks.q_exploration import exploration
 from benchmarks.q_outcomes import outcomes
+from benchmarks.q_personas import personas
 from benchmarks.q_simulator import RANKED, ranking
 from benchmarks.q_speed import speed
 from benchmarks.results_file import write
 
-PARTS = ("speed", "chain", "exploration", "outcomes", "credit", "credit_learning", "ranking", "star")
+PARTS = ("speed", "chain", "exploration", "personas", "outcomes", "credit", "credit_learning", "ranking", "star")
 
 
 def star(data: Path, seeds: Sequence[int]) -> list[Row]:
@@ -52,8 +53,9 @@ def main() -> None:
         "speed": lambda: speed(seeds),
         "chain": lambda: chain(seeds),
         "exploration": exploration,
+        "personas": lambda: personas(seeds),
         "outcomes": lambda: outcomes(seeds),
-        "credit": lambda: credit(seeds),
+        "credit": credit,
         "credit_learning": lambda: credit_learning(seeds),
         "ranking": lambda: ranking(seeds[: arguments.ranking_seeds], arguments.states, arguments.estimators),
         "star": lambda: star(arguments.data, seeds),

@@ -17,7 +17,7 @@ ANSWERS = ("red", "blue", "green", "grey")
 """What the assistant says in any turn, at random; the first one sells where the customer has asked."""
 TALK = ("go on", "tell me more", "i see", "and then")
 QUESTION = "which one"
-CREDIT_LOG, EVIDENCE_SHARE = 600, 0.3
+CREDIT_LOG, EVIDENCE_SHARE, SEEDS = 600, 0.3, range(20)
 SMALL = {"policy.hidden_size": 32, "policy.heads": 2, "supervised.learning_rate": 0.01, "supervised.epochs": 2.0}
 MORE = {"credit.batch_size": 8, "credit.epochs": 6.0}
 """Of so few and short conversations the process reward model needs more updates than by default."""
@@ -91,7 +91,7 @@ def _known(assigner: str, seed: int) -> list[Any]:
     return [CREDIT_LOG, EVIDENCE_SHARE, sections(settings_of(assigner, seed), *FITTED, "supervised")]
 
 
-def credit(seeds: Sequence[int]) -> list[Row]:
+def credit(seeds: Sequence[int] = SEEDS) -> list[Row]:
     """Both assigners on conversations that they have not learnt from."""
     found = {
         name: [cell("credit", name, s, _known(name, s), lambda a=name, s=s: decisive_turn(a, s)) for s in seeds]

@@ -78,14 +78,15 @@ def exploration(seeds: Sequence[int] = SEEDS) -> list[Row]:
     found = {method: errors(method, seeds) for method in METHODS}
     rows = []
     for method, missed in found.items():
-        rmse, low, high = jackknifed(_rmse, missed)
-        rows.append(figure(f"chain explored by personas, {method}, RMSE of V^pi", rmse, (low, high), seeds=seeds))
-    best = min(OFF_POLICY, key=lambda method: _rmse(found[method]))
+        error, low, high = jackknifed(rmse, missed)
+        rows.append(figure(f"chain explored by personas, {method}, RMSE of V^pi", error, (low, high), seeds=seeds))
+    best = min(OFF_POLICY, key=lambda method: rmse(found[method]))
     both = np.stack([found[best], found["monte_carlo"]], axis=1)
-    ratio, low, high = jackknifed(lambda of: _rmse(of[:, 0]) / _rmse(of[:, 1]), both)
+    ratio, low, high = jackknifed(lambda of: rmse(of[:, 0]) / rmse(of[:, 1]), both)
     name = "chain explored by personas, the best off-policy RMSE over Monte Carlo's on the same data"
     return [*rows, figure(name, ratio, (low, high), "<= 1/3", ratio <= 1 / 3, seeds)]
 
 
-def _rmse(missed: np.ndarray) -> float:
+def rmse(missed: np.ndarray) -> float:
+    """Root mean square of (N,) errors."""
     return float(np.sqrt((missed**2).mean()))

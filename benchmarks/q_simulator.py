@@ -23,6 +23,7 @@ RANKED: dict[str, dict[str, Any]] = {
     PLAIN: {"q.target": "monte_carlo", "q.corpus_epochs": 0.0},
     "one_step from the policy's backbone": {"q.corpus_epochs": 0.0},
     **{target: {"q.target": target} for target in TARGETS if target != "lstd_q"},
+    "archer by implicit Q-learning": {"q.target": "archer", "q.expectile": 0.9},
     "lstd_q": {"q.target": "lstd_q", "q.loss": "mse"},
     "one_step, mse": {"q.loss": "mse", "q.corpus_epochs": 0.0},
     "one_step, hl_gauss": {"q.loss": "hl_gauss", "q.corpus_epochs": 0.0},

@@ -100,7 +100,8 @@ def import_(
     file, log = import_logs(config)
     talks = log.conversations
     actions = [t for talk in talks for t in talk.turns if not t.terminal]
-    rewarded = sum(sum(talk.turns[-1].outcomes) > 0 for talk in talks)
+    weights = config.outcomes.values()
+    rewarded = sum(sum(w * o for w, o in zip(weights, talk.turns[-1].outcomes, strict=True)) > 0 for talk in talks)
     typer.echo(f"{file}: {len(talks)} conversations, {len(actions)} transitions, {rewarded} with a positive outcome")
     for line in log.told():
         typer.echo(f"  {line}")

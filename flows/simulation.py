@@ -10,14 +10,15 @@ from prefect import flow
 from flows.night import night
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import StoreError, TrainingError
-from iterative_ppo.evaluation.ab_test import ABTest, ab_test
+from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test
 from iterative_ppo.files import write_json
 from tasks import registry, rounds, tracking
 from tasks.assignment import assigned
-from tasks.datasets import round_folder
+from tasks.datasets import arm, round_folder
+from tasks.labels import judged
 from tasks.stage import run_stage
 from tasks.state import load_state
-from tasks.traffic import deliver, outcome_of, simulate
+from tasks.traffic import deliver, simulate, to_rows
 
 MAX_NIGHTS = 100
 
@@ -87,16 +88,17 @@ def closing_test(config: Config) -> ABTest:
 
 def _compare(config: Config, store: tracking.Tracking, last: int, first: int, draft: Path) -> dict[str, float]:
     count, seed = config.rounds.final_conversations, 777_000 + config.seed
-    before, after = (
-        outcome_of(simulate(config, rounds.policy_version(store, version), count, seed + k))
-        for k, version in enumerate((first, last))
-    )
+    before, after = (_served(config, store, version, count, seed + k) for k, version in enumerate((first, last)))
     test = ab_test(before, after, config.gate.alpha)
     write_json(draft / "closing.json", test.as_dict())
     return {"first_rate": test.champion.rate, "last_rate": test.challenger.rate, "p_value": test.p_value}
 
 
-def _arms(values: dict[str, Any]) -> dict[str, Any]:
-    from iterative_ppo.evaluation.ab_test import Arm
+def _served(config: Config, store: tracking.Tracking, version: int, count: int, seed: int) -> Arm:
+    """Successes of a policy with fresh customers, told as in an A/B test."""
+    talks = simulate(config, rounds.policy_version(store, version), count, seed)
+    return arm(judged(to_rows(config, talks), config), str(version))
 
+
+def _arms(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "champion": Arm(**values["champion"]), "challenger": Arm(**values["challenger"])}

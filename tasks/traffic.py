@@ -16,7 +16,6 @@ from iterative_ppo.environments.own import Scripted, own_code, own_environment, 
 from iterative_ppo.environments.renovation import OUTCOMES, Renovation, Script, copying_curriculum
 from iterative_ppo.environments.rollout import Customer, collect, customers, serve
 from iterative_ppo.errors import ConfigError, SourceError
-from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
@@ -152,11 +151,6 @@ def _answered(
 
 def to_rows(config: Config, talks: Sequence[Conversation]) -> pd.DataFrame:
     return turn_table.to_frame(talks, config.outcomes, config.data.evidence_share, config.data.split_by)
-
-
-def outcome_of(talks: Sequence[Conversation]) -> Arm:
-    """Successes among conversations."""
-    return Arm(sum(sum(talk.turns[-1].outcomes) > 0 for talk in talks), len(talks))
 
 
 IMPORT = "import.json"

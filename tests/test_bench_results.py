@@ -39,7 +39,7 @@ def test_only_the_whole_table_drops_rows(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_part_that_cannot_be_measured_here_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results_file, "RESULTS", tmp_path)
-    for part in ("speed", "chain", "exploration", "outcomes", "credit", "credit_learning", "ranking"):
+    for part in ("speed", "chain", "exploration", "personas", "outcomes", "credit", "credit_learning", "ranking"):
         monkeypatch.setattr(q, part, lambda *_, name=part: [figure(name, 2.0)])
     write("bench-q", [figure("STAR", 1.0), figure("chain", 1.0), figure("speed", 1.0)])
     for arguments in (["--parts", "chain"], []):

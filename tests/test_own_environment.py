@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from gate_evidence import UNGUARDED
 from test_command_line import ippo, refused
 
+from flows import simulation
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.own import own_environment
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import ConfigError, SourceError
+from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, Suggestion, Turn
@@ -60,6 +63,24 @@ def test_a_round_on_a_module_of_the_working_folder(tmp_path: Path) -> None:
     assert set(turns["business_id"]) == {"florist"}
     assert set(turns["outcome"]) <= {0.0, 1.0, 1.5}
     assert (tmp_path / "report.html").exists()
+
+
+def test_the_closing_comparison_counts_successes_as_an_ab_test_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    talks = collect(flower_shop.Apprentice(0), flower_shop.Florist(), 60, 1, "3")
+    monkeypatch.setattr(simulation, "simulate", lambda *_: talks)
+    monkeypatch.setattr(simulation.rounds, "policy_version", lambda *_: None)
+
+    def served(**changes: object) -> Arm:
+        return simulation._served(config_of("flower_shop:Florist", **changes), None, 3, 60, 1)  # type: ignore[arg-type]
+
+    small = sum(talk.turns[-1].outcomes == (1.0, 0.0) for talk in talks)
+    assert small and served(outcomes={"order": 1.0, "large": -1.0}) == Arm(small, 60)
+    told = sum(any(turn.customer_message == "It is a birthday." for turn in talk.turns) for talk in talks)
+    rule = {"side": "customer", "pattern": "birthday", "first_turn": 1, "last_turn": None, "value": 1.0}
+    ended = Turn(None, (0.0, 0.0))
+    unreported = [replace(talk, outcome_origin=None, turns=(*talk.turns[:-1], ended)) for talk in talks]
+    monkeypatch.setattr(simulation, "simulate", lambda *_: unreported)
+    assert served(**{"labels.kind": "rule", "labels.rules": {"order": rule}}) == Arm(told, 60)
 
 
 def test_its_script_writes_the_corpus() -> None:
