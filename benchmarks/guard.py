@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.q_cells import cell
-from benchmarks.results_file import figure, mean_interval, write
+from benchmarks.results_file import averaged, figure, write
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.evaluation.ab_test import Arm, ab_test
@@ -139,8 +139,7 @@ def rows_of(name: str, curves: dict[int, Curve]) -> list[dict[str, Any]]:
 
 
 def _row(name: str, values: dict[int, float]) -> dict[str, Any]:
-    mean, low, high = mean_interval(list(values.values()))
-    return figure(name, mean, (low, high), seeds=list(values))
+    return averaged(name, list(values.values()), list(values))
 
 
 def main() -> None:

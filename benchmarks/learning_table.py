@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.methods import EVALUATION, LAST, METHODS, OURS, ROUNDS, SMALL, TWICE, configuration, round_paths
-from benchmarks.results_file import figure, mean_interval
+from benchmarks.results_file import above, averaged, beyond_doubt, figure
 from iterative_ppo.environments.renovation import Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.evaluation.ab_test import Arm, ab_test
@@ -70,13 +70,11 @@ def _rates(results: list[dict[str, Any]]) -> np.ndarray:
 
 def _described(method: str, number: int, results: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
     cpu = float(np.mean([result["cpu_seconds"] for result in results]))
-    mean, low, high = mean_interval(list(_rates(results)))
-    rows = [figure(f"success, {method}, round {number}", mean, (low, high), seeds=seeds, cpu_seconds=cpu)]
+    rows = [averaged(f"success, {method}, round {number}", _rates(results), seeds, cpu_seconds=cpu)]
     for name, key in (("well-formed messages", "well_formed"), ("success, greedy", "greedy")):
         values = [result[key] for result in results]
         if None not in values:
-            mean, low, high = mean_interval(values)
-            rows.append(figure(f"{name}, {method}, round {number}", mean, (low, high), seeds=seeds))
+            rows.append(averaged(f"{name}, {method}, round {number}", values, seeds))
     return rows
 
 
@@ -89,16 +87,15 @@ def _margins(found: Results, seeds: list[int], methods: Collection[str]) -> list
             if not {method, mine} & set(methods):
                 continue
             if method not in others and number and (mine, number) in found:
-                mean, low, high = mean_interval(list(_rates(found[mine, number]) - _rates(results)))
-                target = (None, None) if method in VARIANTS else ("> 0", low > 0)
-                rows.append(figure(f"margin over {method}, round {number}{how}", mean, (low, high), *target, seeds))
+                less = _rates(found[mine, number]) - _rates(results)
+                target = () if method in VARIANTS else ("> 0", beyond_doubt)
+                rows.append(averaged(f"margin over {method}, round {number}{how}", less, seeds, *target))
     return rows
 
 
 def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, Any]]:
     start, oracle = _rates(next(found[method, 0] for method in METHODS if (method, 0) in found)), _oracle()
-    mean, low, high = mean_interval(list(start))
-    rows = [figure("pi_0's success", mean, (low, high), ".15 to .25", bool(0.15 <= mean <= 0.25), seeds)]
+    rows = [averaged("pi_0's success", start, seeds, ".15 to .25", lambda mean, low: 0.15 <= mean <= 0.25)]
     aims: list[tuple[str, int, float, str]] = [
         (OURS, 1, 0.58, "0.58"),
         (OURS, 3, 0.82, "0.82"),
@@ -110,35 +107,16 @@ def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, An
     ]
     for method, number, least, said in aims:
         if (method, number) in found:
-            mean, low, high = mean_interval(list(_rates(found[method, number])))
-            rows.append(
-                figure(
-                    f"success after {number} rounds{VARIANTS[method]}",
-                    mean,
-                    (low, high),
-                    f">= {said}",
-                    mean >= least,
-                    seeds,
-                )
-            )
+            name = f"success after {number} rounds{VARIANTS[method]}"
+            rows.append(averaged(name, _rates(found[method, number]), seeds, f">= {said}", above(least)))
     for method in (OURS, SMALL):
         if (method, rounds) not in found:
             continue
-        ratio, low, high = mean_interval(list(_rates(found[method, rounds]) / start))
         name = f"success after {rounds} rounds over pi_0's{VARIANTS[method]}"
-        rows.append(figure(name, ratio, (low, high), ">= 3", ratio >= 3, seeds))
-        well = [[result["well_formed"] for result in found[method, number]] for number in (0, rounds)]
-        mean, low, high = mean_interval(list(np.array(well[1]) - np.array(well[0])))
-        rows.append(
-            figure(
-                f"well-formed messages less pi_0's{VARIANTS[method]}",
-                mean,
-                (low, high),
-                ">= -0.02",
-                mean >= -0.02,
-                seeds,
-            )
-        )
+        rows.append(averaged(name, _rates(found[method, rounds]) / start, seeds, ">= 3", above(3)))
+        first, well = (np.array([one["well_formed"] for one in found[method, number]]) for number in (0, rounds))
+        name = f"well-formed messages less pi_0's{VARIANTS[method]}"
+        rows.append(averaged(name, well - first, seeds, ">= -0.02", above(-0.02)))
     return [*rows, figure("the scripted oracle's success", oracle, None, ">= .80", oracle >= 0.8)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results_file import figure, mean_interval
+from benchmarks.results_file import averaged
 from iterative_ppo.config import Config
 from iterative_ppo.files import fingerprint, read_json, write_json
 
@@ -39,6 +39,5 @@ def cell(part: str, method: str, seed: int, settings: Any, work: Callable[[], di
 
 def row(name: str, found: Sequence[dict[str, Any]], key: str, **judged: Any) -> Row:
     """The mean of one figure over seeds with its interval."""
-    mean, low, high = mean_interval([f[key] for f in found])
     cpu = float(np.mean([f["cpu_seconds"] for f in found]))
-    return figure(name, mean, (low, high), seeds=list(range(len(found))), cpu_seconds=cpu, **judged)
+    return averaged(name, [f[key] for f in found], list(range(len(found))), cpu_seconds=cpu, **judged)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.q_cells import FITTED, Row, cell, row, sections
-from benchmarks.results_file import figure, mean_interval
+from benchmarks.results_file import above, averaged, beyond_doubt, figure
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from iterative_ppo.mdp.turn_table import conversation_numbers, to_frame
@@ -99,8 +99,7 @@ def credit(seeds: Sequence[int] = SEEDS) -> list[Row]:
     }
     rows = []
     for name, cells in found.items():
-        share = float(np.mean([c["sold"] for c in cells]))
-        rows.append(row(f"{name}, decisive turn first, sold", cells, "sold", target=">= .9", holds=share >= 0.9))
+        rows.append(row(f"{name}, decisive turn first, sold", cells, "sold", target=">= .9", met=above(0.9)))
         rows.append(row(f"{name}, Kendall's tau of the scores with the outcome", cells, "credit_kendall_tau"))
     ours = found["norm_itpo"]
     error = max(c["sum_error"] for c in ours)
@@ -108,5 +107,5 @@ def credit(seeds: Sequence[int] = SEEDS) -> list[Row]:
     rows.append(row("itpo, decisive turn last, not sold", found["itpo"], "lost"))
     stable = {k: f"credit_{k}_rank_stability" for k in ("turn", "token")}
     rows += [row(f"rank stability over updates, {k} scores", ours, key) for k, key in stable.items()]
-    mean, low, high = mean_interval([c[stable["turn"]] - c[stable["token"]] for c in ours])
-    return [*rows, figure("rank stability, turn less token scores", mean, (low, high), "> 0", low > 0, seeds)]
+    less = [c[stable["turn"]] - c[stable["token"]] for c in ours]
+    return [*rows, averaged("rank stability, turn less token scores", less, seeds, "> 0", beyond_doubt)]

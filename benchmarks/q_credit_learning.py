@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.q_cells import FITTED, WORK, Row, sections
 from benchmarks.q_credit import ANSWERS, MORE, QUESTION, SMALL, TALK, conversations
-from benchmarks.results_file import figure, mean_interval
+from benchmarks.results_file import averaged
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.files import fingerprint, read_json, whole_directory, write_json
@@ -162,8 +162,7 @@ def credit_learning(seeds: Sequence[int]) -> list[Row]:
         return np.array([one[number]["success"] for one in found[pair]])
 
     def told(name: str, values: np.ndarray, cpu: float | None = None) -> Row:
-        mean, *interval = mean_interval(values.tolist())
-        return figure(f"one decisive turn, {name}", mean, (interval[0], interval[1]), seeds=seeds, cpu_seconds=cpu)
+        return averaged(f"one decisive turn, {name}", values, seeds, cpu_seconds=cpu)
 
     rows = [told("pi_0", of(pairs[0], 0))]
     for pair, number in product(pairs, range(1, ROUNDS + 1)):

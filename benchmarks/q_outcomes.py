@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import facts
 from benchmarks.q_cells import FITTED, Row, cell, row, sections
-from benchmarks.results_file import figure, mean_interval
+from benchmarks.results_file import averaged, beyond_doubt
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.evaluation.metrics import within_state_ranking
 from iterative_ppo.mdp.rendering import single
@@ -63,5 +63,5 @@ def outcomes(seeds: Sequence[int]) -> list[Row]:
     }
     rows = [row(f"three facts, within-state correlation, {name}", f, "ranking") for name, f in found.items()]
     pairs = zip(found["a head each"], found["one scalar"], strict=True)
-    mean, low, high = mean_interval([a["ranking"] - b["ranking"] for a, b in pairs])
-    return [*rows, figure("three facts, heads less scalar", mean, (low, high), "> 0", low > 0, seeds)]
+    less = [a["ranking"] - b["ranking"] for a, b in pairs]
+    return [*rows, averaged("three facts, heads less scalar", less, seeds, "> 0", beyond_doubt)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.q_cells import FITTED, Row, cell, row, sections
-from benchmarks.results_file import figure, mean_interval
+from benchmarks.results_file import above, averaged, figure
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
@@ -190,11 +190,10 @@ def sharing(seeds: Sequence[int]) -> list[Row]:
         row("held-out loss after a pass, a row a turn", found, "loss_apart"),
     ]
     for kind, passes in (("shared", ""), ("longer", ", a pass and a half for one")):
-        ratio, lost = (mean_interval([f[f"{key}_{kind}"] for f in found]) for key in ("ratio", "lost"))
-        fast, same = ratio[0] >= 2, lost[0] <= SAME_LOSS
-        rows.append(figure(f"prefix sharing, times as fast{passes}", ratio[0], ratio[1:], ">= 2", fast, seeds))
+        ratio, lost = ([f[f"{key}_{kind}"] for f in found] for key in ("ratio", "lost"))
+        rows.append(averaged(f"prefix sharing, times as fast{passes}", ratio, seeds, ">= 2", above(2)))
         name = f"loss with prefix sharing less that without{passes}"
-        rows.append(figure(name, lost[0], lost[1:], f"<= {SAME_LOSS}", same, seeds))
+        rows.append(averaged(name, lost, seeds, f"<= {SAME_LOSS}", lambda mean, low: mean <= SAME_LOSS))
     return rows
 
 

@@ -58,6 +58,29 @@ def figure(
     }
 
 
+def averaged(
+    name: str,
+    values: Sequence[float] | np.ndarray,
+    seeds: Sequence[int],
+    target: str | None = None,
+    met: Callable[[float, float], bool] | None = None,
+    cpu_seconds: float | None = None,
+) -> dict[str, Any]:
+    """A row of what seeds gave: the mean and its 95 % t interval. `met` judges the mean and the low end."""
+    mean, low, high = mean_interval(list(values))
+    return figure(name, mean, (low, high), target, met and met(mean, low), seeds, cpu_seconds)
+
+
+def above(least: float) -> Callable[[float, float], bool]:
+    """Whether the mean is at least so much."""
+    return lambda mean, low: mean >= least
+
+
+def beyond_doubt(mean: float, low: float) -> bool:
+    """Whether the interval lies above 0."""
+    return low > 0
+
+
 def merged(before: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Earlier rows, with those made now in their place; a new figure follows the one that it was made after."""
     rows, new = ({row["figure"]: row for row in some} for some in (before, made))

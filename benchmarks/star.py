@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.q_cells import FITTED, cell, sections
-from benchmarks.results_file import figure, mean_interval, write
+from benchmarks.results_file import above, averaged, figure, write
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.evaluation.metrics import auc
 from iterative_ppo.files import content_hash
@@ -82,14 +82,12 @@ def learnability(talks: list[Conversation], path: Path, seeds: Sequence[int]) ->
     for name, key in (("of Q", "q"), ("of TF-IDF regression", "peer")):
         seconds = float(np.mean([one[f"{key}_seconds"] for one in found]))
         for part in PARTS:
-            mean, low, high = mean_interval([one[f"{key}, {part}"] for one in found])
-            label = f"STAR, held-out AUC {name}, {part}"
-            rows.append(figure(label, mean, (low, high), seeds=seeds, cpu_seconds=seconds))
+            scores = [one[f"{key}, {part}"] for one in found]
+            rows.append(averaged(f"STAR, held-out AUC {name}, {part}", scores, seeds, cpu_seconds=seconds))
     for part in list(PARTS)[1:]:
-        mean, low, high = mean_interval([one[f"q, {part}"] - one[f"peer, {part}"] for one in found])
-        holds = mean >= -TOLERATED
+        less = [one[f"q, {part}"] - one[f"peer, {part}"] for one in found]
         label = f"STAR, Q less TF-IDF regression, {part}"
-        rows.append(figure(label, mean, (low, high), f">= -{TOLERATED}", holds, seeds))
+        rows.append(averaged(label, less, seeds, f">= -{TOLERATED}", above(-TOLERATED)))
     return rows
 
 
