@@ -17,6 +17,7 @@ ASKED = 3
 OURS, TWICE = "iterative PPO", "iterative PPO, two policy iterations a round"
 LAST = "iterative PPO, three policy iterations in the last round"
 SMALL = "iterative PPO, a deployment every 500 conversations"
+PAPER_SMALL = "the paper's shape with one-step Q, a deployment every 500 conversations: PPO alone, KL to pi_i"
 MONTE_CARLO = "the same with Monte Carlo Q"
 CLONING, MYOPIC = "filtered behaviour cloning", "myopic: trained on acceptance"
 ONLINE, REFUEL = "trajectory RLOO, updated every 250 conversations", "REFUEL"
@@ -57,10 +58,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "improve.ppo.episodes": 6144,
         "improve.ppo.learning_rate": 0.001,
     },
+    PAPER_SMALL: {
+        **ALONE,
+        "improve.ppo.kl_coefficient": 1.0,
+        "improve.ppo.episodes": 6144,
+        "improve.ppo.learning_rate": 0.001,
+        "q.replay_rounds": 5,
+    },
 }
 ROUNDS = {OURS: 5, MONTE_CARLO: 1, MYOPIC: 1}
 """Rounds of those that do not make as many as asked for."""
-DEPLOYMENTS = {SMALL: 3}
+DEPLOYMENTS = {SMALL: 3, PAPER_SMALL: 3}
 """Policies that a method deploys, one after the other, within a round's conversations; elsewhere one."""
 FORKS = {LAST}
 """Those of which each round goes on from ours of the round before, as where it is the last one."""

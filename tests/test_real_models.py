@@ -1022,6 +1022,8 @@ def encoder_decoder(path: Path) -> None:
     (path / "config.json").write_text('{"model_type": "t5"}')
 
 
+BART = {f"{side}_{name}": 16 if name == "ffn_dim" else 2 for side in ("encoder", "decoder")
+        for name in ("layers", "ffn_dim", "attention_heads")} | {"d_model": 16}  # fmt: skip
 BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
 
 
@@ -1031,6 +1033,7 @@ BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head
         pytest.param(shutil.rmtree, "no such directory", id="not there"),
         pytest.param(encoder_decoder, "not a causal language model", id="encoder and decoder"),
         pytest.param(another_model("bert", **BERT), "depends on what follows", id="reads both ways"),
+        pytest.param(another_model("bart", **BART), "Q cannot start from its backbone", id="half of a model"),
         pytest.param(with_broken_weights("lm_head"), r"weight lm_head\.weight holds .* not finite", id="head"),
         pytest.param(with_broken_weights("model.embed_tokens"), r"weight model.embed_tokens.weight holds", id="row"),
         pytest.param(with_config(hidden_size="16"), "not a causal language model .*hidden_size", id="size in words"),

@@ -30,6 +30,7 @@ from iterative_ppo.learning.sampling import (
     write_responses,
 )
 from iterative_ppo.learning.sequences import Prompts, portions, prompt_lengths
+from iterative_ppo.learning.value_head import check_backbone
 from iterative_ppo.mdp.conversation import State, Suggestion
 from iterative_ppo.mdp.rendering import Renderer
 
@@ -123,6 +124,8 @@ class LanguagePolicy:
         _check_base(Path(path))
         if settings is None:
             settings = _read_settings(Path(path) / SETTINGS)
+        if not adapters.has_adapters(model):
+            check_backbone(model, str(path))
         loading.check_fits(model, str(path), settings.max_prompt_tokens + settings.max_response_tokens)
         adapters.as_float32(model)
         adapters.check_loaded(model, str(path))

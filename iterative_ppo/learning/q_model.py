@@ -16,17 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.modeling_layers import GenericForTokenClassification
+from transformers import AutoConfig, PreTrainedModel
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import ConfigError, ModelError, StoreError, did_you_mean
+from iterative_ppo.errors import ConfigError, StoreError, did_you_mean
 from iterative_ppo.files import read_settings, write_json
 from iterative_ppo.learning import branching
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
@@ -36,6 +29,7 @@ from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePoli
 from iterative_ppo.learning.loading import alike, holds, tried, with_weights
 from iterative_ppo.learning.objective import head_range, head_weights
 from iterative_ppo.learning.sharding import full
+from iterative_ppo.learning.value_head import value_class
 from iterative_ppo.learning.value_scale import ValueScale
 from iterative_ppo.mdp.rendering import Encoded, single
 
@@ -343,34 +337,3 @@ class QModel:
             return seen.min(axis=1)
         mean: np.ndarray = seen.mean(axis=1)
         return mean - float(self.settings.pessimism) * seen.std(axis=1, ddof=1) if self.settings.pessimism else mean
-
-
-def value_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """A head a token on every causal LM: transformers has one for half of the families (none for Gemma 3, OPT)."""
-    kind = type(config)
-    known: Any = AutoModelForTokenClassification._model_mapping
-    causal_lms: Any = AutoModelForCausalLM._model_mapping
-    if kind in known:
-        head: type[PreTrainedModel] = known[kind]
-        return head
-    if kind not in causal_lms:
-        raise ModelError(f"{config.model_type}: not a causal language model, so it can carry no Q")
-    causal = causal_lms[kind]
-    with torch.device("meta"):
-        width = causal(config).get_output_embeddings().weight.shape[1]
-    family = next(base for base in causal.__mro__ if base.__name__.endswith("PreTrainedModel"))
-    parts = {"config_class": kind, "__module__": causal.__module__, "width": width}
-    return type(f"{causal.__name__}WithValue", (_WithValue, family), parts)
-
-
-class _WithValue(GenericForTokenClassification):
-    """A head as wide as the vocabulary's; OPT-350m's backbone returns less than its hidden size."""
-
-    width: int
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        own: Any = self
-        if own.score.in_features != self.width:
-            own.score = torch.nn.Linear(self.width, config.num_labels, bias=own.score.bias is not None)
-            own._init_weights(own.score)
