@@ -54,7 +54,7 @@ def _round(config: Config) -> dict[str, Any]:
 
 def _taken_up(config: Config) -> list[Conversation]:
     if arrived(config, 0) is None:
-        _, log = import_logs(config)
+        _, log = import_logs(config, before_ours=True)
         for line in log.told():
             get_run_logger().info("%s", line)
         write_json(round_folder(config, 0) / IMPORT, log.summary)

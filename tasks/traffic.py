@@ -189,10 +189,23 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def import_logs(config: Config) -> tuple[Path, Imported]:
-    """Logs into the inbox as one turn table. Returns the file and what `read_logs` does, and raises the same."""
+def import_logs(config: Config, before_ours: bool = False) -> tuple[Path, Imported]:
+    """Logs into the inbox as one turn table. Returns the file and what `read_logs` does, and raises the same.
+
+    Args:
+        before_ours: they are older than any policy of this pipeline, so the versions that they name get names that
+            none of its has: else its version 2 would be held for the one whom the log calls 2, and learn from returns
+            of that.
+    """
     log = read_logs(config)
+    if before_ours:
+        talks = [replace(talk, policy_version=_before_ours(str(talk.policy_version))) for talk in log.conversations]
+        log = replace(log, conversations=talks)
     return write_once(inbox(config) / f"{log.name}.parquet", to_rows(config, log.conversations), config), log
+
+
+def _before_ours(version: str) -> str:
+    return version if version == LOGGED else f"{LOGGED} {version}"
 
 
 def read_logs(config: Config) -> Imported:

@@ -23,7 +23,8 @@ from iterative_ppo.sources.craigslist import import_craigslist
 from iterative_ppo.sources.log import read_json
 from iterative_ppo.sources.star import import_star
 from iterative_ppo.sources.table import import_table
-from tasks.traffic import read_logs
+from tasks.datasets import of_policy
+from tasks.traffic import import_logs, read_logs
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 CONFIG = load_config()
@@ -584,6 +585,23 @@ def test_what_follows_an_outcome_is_told(tmp_path: Path) -> None:
     more = [row | {"conversation_id": name} for name in "ab" for row in (record(), paid(), record(3), ended(4))]
     assert told(*GOOD, *more)[1:] == ["2 conversations went on after the outcome; 4 later turns left out"]
     assert told(*more[:3])[1:] == ["1 conversation went on after the outcome; 1 later turn left out"]
+
+
+def test_versions_that_a_first_log_names_are_none_of_ours(tmp_path: Path) -> None:
+    versions = {"a": "1", "b": "v7", "c": None}
+    named = [{"conversation_id": name, "policy_version": version} for name, version in versions.items()]
+    rows = [row | one for one in named for row in (record(), paid())]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides = {"source.kind": "table", "source.path": str(tmp_path / "log.jsonl"), "outcomes": ONE}
+    config = load_config(None, overrides | {"data.root": str(tmp_path / "data")})
+
+    def imported(before_ours: bool) -> pd.DataFrame:
+        return read(import_logs(config, before_ours)[0], config.outcomes)
+
+    assert set(imported(before_ours=False)["policy_version"]) == {"1", "v7", "logged"}
+    first = imported(before_ours=True)
+    assert set(first["policy_version"]) == {"logged 1", "logged v7", "logged"}
+    assert of_policy(first, "logged").all() and not of_policy(first, "1").any()
 
 
 def test_table_without_times_takes_silence_for_the_end(table: Callable[..., ImportedLog]) -> None:
