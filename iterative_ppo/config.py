@@ -607,6 +607,16 @@ class Config(Frozen):
                 f"credit.assigner {self.credit.assigner} makes turn rewards of the outcome, improve.reward acceptance "
                 "pays each turn by itself; set credit.assigner to outcome, or improve.reward to outcome"
             )
+        further = {
+            "improve.policy_iterations": self.improve.policy_iterations,
+            "rounds.last_policy_iterations": self.rounds.last_policy_iterations,
+        }
+        for name, count in further.items():
+            if self.credit.assigner == "norm_itpo" and count > 1:
+                raise ValueError(
+                    f"{name} {count} fits Q of policies that have led no conversation, and credit.assigner norm_itpo "
+                    f"pays a turn by how its conversation ended; set {name} to 1, or credit.assigner to itpo"
+                )
         return self
 
     @model_validator(mode="after")

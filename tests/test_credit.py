@@ -406,3 +406,7 @@ def test_what_cannot_be_credited_is_named(tiny_policy: LanguagePolicy, scripted:
         credited(tiny_policy, data, [], wild)
     with pytest.raises(ConfigError, match=r"credit.assigner itpo .* improve.reward acceptance .* set credit.assigner"):
         config_of("itpo", **{"improve.reward": "acceptance"})
+    for name in ("improve.policy_iterations", "rounds.last_policy_iterations"):
+        with pytest.raises(ConfigError, match=rf"{name} 2 .* norm_itpo pays a turn by how .*; set {name} to 1"):
+            config_of("norm_itpo", **{name: 2})
+        config_of("itpo", **{name: 2})
