@@ -20,11 +20,12 @@ from hypothesis.extra import numpy as hnp
 from iterative_ppo.config import BestOfNConfig, Config, LoggedConfig, PPOConfig, load_config
 from iterative_ppo.errors import ModelError, StoreError, TrainingError
 from iterative_ppo.learning import rounds
-from iterative_ppo.learning.batching import Batch, EncodedTable
+from iterative_ppo.learning.batching import Batch, EncodedTable, collate
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.compare import speak
 from iterative_ppo.learning.improve import best_of_n
 from iterative_ppo.learning.improve.best_of_n import best, improve_by_best
+from iterative_ppo.learning.improve.critic import LearnedCritic
 from iterative_ppo.learning.improve.episodes import (
     gae,
     kl_both_ways,
@@ -908,6 +909,20 @@ def test_a_critic_that_learns_explains_the_returns_and_leaves_q_frozen(bandit: L
     assert curve[-1]["critic_loss"] < curve[0]["critic_loss"]
     assert curve[-1]["q"] > 2 * curve[0]["q"]
     assert all(torch.equal(p, old) for p, old in zip(q.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 1.0, "min"])
+def test_a_critic_says_what_it_was_taught_also_of_a_pessimistic_q(
+    bandit: LanguagePolicy, pessimism: float | str
+) -> None:
+    q = QModel.from_policy(bandit, QSettings("mse", 0.0, 1.0, 0.95, members=3, pessimism=pessimism), seed=0)
+    sequences = [single(k, prompt(bandit), said(bandit, text), True) for k, text in enumerate(WORDS)]
+    returns = [np.full(len(s.tokens) - s.spans[0].start, 0.8) for s in sequences]
+    critic = LearnedCritic(q, learning_rate=0.01, steps=200, scale=0.5)
+    for _ in range(200):
+        critic.learn(collate(sequences, bandit.pad), returns, usual=float(sum(map(len, returns))))
+    for values in critic.running_values(sequences):
+        assert values[:-1] == pytest.approx(0.8, abs=0.02)
 
 
 @pytest.mark.parametrize("critic", ["q", "learned"])

@@ -24,7 +24,7 @@ class LearnedCritic:
     """V of a prompt and the tokens so far, over `scale`, regressed on returns by squared error."""
 
     def __init__(self, q: QModel, learning_rate: float, steps: int, scale: float) -> None:
-        self.q, self.scale = q.copy(), scale
+        self.q, self.scale = q.copy().with_settings(pessimism=0.0), scale  # the mean is what learns, so it is read too
         self.optimizer, self.schedule = optimizer_for(self.q.model, learning_rate, steps)
 
     def running_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
