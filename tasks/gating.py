@@ -155,11 +155,20 @@ def gather(
 
 
 def fqe(challenger: LanguagePolicy, start: QModel, current: Round, config: Config) -> QModel:
-    """The challenger's own Q by fitted Q evaluation on the fit part, from the champion's Q on."""
+    """The challenger's own Q by fitted Q evaluation on the fit part, from the champion's Q on.
+
+    It is about the rewards of `current`, so of the outcome where the champion's is of credited turns; the champion's
+    itself where that is of acceptance, which no later turn changes.
+    """
     from iterative_ppo.learning.policy_evaluation import fit_q
 
-    evaluation = config.q.model_copy(update={"target": "fqe", "expectile": None})
-    return fit_q(challenger, current, [], config.model_copy(update={"q": evaluation}), start)
+    if config.improve.reward == "acceptance":
+        return start
+    fitted: dict[str, Any] = {"target": "fqe", "expectile": None}
+    if config.credit.assigner != "outcome":
+        config = config.model_copy(update={"credit": config.credit.model_copy(update={"assigner": "outcome"})})
+        fitted["outcome_heads"] = False
+    return fit_q(challenger, current, [], config.model_copy(update={"q": config.q.model_copy(update=fitted)}), start)
 
 
 def held_out_rows(fit: np.ndarray, actions: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:

@@ -17,11 +17,14 @@ from iterative_ppo.evaluation.bootstrap import Interval, OneMore, ratio_interval
 from iterative_ppo.evaluation.ope import BLIND, INCOMPLETE, LoggedTurns, doubly_robust, estimates, per_decision
 from iterative_ppo.evaluation.weights import NO_LOG_PROBS, support, unweighted
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.objective import outcome_range
+from iterative_ppo.learning.q_model import QModel, QSettings
+from iterative_ppo.learning.rounds import round_of
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import to_frame
 from tasks.datasets import Dataset
-from tasks.gating import gather
+from tasks.gating import fqe, gather
 from tasks.learning import PolicyVersion, fit_q_stage
 
 WEIGHTED = ("wis", "per_decision", "doubly_robust", "doubly_robust_gain")
@@ -341,6 +344,21 @@ def test_a_q_of_the_challengers_own_that_the_log_does_not_support_is_refused_and
     assert math.isnan(refused.value) and refused.left_out == evidence.certificate.conversations
     assert evidence.estimates["q_model"].refusal == BLIND and "doubly_robust_gain" in evidence.estimates
     assert evidence.as_dict()["estimates"]["fqe"]["value"] is None
+
+
+@pytest.mark.parametrize("changes", [{"credit.assigner": "itpo"}, {"improve.reward": "acceptance"}])
+def test_a_q_of_the_challengers_own_is_about_what_the_estimates_are(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], changes: dict[str, str]
+) -> None:
+    wide = {"outcomes": {"purchase": 2.0}, "data.outcome_high": 3.0, "q.epochs": 0.2, "q.value_epochs": 0.2}
+    config = load_config(overrides=wide | changes)
+    current = round_of(tiny_policy, to_frame(scripted[:20], config.outcomes, 0.2), config)
+    start = QModel.from_policy(tiny_policy, QSettings.of(config), seed=0)
+    own = fqe(tiny_policy, start, current, config)
+    if "credit.assigner" in changes:
+        assert (own.settings.low, own.settings.high) == outcome_range(config) == (0.0, 6.0)
+    else:
+        assert own is start, "acceptance looks no further than its own turn, whoever goes on"
 
 
 @pytest.mark.slow
