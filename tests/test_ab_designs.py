@@ -20,6 +20,7 @@ from iterative_ppo.evaluation.comparison import Comparison, Tally
 from iterative_ppo.evaluation.designs import design_of
 from iterative_ppo.evaluation.e_process import confidence_sequence, log_e_process, nearest_pairs
 from iterative_ppo.evaluation.experiment import History, Look, comparable
+from iterative_ppo.evaluation.inference import inference
 from iterative_ppo.evaluation.plan import fixed_sample, group_sequential_stops, plan
 from iterative_ppo.evaluation.ramp import Ramp
 from iterative_ppo.evaluation.sample_ratio import e_value, mismatch, one_look_p
@@ -372,6 +373,22 @@ def test_few_businesses_are_not_enough() -> None:
     seen = History(arm, np.random.default_rng(0).random(160).round(), np.arange(160.0), 200.0, 1.0, np.arange(160) % 8)
     look = design_of(config(unit="business"), ALPHA).look(seen)
     assert look.verdict == "continue" and "8 businesses" in look.reasons[0]
+
+
+@pytest.mark.parametrize("design", ["fixed", "group_sequential", "anytime"])
+def test_an_arm_of_few_businesses_is_not_enough_however_many_the_other_has(design: str) -> None:
+    """Of four in forty, 95 % intervals by their spread held the truth in three of four simulated tests."""
+    business, success = np.repeat(np.arange(40), 25), np.random.default_rng(0).random(1000) < 0.3
+    one_large = np.where((business >= 20) & (business < 36), 20, business)
+    for challenger, codes, worth in ((business >= 36, business, "4.0"), (business >= 20, one_large, "1.5")):
+        share = float(challenger.mean())
+        test = config(design=design, unit="business", conversations=1000, challenger_share=share, ramp=[])
+        seen = History(challenger, success.astype(float), np.arange(1000.0), 2000.0, 1.0, codes)
+        look = design_of(test, ALPHA).look(seen)
+        assert (look.verdict, look.low, look.high) == ("reject", None, None)
+        assert f"conversations are those of {worth} businesses of equal size, at least 10" in look.reasons[0]
+        found = inference(test, ALPHA, seen, look)
+        assert (found.p_value, found.gain_low, found.gain_high) == (1.0, -1.0, 1.0), "it is no fixed sample"
 
 
 def test_arms_of_unequal_definition_are_refused() -> None:

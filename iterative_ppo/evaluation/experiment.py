@@ -17,7 +17,10 @@ from iterative_ppo.evaluation.sample_ratio import mismatch
 DesignName = Literal["fixed", "group_sequential", "anytime"]
 Verdict = Literal["promote", "continue", "stop_futile", "reject", "halt"]
 LEAST_BUSINESSES = 20
-"""Below this the variance by business is itself too uncertain for a bound from the normal distribution."""
+"""Below this the variance by business is itself too uncertain for a bound from the normal distribution.
+
+Where they are assigned, half of it in each arm, counted by their conversations: (sum n)^2 / sum n^2 equal ones (Kish).
+"""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,10 @@ def opening(design: DesignName, history: History, config: ABTestConfig) -> tuple
     fault = mismatch(*_units(history, codes, config.unit), config.challenger_share, one_look=design == "fixed")
     if fault and (design != "fixed" or fraction >= 1):
         return replace(look, verdict="halt", reasons=(fault,)), None
-    if nothing := _nothing_to_compare(arms, None if codes is None else codes[seen]):
+    nothing = _nothing_to_compare(arms, None if codes is None else codes[seen])
+    if codes is not None and config.unit == "business":
+        nothing = nothing or _too_few_businesses(codes[seen], challenger)
+    if nothing:
         return replace(look, verdict="reject" if fraction >= 1 else "continue", reasons=(nothing,)), None
     comparison = _compare(challenger, outcome, None if codes is None else codes[seen])
     return replace(look, design_effect=float(comparison.design_effect)), comparison
@@ -195,6 +201,20 @@ def _nothing_to_compare(arms: tuple[np.ndarray, np.ndarray], codes: np.ndarray |
         return f"all {len(outcome)} matured outcomes are {outcome[0]:g}: nothing tells the arms apart"
     if codes is not None and len(np.unique(codes)) < LEAST_BUSINESSES:
         return f"{len(np.unique(codes))} businesses have matured conversations, at least {LEAST_BUSINESSES} are needed"
+    return None
+
+
+def _too_few_businesses(codes: np.ndarray, challenger: np.ndarray) -> str | None:
+    """Of assigned businesses, whose arms share none."""
+    for name, arm in (("champion", codes[~challenger]), ("challenger", codes[challenger])):
+        sizes = np.bincount(arm)
+        worth = sizes.sum() ** 2 / (sizes**2).sum()
+        if worth < LEAST_BUSINESSES / 2:
+            return (
+                f"the {name}'s {len(arm)} conversations are those of {worth:.1f} businesses of equal size, at least "
+                f"{LEAST_BUSINESSES // 2} are needed in each arm; wait for more businesses, or give the {name} a "
+                "larger share"
+            )
     return None
 
 

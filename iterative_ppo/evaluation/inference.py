@@ -7,6 +7,7 @@ the least level at which the design would have promoted at this look.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from iterative_ppo.config import ABTestConfig
 from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test
@@ -24,12 +25,14 @@ def inference(config: ABTestConfig, alpha: float, history: History, look: Look) 
     Args:
         history: what the look saw. look: the design's at one-sided `alpha`.
 
-    A look that could not compare anything, as where no conversation succeeded, has those of a fixed sample.
+    A look that could not compare anything, as where no conversation succeeded, has those of a fixed sample; where
+    businesses are assigned, whose conversations are no such sample, it tells nothing of the gain.
     """
     champion, challenger = arms(look)
     wider = design_of(config, EACH_END).look(history)
     if look.statistic is None or look.estimate is None or wider.low is None or wider.high is None:
-        return ab_test(champion, challenger, alpha)
+        plain = ab_test(champion, challenger, alpha)
+        return plain if config.unit == "conversation" else replace(plain, p_value=1.0, gain_low=-1.0, gain_high=1.0)
     return ABTest(champion, challenger, alpha, p_value(history, look), look.estimate, wider.low, wider.high)
 
 
