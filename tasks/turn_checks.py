@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.learning.objective import outcome_range
 from iterative_ppo.mdp.conversation import ADOPTIONS, PARTS, SUGGESTION_STATUSES
 from iterative_ppo.mdp.labels import ORIGINS
 from iterative_ppo.mdp.turn_table import ORIGIN, conform, outcome_columns, turn_schema
@@ -49,9 +48,8 @@ def turn_suite(config: Config) -> ExpectationSuite:
     def must(field: str, words: str) -> dict[str, Any]:
         return {"meta": {"field": field, "must": words}, "notes": f"{field}: must {words}"}
 
-    data, schema = config.data, turn_schema(config.outcomes)
-    ends = dict.fromkeys(outcome_columns(config.outcomes), (data.outcome_low, data.outcome_high))
-    ends["outcome"] = outcome_range(config)
+    low, high, schema = config.data.outcome_low, config.data.outcome_high, turn_schema(config.outcomes)
+    named = outcome_columns(config.outcomes)  # R, their weighted sum, has its ends from them, but for rounding
     sets = {"suggestion_status": SUGGESTION_STATUSES, "adoption": ADOPTIONS, "part": PARTS}
     expectations: list[Any] = [
         gxe.ExpectTableColumnsToMatchSet(column_set=schema.names, exact_match=False, **must("columns", "be complete")),
@@ -75,7 +73,7 @@ def turn_suite(config: Config) -> ExpectationSuite:
             gxe.ExpectColumnValuesToBeBetween(
                 column=c, min_value=low, max_value=high, **must(c, f"be from {low:g} to {high:g}")
             )
-            for c, (low, high) in ends.items()
+            for c in named
         ],
         gxe.ExpectColumnValuesToMatchRegex(
             column=ORIGIN, regex=ORIGINS, **must(ORIGIN, "be reported, rule or classifier:<version>")
