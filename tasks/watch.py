@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,18 +84,32 @@ def _promoting_round(records: list[dict[str, Any]], version: int | None) -> int 
 
 
 def _served(config: Config, version: int, rounds: Iterable[int]) -> pd.DataFrame:
-    """A version's conversations of some rounds, measured: one row each by its id, in the order of service."""
-    tables = [_in_order(frame, str(version)) for n in rounds if (frame := arrived(config, n)) is not None]
+    """A version's conversations of some rounds, measured: one row each by its id, in the order of service.
+
+    Only those whose last turn is a window or longer ago: of later ones the successes are here, and not yet those that
+    are left without an outcome, so any of them would look better than they are.
+    """
+    frames = [frame for n in rounds if (frame := arrived(config, n)) is not None]
+    until = _whole_until(frames, config)
+    tables = [_in_order(frame, str(version), until) for frame in frames]
     found = [table for frame in tables if len(table := _measured(sound(judged(frame, config), config.outcomes)))]
     return pd.concat(found) if found else _measured(None)
 
 
-def _in_order(frame: pd.DataFrame, label: str) -> pd.DataFrame:
-    """A policy's rows, conversations by the time of their last turn where that is known."""
+def _whole_until(frames: Sequence[pd.DataFrame], config: Config) -> pd.Timestamp:
+    """When the last turn of a conversation must be for all of then to be here: by the newest time in the traffic."""
+    times = pd.concat([frame["timestamp"] for frame in frames]) if frames else pd.Series(dtype="datetime64[us, UTC]")
+    newest = times[times <= pd.Timestamp.now("UTC")].max()
+    return newest - pd.Timedelta(hours=config.data.outcome_window_hours)
+
+
+def _in_order(frame: pd.DataFrame, label: str, until: pd.Timestamp) -> pd.DataFrame:
+    """A policy's rows, conversations by the time of their last turn where that is known, and then not after `until`."""
     mine = frame[of_policy(frame, label)]
     ends = closed(mine).set_index("conversation_id")["timestamp"].sort_values(kind="stable", na_position="last")
-    rank = mine["conversation_id"].map({name: place for place, name in enumerate(ends.index)})
-    return mine.iloc[np.argsort(rank.to_numpy(), kind="stable")]
+    rank = mine["conversation_id"].map({name: place for place, name in enumerate(ends.index[~(ends > until)])})
+    order = np.argsort(rank.to_numpy(dtype=float), kind="stable")
+    return mine.iloc[order[: rank.notna().sum()]]
 
 
 def _measured(frame: pd.DataFrame | None) -> pd.DataFrame:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from iterative_ppo.config import load_config
 from iterative_ppo.evaluation.alarms import ABSTENTION, ACCEPTANCE, LENGTH, OUTCOME, alarms, measure
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion, Turn
-from iterative_ppo.mdp.turn_table import to_frame
+from iterative_ppo.mdp.turn_table import to_frame, write
+from tasks import watch
+from tasks.datasets import round_folder
 
 ALARMS = load_config().alarms
 SERVED = {OUTCOME: 0.3, ACCEPTANCE: 0.8, ABSTENTION: 0.1, LENGTH: 10.0}
@@ -99,3 +104,24 @@ def test_a_conversation_is_measured_by_its_turns() -> None:
     assert by_name["a"] == pytest.approx({OUTCOME: 0.0, ACCEPTANCE: 1.0, ABSTENTION: 0.0, LENGTH: 2.0})
     assert by_name["c"][OUTCOME] == 0.0
     assert all(np.isnan(by_name["c"][key]) for key in (ACCEPTANCE, ABSTENTION, LENGTH))
+
+
+def test_successes_that_came_before_the_failures_of_their_days_do_not_count_yet(tmp_path: Path) -> None:
+    """A third of 60 a day sell, for nine days: a sale is here at once, and who leaves is so after 72 hours of silence.
+
+    Of all that is here .43 sold, which a champion would be held against for as long as it serves.
+    """
+    config = load_config(overrides={"data.root": tmp_path})
+    begin, now, here, old = datetime(2026, 1, 1, tzinfo=UTC), timedelta(days=9), [], set()
+    for k in range(9 * 60):
+        ended, sold = timedelta(minutes=24 * k), k % 3 == 0
+        if sold or ended < now - timedelta(hours=72):
+            turn = Turn("hi", (0.0,), Suggestion("hello", "suggested"), "hello", "verbatim", begin + ended)
+            last = Turn("yes" if sold else None, (float(sold),), timestamp=begin + ended)
+            here.append(Conversation(f"{k}", (turn, last), f"customer {k}", policy_version="2"))
+            old |= {f"{k}"} if ended < now - timedelta(hours=74) else set()
+    write(to_frame(here, config.outcomes, 0.2), round_folder(config, 1) / "arrived" / "a.parquet", config.outcomes)
+    kept = pd.read_parquet(watch.keep_what_it_is_promoted_on(config, 0, 2))
+    assert old <= set(kept.index) and len(kept) <= len(old) + 5
+    assert kept["outcome"].mean() == pytest.approx(1 / 3, abs=0.01)
+    assert np.mean([sum(talk.turns[-1].outcomes) for talk in here]) > 0.42
