@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -160,6 +160,16 @@ def of_policy(frame: pd.DataFrame, label: str) -> pd.Series:
 def closed(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a conversation: its last, which holds the outcome."""
     return frame[turn_table.last_rows(frame)]
+
+
+def whole_until(frames: Sequence[pd.DataFrame], config: Config) -> pd.Timestamp:
+    """When the last turn of a conversation must be for all of then to be here: by the newest time in the traffic.
+
+    A success is here when it comes, a conversation that is left only after a window of silence. NaT without any time.
+    """
+    times = pd.concat([frame["timestamp"] for frame in frames]) if frames else pd.Series(dtype="datetime64[us, UTC]")
+    newest = times[times <= pd.Timestamp.now("UTC")].max()
+    return newest - pd.Timedelta(hours=config.data.outcome_window_hours)
 
 
 def arm(frame: pd.DataFrame, label: str) -> Arm:

@@ -19,6 +19,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.errors import TurnTableError, ValidationStopped
 from iterative_ppo.files import whole_directory
 from iterative_ppo.mdp.turn_table import conform
+from tasks.datasets import closed, whole_until
 from tasks.turn_checks import Rows, checks, grouped, turn_suite
 
 TEXTS = ("context", "customer_message", "suggestion", "business_message")
@@ -230,6 +231,15 @@ def _warnings(good: pd.DataFrame, config: Config, reference_rates: Mapping[str, 
                 f"policy version {version}: outcome rate {rate:.3f} over {size} conversations, was {before:.3f}; "
                 f"moved by more than data.outcome_rate_bound {bound:g}"
             )
+    ends = closed(good)
+    early, won = ends["timestamp"] > whole_until([good], config), ends["outcome"] > 0
+    if early.any() and not early.all() and abs(won.mean() - won[~early].mean()) > bound:
+        said.append(
+            f"outcome rate {won.mean():.3f} over {len(ends)} conversations, {won[~early].mean():.3f} without the "
+            f"{early.sum()} whose last turn is of the newest {config.data.outcome_window_hours:g} hours: of those the "
+            "ones without an outcome are not here yet, so Q will hope for too much; collect for longer, by a larger "
+            "simulator.conversations"
+        )
     unit = "customer_id" if config.data.split_by == "customer" else "business_id"
     both = int(good.groupby(unit)["part"].nunique().gt(1).sum())
     return said + ([f"{both} {unit} values have conversations in both the fit and the evidence part"] if both else [])

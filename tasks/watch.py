@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.evaluation.alarms import Alarm, alarms, measure
 from iterative_ppo.files import write_bytes
 from tasks.audit import DONE, INTENT, history, record, standing
-from tasks.datasets import arrived, closed, of_policy, round_folder
+from tasks.datasets import arrived, closed, of_policy, round_folder, whole_until
 from tasks.labels import judged
 from tasks.state import NightState
 from tasks.turn_checks import sound
@@ -90,17 +90,10 @@ def _served(config: Config, version: int, rounds: Iterable[int]) -> pd.DataFrame
     are left without an outcome, so any of them would look better than they are.
     """
     frames = [frame for n in rounds if (frame := arrived(config, n)) is not None]
-    until = _whole_until(frames, config)
+    until = whole_until(frames, config)
     tables = [_in_order(frame, str(version), until) for frame in frames]
     found = [table for frame in tables if len(table := _measured(sound(judged(frame, config), config.outcomes)))]
     return pd.concat(found) if found else _measured(None)
-
-
-def _whole_until(frames: Sequence[pd.DataFrame], config: Config) -> pd.Timestamp:
-    """When the last turn of a conversation must be for all of then to be here: by the newest time in the traffic."""
-    times = pd.concat([frame["timestamp"] for frame in frames]) if frames else pd.Series(dtype="datetime64[us, UTC]")
-    newest = times[times <= pd.Timestamp.now("UTC")].max()
-    return newest - pd.Timedelta(hours=config.data.outcome_window_hours)
 
 
 def _in_order(frame: pd.DataFrame, label: str, until: pd.Timestamp) -> pd.DataFrame:

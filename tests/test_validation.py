@@ -313,6 +313,20 @@ def test_a_moved_outcome_rate_of_the_same_policy_version_is_a_warning(config: Co
     assert done.bad.empty and not done.reasons
 
 
+def test_successes_whose_failures_are_not_here_yet_are_a_warning(config: Config) -> None:
+    def ended(name: str, sold: bool, hours: int) -> Conversation:
+        talk = buys(name) if sold else leaves(name)
+        return replace(talk, turns=(*talk.turns[:-1], replace(talk.turns[-1], timestamp=at(60 * hours + 120))))
+
+    old = [ended(f"old {k}", k == 0, k) for k in range(4)]
+    new = [ended(f"new {k}", True, 100 + k) for k in range(4)]
+    (told,) = validate(table(config, *old, *new), config).warnings
+    assert told.startswith("outcome rate 0.625 over 8 conversations, 0.250 without the 4 whose last turn is of the new")
+    whole = [ended(f"new {k}", k == 0, 100 + k) for k in range(4)]
+    assert not validate(table(config, *old, *whole), config).warnings
+    assert not validate(table(config, *new), config).warnings, "nothing to hold them against"
+
+
 def test_a_customer_in_both_parts_is_a_warning(config: Config) -> None:
     frame = table(config, buys("a"), buys("b"))
     frame["customer_id"] = "the same"
