@@ -447,6 +447,11 @@ def test_businesses_need_the_design_effect_more() -> None:
         assert other.most == pytest.approx(1.95 * one.most, abs=2) and one.most_days is None
 
 
+def test_a_plan_has_the_businesses_that_a_look_asks_for() -> None:
+    few = plan(config(mde=0.3, unit="business", business_conversations=20, challenger_share=0.2), ALPHA, 0.3)
+    assert all(size == 10 * 20 / 0.2 for one in few for size in (one.most, one.expected_if_equal))
+
+
 @pytest.mark.parametrize(
     ("base", "daily", "message"),
     [(0.97, None, "their sum below 1"), (0.0, None, "above 0"), (0.3, 0.0, "conversations a day")],

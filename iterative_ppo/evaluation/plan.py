@@ -13,7 +13,7 @@ import numpy as np
 from iterative_ppo.config import ABTestConfig
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation.e_process import leverages, mixture
-from iterative_ppo.evaluation.experiment import DesignName
+from iterative_ppo.evaluation.experiment import LEAST_BUSINESSES, DesignName
 from iterative_ppo.evaluation.spending import crossing, upper_bounds
 
 SIMULATED = 5000
@@ -64,13 +64,18 @@ def plan(
         conversations_per_day: traffic of both arms together; None leaves the days out.
         window_hours: from assignment to maturity.
 
-    Where businesses are assigned, sizes are multiplied by 1 + (m - 1) ICC. Raises ConfigError for rates that cannot be.
+    Where businesses are assigned, sizes are multiplied by 1 + (m - 1) ICC, and let each arm have as many businesses as
+    a look asks for. Raises ConfigError for rates that cannot be.
     """
     if not 0 < base < base + config.mde < 1:
         raise ConfigError(f"base {base:g} and mde {config.mde:g}: both must be shares above 0 and their sum below 1")
     if conversations_per_day is not None and conversations_per_day <= 0:
         raise ConfigError(f"{conversations_per_day:g} conversations a day: expected more than 0, or none for no days")
-    effect = 1 + (config.business_conversations - 1) * config.business_icc if config.unit == "business" else 1.0
+    effect, least = 1.0, 0.0
+    if config.unit == "business":
+        effect = 1 + (config.business_conversations - 1) * config.business_icc
+        rarer = min(config.challenger_share, 1 - config.challenger_share)
+        least = LEAST_BUSINESSES / 2 * config.business_conversations / rarer
     fixed = effect * fixed_sample(base, config.mde, alpha, config.power, config.challenger_share)
     waiting = (config.ramp_hours * len(config.ramp) + window_hours) / 24
 
@@ -84,7 +89,7 @@ def plan(
     ]
     planned = []
     for name, stops in designs:
-        sizes = [math.ceil(fixed * size - 1e-9) for size in (stops.most, stops.if_equal, stops.if_better)]
+        sizes = [math.ceil(max(least, fixed * size) - 1e-9) for size in (stops.most, stops.if_equal, stops.if_better)]
         planned.append(PlannedDesign(name, *sizes, *map(days, sizes)))
     return planned
 
