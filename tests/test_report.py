@@ -604,3 +604,8 @@ def test_numbers_are_written_as_readers_expect() -> None:
     assert words.points(-0.0123) == "−1.2 points"
     assert [p_in_words(p) for p in (1e-9, 0.0123, 0.35)] == ["p < 0.001", "p = 0.012", "p = 0.35"]
     assert [words.count(n, "rounds") for n in (1, 2000)] == ["1 round", "2,000 rounds"]
+
+
+def test_policies_of_a_log_are_told_from_ours() -> None:
+    names = [words.policy(version).replace("\N{NO-BREAK SPACE}", " ") for version in ("2", "logged", "logged 2", "v 1")]
+    assert names == ["policy 2", "logged policy", "logged policy 2", "policy v 1"]

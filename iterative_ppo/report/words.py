@@ -89,8 +89,10 @@ GLOSSARY = (
 
 
 def policy(version: str) -> str:
-    """A policy by its version; conversations of a log that names none were somebody's, called the logged policy."""
-    return "logged policy" if version == LOGGED else f"policy\N{NO-BREAK SPACE}{version}"
+    """A policy by its version; conversations of a log were somebody's, called the logged policy, or one of several."""
+    logged, _, name = version.partition(" ")
+    whose, name = ("logged policy", name) if logged == LOGGED else ("policy", version)
+    return f"{whose}\N{NO-BREAK SPACE}{name}" if name else whose
 
 
 def percent(share: float | None) -> str:
