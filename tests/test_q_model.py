@@ -164,6 +164,17 @@ def test_the_least_loss_is_at_the_mean_of_the_targets_also_of_some_outside_the_r
     assert float(scale.value(outputs.detach())[0]) == pytest.approx(float(targets.mean()), abs=0.01 * width)
 
 
+@pytest.mark.parametrize("loss", ["bce", "mse", "hl_gauss"])
+def test_values_are_float32_under_autocast_too(loss: str) -> None:
+    scale = QSettings(loss, 0.0, 3.0, 0.9, bins=51 if loss == "hl_gauss" else 1).scale
+    outputs = torch.randn(20, scale.bins)
+    exact = scale.value(outputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = scale.value(outputs)
+    assert value.dtype == torch.float32
+    assert torch.allclose(value, exact, atol=1e-5)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 

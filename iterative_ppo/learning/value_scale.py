@@ -30,7 +30,8 @@ class ValueScale:
         """(..., bins) outputs to (...) values."""
         if self.loss_name == "hl_gauss":
             edges = self._edges(outputs)
-            return outputs.softmax(dim=-1) @ ((edges[1:] + edges[:-1]) / 2)
+            centres = (edges[1:] + edges[:-1]) / 2
+            return (outputs.softmax(dim=-1) * centres).sum(dim=-1)  # autocast would make a matrix product bfloat16
         raw = outputs[..., 0]
         return raw if self.loss_name == "mse" else self.low + (self.high - self.low) * torch.sigmoid(raw)
 
