@@ -29,12 +29,14 @@ def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] |
 
     None where `gate.promotion: approve` makes it wait for a person; begun again, it goes on from there.
 
-    Raises TrainingError where a round's conversations taught nothing, for a simulator's next ones will not either.
+    Raises TrainingError where a round's conversations taught nothing, for a simulator's next ones will hardly either;
+    begun again, with other settings perhaps, it collects them.
     """
     config = load_config(Path(params_file) if params_file else None, overrides or {})
+    before = len(load_state(config.data.root).rounds)
     for _ in range(MAX_NIGHTS):
         phase = night(params_file, overrides)
-        if reason := _unlearnt(config):
+        if reason := _unlearnt(config, before):
             raise TrainingError(reason)
         if phase == "finished":
             return closing_test(config).as_dict()
@@ -44,9 +46,9 @@ def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] |
     raise StoreError(f"{MAX_NIGHTS} nights did not finish the rounds; see `ippo status`")
 
 
-def _unlearnt(config: Config) -> str | None:
-    """Why the last round has no challenger, if it has none."""
-    rounds = load_state(config.data.root).rounds
+def _unlearnt(config: Config, before: int) -> str | None:
+    """Why the last round has no challenger, if it has none and came after so many."""
+    rounds = load_state(config.data.root).rounds[before:]
     return rounds[-1].get("unlearnt") if rounds else None
 
 

@@ -72,5 +72,8 @@ def test_a_round_without_a_success_is_rejected_and_the_next_learns(server: None,
 def test_a_simulator_without_a_success_is_an_error(server: None, overrides: dict[str, Any]) -> None:
     from flows.simulation import simulated_rounds
 
-    with pytest.raises(TrainingError, match="no outcome differs"):
-        simulated_rounds(None, {**overrides, "simulator.max_business_turns": 1})
+    root = load_config(None, overrides).data.root
+    for rounds in (1, 2):
+        with pytest.raises(TrainingError, match="no outcome differs"):
+            simulated_rounds(None, {**overrides, "simulator.max_business_turns": 1})
+        assert len(load_state(root).rounds) == rounds, "begun again it collects anew"
