@@ -74,7 +74,7 @@ def step(config: Config) -> NightState:
         corpus = first_corpus(config)
         first = rounds.initialize(rounds.open_round(config, store, 0), *corpus)
         log.info("policy %d is pi_0 and the first champion", first.version)
-    state = follow(config, store, state)
+    state = further(config, store, follow(config, store, state))
     take_up(config, state.gathering)
     state = _saved(config, champions.watched(config, store, state))
     if state.approval is not None:
@@ -99,6 +99,15 @@ def follow(config: Config, store: tracking.Tracking, state: NightState) -> Night
     if state.phase == "train" and state.champion not in (None, registry.champion(store)):
         return _saved(config, state.advance(phase="collect"))
     return state
+
+
+def further(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
+    """Go on from a last round that is the last no longer: the budget was raised, or it was a log's, rejected."""
+    if state.phase != "finished" or converged(config, state.rounds).over:
+        return state
+    if "decision" in state.rounds[-1]:  # a test's conversations are here
+        return freeze(config, store, state, state.round + 1)
+    return _saved(config, state.advance(round=state.round + 1, phase="collect"))
 
 
 def answered(config: Config, store: tracking.Tracking, state: NightState) -> NightState:

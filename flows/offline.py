@@ -33,8 +33,9 @@ def _round(config: Config) -> dict[str, Any]:
     store = tracking.open_tracking(config)
     champions.settle(config, store, "offline round")
     state = load_state(config.data.root)
-    if state.phase in ("test", "approve"):
-        get_run_logger().info("the challenger of this log already awaits its A/B test")
+    if state.round or state.phase in ("test", "approve"):
+        done = f"nights have gone on to round {state.round}" if state.round else "its challenger awaits its A/B test"
+        get_run_logger().warning("nothing is done: the round of a log is the first, and %s", done)
         return state.rounds[-1]
     talks = _taken_up(config)
     context = rounds.open_round(config, store, state.round)
@@ -76,7 +77,7 @@ def _improve(
     state = state.advance(
         phase="test" if passed else "finished",
         experiment=tested,
-        rounds=[*state.rounds, record],
+        rounds=[record],
         outcome_rates=outcome_rates(dataset, config),
     )
     save_state(config.data.root, state)

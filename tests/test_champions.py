@@ -171,6 +171,29 @@ def test_a_verdict_is_carried_out_recorded_and_told(it: Night, told: Told) -> No
     ]
 
 
+def test_a_larger_budget_goes_on_from_the_last_test(it: Night, told: Told) -> None:
+    """Its conversations are the next round's data, as they would have been."""
+    it.set(rounds__max_rounds=1)
+    it.arrive("test", champion_1=0.2, challenger_2=1.0)
+    for _ in range(2):
+        assert it.step().phase == "finished"
+    it.set(rounds__max_rounds=2)
+    state = it.step()
+    assert (state.phase, state.round, state.champion) == ("train", 1, 2)
+
+
+def test_a_larger_budget_goes_on_after_a_round_that_was_not_tested(it: Night, told: Told) -> None:
+    fell = {**ROUND, "offline": {"verdict": "reject", "reasons": ["failed: "]}}
+    save_state(it.root, NightState(phase="finished", champion=1, rounds=[fell]))
+    it.set(rounds__max_rounds=1)
+    assert it.step().phase == "finished"
+    it.set(rounds__max_rounds=2)
+    state = it.step()
+    assert (state.phase, state.round) == ("collect", 1)
+    it.arrive("served", champion_1=0.2)
+    assert it.step().phase == "train"
+
+
 def test_a_rejection_is_recorded_and_told(it: Night, told: Told) -> None:
     it.arrive("test", champion_1=1.0, challenger_2=0.2)
     state = it.step()
@@ -567,6 +590,7 @@ def test_a_declined_rollback_is_not_asked_for_again(serving: Night, told: Told) 
 
 
 def test_alarms_go_on_after_the_last_round(serving: Night, told: Told) -> None:
+    serving.set(rounds__max_rounds=1)
     finished = load_state(serving.root).advance(phase="finished", round=0, experiment=None)
     save_state(serving.root, finished)
     serving.arrive("served", champion_2=0.1)

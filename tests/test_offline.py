@@ -16,7 +16,7 @@ from iterative_ppo.errors import ConfigError
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.sources.table import import_table
 from tasks import registry, tracking
-from tasks.datasets import turns_folder
+from tasks.datasets import inbox, turns_folder, write_once
 from tasks.state import load_state
 from tasks.traffic import to_rows
 
@@ -84,6 +84,27 @@ def test_an_offline_round_of_a_log(server: None, log: Path, tmp_path: Path) -> N
         versions = registry.versions(store, registry.POLICY)
         assert offline_round(None, overrides) == record, "the log's challenger awaits its test: nothing is done again"
         assert registry.versions(store, registry.POLICY) == versions
+
+
+def test_nights_go_on_from_a_log_whose_challenger_was_rejected(server: None, log: Path, tmp_path: Path) -> None:
+    from flows.night import night
+    from flows.offline import offline_round
+
+    nobody_passes = {"gate.guardrails.length.limit": 0.0}
+    overrides = settings(tmp_path, log, **nobody_passes, **{"simulator.conversations": CONVERSATIONS})
+    config = load_config(None, overrides)
+    record = offline_round(None, overrides)
+    assert record["offline"]["verdict"] == "reject"
+    assert offline_round(None, overrides) == record
+    assert load_state(config.data.root).rounds == [record], "begun again, it is the same round"
+
+    talks = collect(Script(0.5), Renovation(), CONVERSATIONS, 99, "1", "champion")
+    write_once(inbox(config) / "live.parquet", to_rows(config, talks), config)
+    assert night(None, overrides) == "collect"
+    state = load_state(config.data.root)
+    assert [(one["round"], one["champion"]) for one in state.rounds] == [(0, 1), (1, 1)]
+    assert offline_round(None, overrides) == state.rounds[-1]
+    assert load_state(config.data.root) == state, "that is no longer the log's round"
 
 
 @pytest.mark.parametrize("source", ["table", "renovation"])
