@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 from flows import champions
 from flows.night import challenge, experiment, outcome_rates, tell_verdict
 from iterative_ppo.config import Config, load_config
+from iterative_ppo.errors import SourceError
 from iterative_ppo.files import write_json
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import conversations
@@ -18,7 +19,7 @@ from tasks import experiments, registry, rounds, tracking
 from tasks.datasets import Dataset, arrived, round_folder, take_up
 from tasks.learning import PolicyVersion
 from tasks.state import NightState, load_state, only_one, save_state
-from tasks.traffic import IMPORT, LOGGED, for_cloning, import_logs
+from tasks.traffic import IMPORT, LOGGED, for_cloning, import_logs, name_of_log
 
 
 @flow(name="offline-round", flow_run_name="offline round")
@@ -60,6 +61,11 @@ def _taken_up(config: Config) -> list[Conversation]:
             get_run_logger().info("%s", line)
         write_json(round_folder(config, 0) / IMPORT, log.summary)
         take_up(config, 0)
+    elif not (round_folder(config, 0) / "arrived" / f"{name_of_log(config)}.parquet").exists():
+        raise SourceError(
+            f"{config.source.path}: {config.data.root} holds the round of another log, or of this one as it was; give "
+            "this one a data.root and a tracking store of its own"
+        )
     frame = arrived(config, 0)
     assert frame is not None
     return list(conversations(frame))

@@ -189,6 +189,12 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def name_of_log(config: Config) -> str:
+    """Its source and content, by which its file in the inbox is known."""
+    source = config.source.path
+    return f"{config.source.kind}-{content_hash(source) if source else ''}"
+
+
 def import_logs(config: Config, before_ours: bool = False) -> tuple[Path, Imported]:
     """Logs into the inbox as one turn table. Returns the file and what `read_logs` does, and raises the same.
 
@@ -216,8 +222,7 @@ def read_logs(config: Config) -> Imported:
     from iterative_ppo.sources import import_log
 
     log = import_log(config)
-    source = config.source.path
-    name = f"{config.source.kind}-{content_hash(source) if source else ''}"
+    source, name = config.source.path, name_of_log(config)
     quarantine = config.data.root / "quarantine" / f"{name}.json"
     if log.set_aside:
         write_json(quarantine, [{**asdict(one), "file": str(one.file)} for one in log.set_aside])

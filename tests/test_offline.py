@@ -12,7 +12,7 @@ from stores import stores
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
-from iterative_ppo.errors import ConfigError
+from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.sources.table import import_table
 from tasks import registry, tracking
@@ -97,6 +97,10 @@ def test_nights_go_on_from_a_log_whose_challenger_was_rejected(server: None, log
     assert record["offline"]["verdict"] == "reject"
     assert offline_round(None, overrides) == record
     assert load_state(config.data.root).rounds == [record], "begun again, it is the same round"
+    other = tmp_path / "other.jsonl"
+    other.write_text(log.read_text() + "\n")
+    with pytest.raises(SourceError, match=r"other\.jsonl: .* holds the round of another log"):
+        offline_round(None, overrides | {"source.path": str(other)})
 
     talks = collect(Script(0.5), Renovation(), CONVERSATIONS, 99, "1", "champion")
     write_once(inbox(config) / "live.parquet", to_rows(config, talks), config)
