@@ -81,6 +81,12 @@ def test_swapping_the_arms_turns_the_test_round() -> None:
     assert (back.gain, back.gain_low, back.gain_high) == pytest.approx((-there.gain, -there.gain_high, -there.gain_low))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("champion", "challenger"), [(0, 5), (5, 20)])
+def test_one_arm_that_all_failed_or_all_succeeded_is_compared_without_a_warning(champion: int, challenger: int) -> None:
+    assert 0.0 < ab_test(Arm(champion, 20), Arm(challenger, 20), 0.05).p_value < 0.05
+
+
 @pytest.mark.parametrize("successes", [0, 50])
 def test_arms_that_all_failed_or_all_succeeded_tell_nothing(successes: int) -> None:
     test = ab_test(Arm(successes, 50), Arm(successes, 50), 0.05)

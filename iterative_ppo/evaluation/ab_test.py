@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from iterative_ppo.errors import ConfigError
 
 
@@ -53,7 +55,8 @@ def ab_test(champion: Arm, challenger: Arm, alpha: float) -> ABTest:
     if challenger.successes + champion.successes in (0, challenger.conversations + champion.conversations):
         p_value = 1.0  # both arms all failures or all successes: the statistic is 0 / 0 and nothing differs
     else:
-        result = test_proportions_2indep(*counts, value=0, method="score", compare="diff", alternative="larger")
+        with np.errstate(divide="ignore"):  # in its odds ratio, which nobody asked for, where one arm has no success
+            result = test_proportions_2indep(*counts, value=0, method="score", compare="diff", alternative="larger")
         p_value = float(result.pvalue)
     low, high = confint_proportions_2indep(*counts, method="newcomb", compare="diff", alpha=0.05)
     gain = challenger.rate - champion.rate
