@@ -108,6 +108,7 @@ def initial_policy_stage(
     folder = round_folder(config, 0)
 
     def work(draft: Path) -> Mapping[str, float]:
+        from iterative_ppo.learning import adapters
         from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
         from iterative_ppo.learning.rounds import UPDATES, corpus_q, round_of
         from iterative_ppo.learning.runtime import computing
@@ -123,6 +124,8 @@ def initial_policy_stage(
             base, settings = config.policy.base_model, PolicySettings.of(config.policy)
             if base is None:
                 policy = build_policy(corpus, config.policy, config.seed, config.runtime.device)
+                if config.policy.lora.rank:  # which the improvement trains
+                    adapters.check(policy.model, config.policy.lora)
             else:
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
                 tell_of_rates(config, sum(weight.numel() for weight in policy.model.parameters()))
@@ -274,7 +277,8 @@ def _rounds(
 ) -> tuple[Round, pd.DataFrame, tuple[Round, ...]]:
     from iterative_ppo.learning.language_model import LanguagePolicy
 
-    pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
+    lora = config.policy.lora  # nobody needs it yet, but what the improvement would refuse is told before Q is fitted
+    pi = LanguagePolicy.load(policy.path, device=config.runtime.device, lora=lora)
     current, facts = champion_round(pi, policy.label, dataset, config, folder)
     others = [other_rounds(pi, policy.label, d, config, folder) for d in (dataset, *replay)]
     earlier = [earlier_round(pi, policy.label, d, config, folder) for d in replay]

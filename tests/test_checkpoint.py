@@ -20,7 +20,7 @@ import torch
 from bandit import WORDS, build_bandit
 
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.errors import SameReward, StoreError, TrainingError
+from iterative_ppo.errors import ModelError, SameReward, StoreError, TrainingError
 from iterative_ppo.files import content_hash, read_json, write_json
 from iterative_ppo.learning import adapters, rounds
 from iterative_ppo.learning.checkpoint import Checkpoint, take_up
@@ -254,6 +254,18 @@ def test_a_killed_first_policy_goes_on_within_its_passes(
     killed_after = 10**9
     assert made() == whole
     assert updates == fitting[2:]
+
+
+def test_adapters_that_the_policy_cannot_carry_are_refused_before_anything_trains(
+    night: Night, scripted: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny pi_0 has none yet, nor does fitting Q need any: both are for the improvement that follows."""
+    monkeypatch.setattr(learning, "progress", lambda name: pytest.fail(f"{name}, for nothing"))
+    changes = {"policy.lora.rank": 2, "policy.lora.target_modules": ["nothing"]}
+    with pytest.raises(ModelError, match=r"policy\.lora\.target_modules: .* has no layer named nothing"):
+        night.fit_q(**changes)
+    with pytest.raises(ModelError, match=r"policy\.lora\.target_modules: llama has no layer named nothing"):
+        initial_policy_stage(load_config(overrides=changes | {"data.root": str(night.root)}), scripted[:4], "talks")
 
 
 @pytest.mark.parametrize(
