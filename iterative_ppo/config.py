@@ -408,6 +408,15 @@ class ImproveConfig(Frozen):
     ppo: PPOConfig
     group: GroupConfig
 
+    @model_validator(mode="after")
+    def _learns(self) -> ImproveConfig:
+        if not (self.logged.epochs or self.best_of_n.epochs or self.ppo.episodes):
+            raise ValueError(
+                "logged.epochs, best_of_n.epochs and ppo.episodes are all 0, so the challenger would be the champion "
+                "once more; set one of them above 0"
+            )
+        return self
+
     @property
     def group_rollout(self) -> int:
         """Responses a rollout of grpo and rloo."""
@@ -635,11 +644,17 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _explored(self) -> Config:
-        if self.exploration.share and self.q.target in ON_POLICY:
-            raise ValueError(
-                f"exploration.share {self.exploration.share:g}: q.target {self.q.target} learns from the policy's own "
-                "conversations alone; set q.target to one_step, fqe or retrace, or exploration.share to 0"
-            )
+        target, assigner, reward = self.q.target, self.credit.assigner, self.improve.reward
+        for key, value, learns_alone, cure in (
+            ("q.target", target, target in ON_POLICY, "one_step, fqe or retrace"),
+            ("credit.assigner", assigner, assigner == "norm_itpo", "outcome"),
+            ("improve.reward", reward, reward == "acceptance", "outcome"),
+        ):
+            if self.exploration.share and learns_alone:
+                raise ValueError(
+                    f"exploration.share {self.exploration.share:g}: {key} {value} learns from the policy's own "
+                    f"conversations alone; set {key} to {cure}, or exploration.share to 0"
+                )
         return self
 
     def in_round(self, number: int) -> Config:

@@ -216,6 +216,10 @@ def test_an_error_names_whoever_set_the_key(tmp_path: Path) -> None:
 
 AT_ODDS = [
     ({"runtime.processes": 2, "improve.algorithm": "grpo"}, "grpo trains in one process; set runtime.processes to 1"),
+    (
+        {"improve.logged.epochs": 0.0, "improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0},
+        "the challenger would be the champion once more; set one of them above 0",
+    ),
     ({"improve.ppo.judge_patience": 2}, "asks judges, but q.judges is 0; set it to 1 or more"),
 ]
 

@@ -55,8 +55,10 @@ def test_it_is_off_by_default() -> None:
         ({"exploration.personas": {"free": {"instruction": "", "temperature": 0.0}}}, "personas.free.temperature"),
         (
             {"q.target": "monte_carlo"},
-            "q.target monte_carlo learns from the policy's own conversations alone; set q.target",
+            "q.target monte_carlo learns from the policy's own conversations alone; set q.target to one_step, fqe",
         ),
+        ({"credit.assigner": "norm_itpo"}, "norm_itpo learns from .* alone; set credit.assigner to outcome, or expl"),
+        ({"improve.reward": "acceptance"}, "acceptance learns from .* alone; set improve.reward to outcome, or expl"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(overrides: dict[str, Any], message: str) -> None:
