@@ -31,6 +31,7 @@ from tasks.learning import (
     returns_stage,
 )
 from tasks.stage import Stage, run_stage
+from tasks.turn_checks import check_parts
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def _validated(context: RoundContext, rates: dict[str, float], labelled: Path, d
     checked = validation.validate(frame, context.config, rates, context.round_number)
     for warning in checked.warnings:
         get_run_logger().warning(warning)
+    check_parts(checked.good, context.config)
     turn_table.write(checked.good, draft / "turns.parquet", context.config.outcomes)
     facts = {"reasons": checked.reasons, "warnings": checked.warnings, **checked.statistics}
     write_json(draft / "validation.json", facts)

@@ -23,6 +23,7 @@ from tasks.assignment import Assigned
 from tasks.datasets import LOGGED, inbox, write_once
 from tasks.learning import PolicyVersion
 from tasks.progress import progress
+from tasks.turn_checks import check_parts
 
 if TYPE_CHECKING:
     from iterative_ppo.environments.rollout import Environment
@@ -119,6 +120,7 @@ def deliver(
         for talk in _answered(config, policy(chosen.version), theirs, seed + k, _arm(chosen), chosen.persona)
     ]
     frame = to_rows(config, sorted(talks, key=lambda talk: talk.conversation_id))
+    check_parts(frame, config)
     return write_once(inbox(config) / f"{name}.parquet", frame, config)
 
 
@@ -201,13 +203,16 @@ def import_logs(config: Config, before_ours: bool = False) -> tuple[Path, Import
     Args:
         before_ours: they are older than any policy of this pipeline, so the versions that they name get names that
             none of its has: else its version 2 would be held for the one whom the log calls 2, and learn from returns
-            of that.
+            of that. They are a whole round, so both parts have to hold some of them (check_parts).
     """
     log = read_logs(config)
     if before_ours:
         talks = [replace(talk, policy_version=_before_ours(str(talk.policy_version))) for talk in log.conversations]
         log = replace(log, conversations=talks)
-    return write_once(inbox(config) / f"{log.name}.parquet", to_rows(config, log.conversations), config), log
+    rows = to_rows(config, log.conversations)
+    if before_ours:
+        check_parts(rows, config)
+    return write_once(inbox(config) / f"{log.name}.parquet", rows, config), log
 
 
 def _before_ours(version: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
+from iterative_ppo.errors import TrainingError
 from iterative_ppo.mdp.conversation import ADOPTIONS, PARTS, SUGGESTION_STATUSES
 from iterative_ppo.mdp.labels import ORIGINS
 from iterative_ppo.mdp.turn_table import ORIGIN, conform, outcome_columns, turn_schema
@@ -38,6 +39,21 @@ class Rows:
     """(N,) bool."""
     terminal: np.ndarray
     """(N,) bool: no suggestion_status."""
+
+
+def check_parts(frame: pd.DataFrame, config: Config) -> None:
+    """Raise TrainingError where the fit or the evidence part is empty: a round learns from one and judges by the other.
+
+    Who divides calls it before the division is stored, so that another setting may divide anew.
+    """
+    lacking = [part for part in PARTS if part not in set(frame["part"])]
+    if lacking:
+        count, unit = frame["conversation_id"].nunique(), f"{config.data.split_by}_id"
+        raise TrainingError(
+            f"none of {count} conversations is in the {lacking[0]} part, which the hash of "
+            f"{unit} decides, and there are {frame[unit].nunique()}: collect more, or set another data.split_by or "
+            f"data.evidence_share than {config.data.split_by} and {config.data.evidence_share:g}"
+        )
 
 
 def turn_suite(config: Config) -> ExpectationSuite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from stores import stores
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
-from iterative_ppo.errors import ConfigError, SourceError
+from iterative_ppo.errors import ConfigError, SourceError, TrainingError
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.sources.table import import_table
 from tasks import registry, tracking
@@ -84,6 +85,21 @@ def test_an_offline_round_of_a_log(server: None, log: Path, tmp_path: Path) -> N
         versions = registry.versions(store, registry.POLICY)
         assert offline_round(None, overrides) == record, "the log's challenger awaits its test: nothing is done again"
         assert registry.versions(store, registry.POLICY) == versions
+
+
+def test_a_log_without_an_evidence_part_is_refused_before_anything_trains(
+    server: None, log: Path, tmp_path: Path
+) -> None:
+    """One business is in one part; nothing is stored, so that what the error advises helps."""
+    from flows.offline import offline_round
+
+    business, rows = tmp_path / "one.jsonl", [json.loads(line) for line in log.read_text().splitlines()[:-1]]
+    business.write_text("".join(json.dumps({**row, "business_id": "acme"}) + "\n" for row in rows), encoding="utf-8")
+    overrides = settings(tmp_path, business, **{"data.split_by": "business", "data.evidence_share": 0.01})
+    with pytest.raises(TrainingError, match=r"none of 60 .* evidence part, .* business_id decides, and there are 1:"):
+        offline_round(None, overrides)
+    root = load_config(None, overrides).data.root
+    assert not list(root.rglob("*.parquet"))
 
 
 def test_nights_go_on_from_a_log_whose_challenger_was_rejected(server: None, log: Path, tmp_path: Path) -> None:
