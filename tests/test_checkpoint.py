@@ -20,7 +20,7 @@ import torch
 from bandit import WORDS, build_bandit
 
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.errors import ModelError, SameReward, StoreError, TrainingError
+from iterative_ppo.errors import ModelError, NothingToLearn, SameReward, StoreError, TrainingError
 from iterative_ppo.files import content_hash, read_json, write_json
 from iterative_ppo.learning import adapters, rounds
 from iterative_ppo.learning.checkpoint import Checkpoint, take_up
@@ -429,10 +429,11 @@ def test_a_log_without_log_probs_teaches_the_logged_pass_only_of_the_policy_clon
     night: Night, caplog: pytest.LogCaptureFixture, number: int, init: str, learns: bool
 ) -> None:
     night.dataset = night.data("bare", 30, number, None)
-    quick = {"improve.logged.epochs": 1.0, "improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0}
-    stage = night.improve(
-        **quick, **{"policy.init": init, "policy.base_model": "a-model" if init == "prompt" else None}
-    )
+    policy = {"policy.init": init, "policy.base_model": "a-model" if init == "prompt" else None}
+    alone = {"improve.logged.epochs": 1.0, "improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0}
+    with nullcontext() if learns else pytest.raises(NothingToLearn, match="no pass of the improvement"):
+        night.improve(**policy, **alone)
+    stage = night.improve(**policy, **(alone if learns else alone | {"improve.ppo.episodes": 16}))
     without = stage.metrics["logged_turns_without_logprob"]
     assert (without == 0) == learns == ("logged" in stage.read("curves.json"))
     said = f"{without:g} of {without:g} logged suggestions have no behaviour_logprob, so the logged pass learns nothing"

@@ -294,6 +294,11 @@ class Passes:
                 c.ppo.kl_budget,
             )
         curves = {"logged": logged, "best_of_n": best, c.algorithm: sampled}
+        if not any(curves.values()):
+            raise NothingToLearn(
+                "no pass of the improvement had anything to learn from: improve.logged needs a behaviour_logprob of "
+                "what was suggested; set improve.best_of_n.epochs or improve.ppo.episodes above 0"
+            )
         return student, {name: curve for name, curve in curves.items() if curve}
 
     def _kept(self, name: str, every: int) -> Checkpoint | None:
