@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import killed_improvement
+import numpy as np
 import pytest
 import torch
 from bandit import WORDS, build_bandit
@@ -25,6 +26,7 @@ from iterative_ppo.files import content_hash, read_json, write_json
 from iterative_ppo.learning import adapters, rounds
 from iterative_ppo.learning.checkpoint import Checkpoint, take_up
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
@@ -438,6 +440,24 @@ def test_a_log_without_log_probs_teaches_the_logged_pass_only_of_the_policy_clon
     assert (without == 0) == learns == ("logged" in stage.read("curves.json"))
     said = f"{without:g} of {without:g} logged suggestions have no behaviour_logprob, so the logged pass learns nothing"
     assert (said in caplog.text) == (not learns)
+
+
+def test_where_the_logged_pass_has_nothing_to_learn_the_others_still_learn(
+    night: Night, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one turn with a log-prob, say: it is no better than the others."""
+
+    def of_one(_: object, current: Round, cloned: bool) -> np.ndarray:
+        first = np.flatnonzero(current.fit & ~current.last)[0]
+        return np.where(np.arange(len(current.last)) == first, -3.0, np.nan)
+
+    monkeypatch.setattr(learning, "behaviour_log_probs", of_one)
+    alone = {"improve.logged.epochs": 1.0, "improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0}
+    with pytest.raises(NothingToLearn, match="advantages are equal, of 1 turns"):
+        night.improve(**alone)
+    stage = night.improve(**alone | {"improve.ppo.episodes": 16})
+    assert set(stage.read("curves.json")) == {"ppo"}
+    assert "the logged pass is left out: all logged advantages are equal" in caplog.text
 
 
 def test_a_failed_training_leaves_nothing_that_forbids_to_mend_its_settings(

@@ -254,9 +254,14 @@ class Passes:
             gamma = 0.0 if c.reward == "acceptance" else self.config.gamma
             advantage = turn_advantages(self.current.reward, self.current.last, values.v, gamma, c.logged.gae_lambda)
             data = LoggedData(self.current.encoded, advantage, np.where(usable, self.behaviour, np.nan))
-            student, logged = improve_on_log(
-                student, data, c.logged, self.seed, self.progress, self._kept("logged", UPDATES)
-            )
+            try:
+                student, logged = improve_on_log(
+                    student, data, c.logged, self.seed, self.progress, self._kept("logged", UPDATES)
+                )
+            except NothingToLearn as error:
+                if not (c.best_of_n.epochs or c.ppo.episodes):
+                    raise
+                _LOG.warning("the logged pass is left out: %s", error)
         best, sampled = Curve(), Curve()
         try:
             student, best = improve_by_best(

@@ -59,7 +59,10 @@ def improve_on_log(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[LanguagePolicy, Curve]:
-    """A copy of `policy` improved on logged turns, and its curve. Zero epochs leave the policy as it is."""
+    """A copy of `policy` improved on logged turns, and its curve. Zero epochs leave the policy as it is.
+
+    Raises NothingToLearn where all advantages are equal, as a single turn's is.
+    """
     usable = np.isfinite(data.behaviour) & np.isfinite(data.advantage)
     turns = trained_turns(data.encoded.sequences, usable)
     sequences = Chosen(data.encoded.sequences, np.flatnonzero(turns))
@@ -68,7 +71,10 @@ def improve_on_log(
         return policy, []
     spread = data.advantage[usable].std()
     if np.ptp(data.advantage[usable]) <= 1e-9 * np.abs(data.advantage[usable]).max():
-        raise NothingToLearn("all logged advantages are equal: nothing to learn from (are all outcomes the same?)")
+        raise NothingToLearn(
+            f"all logged advantages are equal, of {usable.sum()} turns with a behaviour_logprob: nothing to learn from "
+            "(are all outcomes the same?)"
+        )
     advantage = (data.advantage - data.advantage[usable].mean()) / spread
     student = policy.trainable_copy()
     usual = turns.sum() / step_count(len(sequences), config.batch_size, 1.0)
