@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import NothingToLearn, TrainingError
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.evaluation.certificate import certify
 from iterative_ppo.evaluation.degeneration import repeated_ngrams
 from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain
@@ -97,7 +97,7 @@ def gather(
 
     With gate.fqe, conversations that support no Q of the challenger leave that estimate refused, with the reason.
 
-    Raises TrainingError where it holds no action.
+    Raises NothingToLearn where it holds no action.
     """
     from iterative_ppo.learning.compare import speak
     from iterative_ppo.learning.improve.episodes import prompts_of
@@ -175,7 +175,7 @@ def held_out_rows(fit: np.ndarray, actions: np.ndarray, group: np.ndarray, most:
     """Table rows of the evidence part that hold an action, of whole conversations, spread evenly, about `most` rows."""
     rows = np.flatnonzero(~fit & actions)
     if not len(rows):
-        raise TrainingError("no held-out conversation with an action: collect more, or raise data.evidence_share")
+        raise NothingToLearn("no held-out conversation with an action: collect more, or raise data.evidence_share")
     _, code = np.unique(group[rows], return_inverse=True)
     count = int(code.max()) + 1
     wanted = max(1, min(count, int(count * most / len(rows))))

@@ -13,6 +13,7 @@ from scipy.stats import norm
 from benchmarks.chain_logs import CHAIN, GAMMA, Log, behaviours, divergence, fitted_q, improved, sampled_q
 from benchmarks.ope import REPLICATIONS, TARGET, certificate_cell, ope_cells, rows
 from iterative_ppo.config import GateConfig, load_config
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.evaluation.bootstrap import Interval, OneMore, ratio_interval
 from iterative_ppo.evaluation.ope import BLIND, INCOMPLETE, LoggedTurns, doubly_robust, estimates, per_decision
 from iterative_ppo.evaluation.weights import NO_LOG_PROBS, support, unweighted
@@ -344,6 +345,9 @@ def test_a_q_of_the_challengers_own_that_the_log_does_not_support_is_refused_and
     assert math.isnan(refused.value) and refused.left_out == evidence.certificate.conversations
     assert evidence.estimates["q_model"].refusal == BLIND and "doubly_robust_gain" in evidence.estimates
     assert evidence.as_dict()["estimates"]["fqe"]["value"] is None
+    turn_table.write(frame.assign(part="fit"), tmp_path / "fit" / "turns.parquet", outcomes)
+    with pytest.raises(NothingToLearn, match="no held-out conversation"):  # the next round may have some
+        gather(config, policy, policy.path, q.path, Dataset(0, tmp_path / "fit", "md5"), tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"credit.assigner": "itpo"}, {"improve.reward": "acceptance"}])
