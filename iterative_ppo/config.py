@@ -351,6 +351,20 @@ class BestOfNConfig(Frozen):
     learning_rate: float = Rate
     batch_size: int = Count
 
+    @property
+    def of_initial(self) -> int:
+        """Candidates that pi_0 says."""
+        return round(self.initial_share * self.samples)
+
+    @model_validator(mode="after")
+    def _some_of_initial(self) -> BestOfNConfig:
+        if self.initial_share and not self.of_initial:
+            raise ValueError(
+                f"initial_share {self.initial_share:g} of {self.samples} samples is none of them; set it to "
+                f"{1 / self.samples:.2g} or more, or to 0"
+            )
+        return self
+
 
 class PPOConfig(Frozen):
     episodes: int = Field(ge=0)

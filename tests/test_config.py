@@ -220,6 +220,10 @@ AT_ODDS = [
         {"improve.logged.epochs": 0.0, "improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0},
         "the challenger would be the champion once more; set one of them above 0",
     ),
+    (
+        {"improve.best_of_n.initial_share": 0.05},
+        "initial_share 0.05 of 8 samples is none of them; set it to 0.12 or more, or to 0",
+    ),
     ({"improve.ppo.judge_patience": 2}, "asks judges, but q.judges is 0; set it to 1 or more"),
 ]
 

@@ -79,7 +79,7 @@ Speakers = Sequence[tuple[LanguagePolicy, int]]
 
 
 def _speakers(policy: LanguagePolicy, initial: LanguagePolicy | None, config: BestOfNConfig) -> Speakers:
-    of_initial = round(config.initial_share * config.samples)
+    of_initial = config.of_initial
     surer = policy.at(config.temperature * policy.settings.temperature)
     if not of_initial:
         return [(surer, config.samples)]
