@@ -197,7 +197,7 @@ def test_a_round_gets_turn_rewards_and_the_reference_stays(
     tiny_policy: LanguagePolicy, played: Round, assigner: str
 ) -> None:
     config, before = config_of(assigner), parameters(tiny_policy)
-    credit = credited(tiny_policy, played, [played], config)
+    credit = credited(tiny_policy, played, [played, replace(played, own=True)], config)
     assert all(torch.equal(p, q) for p, q in zip(before, parameters(tiny_policy), strict=True))
     now, outcome = credit.current, totals(played, played.reward)
     assert now.assigner == assigner and np.allclose(now.returns, discounted_returns(now.reward, now.last, config.gamma))
@@ -208,9 +208,11 @@ def test_a_round_gets_turn_rewards_and_the_reference_stays(
     if assigner == "norm_itpo":
         assert np.abs(sums - outcome).max() < 1e-6
         assert (now.reward > 0).sum() > (outcome > 0).sum(), "shared among turns"
-        assert credit.replay == () and credit.report["credit_conversations_of_others_left_out"] == 32
+        assert len(credit.replay) == 1 and credit.replay[0].own, "its own earlier round serves, another's does not"
+        assert credit.report["credit_conversations_of_others_left_out"] == 32
     else:
-        assert now.reward.min() < 0 and np.array_equal(credit.replay[0].reward, now.reward)
+        assert now.reward.min() < 0 and len(credit.replay) == 2
+    assert all(np.array_equal(r.reward, now.reward) for r in credit.replay)
     assert credit.report["objective_is_credited"] == 1.0 and abs(credit.report["credit_kendall_tau"]) <= 1.0
     assert credit.report["credit_conversations_without_suggestion"] == 1.0
 

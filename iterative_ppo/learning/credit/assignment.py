@@ -44,7 +44,7 @@ def credited(
     """The rounds with turn rewards; as they are where credit.assigner is outcome.
 
     Norm-ITPO's turn reward holds the conversation's outcome, so it depends on who went on speaking: conversations of
-    other policies then teach nothing of this one's Q, and `replay` is left out.
+    other policies then teach nothing of this one's Q, and are left out of `replay`.
 
     Raises NothingToLearn where the fit part's outcomes are all equal or it holds no logged suggestion, TrainingError
     where they are out of range.
@@ -63,7 +63,13 @@ def credited(
     held = ~fitted & turns.scored
     watch = Watch(phi, data, watched(turns, held), len(batches))
     losses = fit(phi, data, batches, unit, c, progress, watch.look)
-    others = [Scored.of(policy, r, c.batch_size) for r in replay] if c.assigner == "itpo" else []
+    kept, others = [], 0
+    for r in replay:
+        if r.own or c.assigner == "itpo":
+            kept.append(r)
+        else:
+            others += int(r.last.sum())
+    earlier = [Scored.of(policy, r, c.batch_size) for r in kept]
     ratio = data.log_ratio(phi)
     logit = turns.totals(turns.sums(c.beta * ratio))
     report = {
@@ -72,12 +78,12 @@ def credited(
         "credit_kendall_tau": kendall_tau(logit[held], data.outcome[held]),
         "credit_held_out_conversations": float(held.sum()),
         "credit_conversations_without_suggestion": float((~turns.scored).sum()),
-        "credit_conversations_of_others_left_out": float(sum(r.last.sum() for r in replay)) if not others else 0.0,
+        "credit_conversations_of_others_left_out": float(others),
         **watch.figures(),
     }
     rounds = [
         with_rewards(r, _rewards(d, r, d.log_ratio(phi) if d is not data else ratio, config), config)
-        for r, d in zip([current, *replay], [data, *others], strict=False)
+        for r, d in zip([current, *kept], [data, *earlier], strict=True)
     ]
     return Credit(rounds[0], tuple(rounds[1:]), report)
 
