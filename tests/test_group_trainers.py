@@ -15,7 +15,7 @@ from bandit import ByPrompt, Taste, build_bandit, distance, leans_to, likes, pro
 
 from iterative_ppo.config import Config, ImproveConfig, LoRAConfig, load_config
 from iterative_ppo.errors import ConfigError, ModelError, TrainingError
-from iterative_ppo.learning import distributed
+from iterative_ppo.learning import distributed, runtime
 from iterative_ppo.learning.batching import EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.best_of_n import improve_by_best
@@ -224,6 +224,21 @@ def test_afterwards_it_samples_as_a_fresh_model_of_its_weights_does(bandit: Lang
     one, other = (p.respond([prompt(bandit)] * 40, seed=5) for p in (student, fresh))
     assert one.tokens == other.tokens and np.array_equal(one.logprobs, other.logprobs)
     assert "forward" not in student.model.__dict__ and not student.model.training
+
+
+@pytest.mark.parametrize("algorithm", GROUPED)
+def test_checkpointed_gradients_are_the_same_where_attention_has_dropout(
+    bandit: LanguagePolicy, algorithm: str
+) -> None:
+    dropping = bandit.with_model(copy.deepcopy(bandit.model))
+    for layer in dropping.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    c, found = config(algorithm, episodes=256), []
+    for name in ("false", "true"):
+        chosen = load_config(overrides={"runtime.gradient_checkpointing": name}).runtime
+        with runtime.computing(chosen):
+            found.append(improve(dropping, graded(bandit), [prompt(bandit)], c, 0)[0])
+    assert same(*map(parameters, found)) and not same(parameters(found[0]), parameters(bandit))
 
 
 # --- budgets, kills, adapters ----------------------------------------------------------------------------------------

@@ -229,13 +229,16 @@ class PolicyHooks:
 
 @contextmanager
 def without_dropout(policy: LanguagePolicy) -> Iterator[None]:
-    """TRL trains in the mode that has dropout, and switches off the modules alone: some families have it elsewhere."""
+    """TRL trains in the mode that has dropout, and switches off the modules alone: some families have it elsewhere.
+
+    Its own flag comes back, its parts' do not: a backward pass may compute them anew, and has to meet none either.
+    """
     training = policy.model.training
     policy.model.eval()
     try:
         yield
     finally:
-        policy.model.train(training)
+        policy.model.training = training
 
 
 def padded_log_probs(policy: LanguagePolicy, ids: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
