@@ -543,6 +543,13 @@ def test_bfloat16_stays_near_float32_and_log_probs_are_float32(
         assert not np.array_equal(after, score, equal_nan=True), "a changed weight is not read from a stale cast"
 
 
+def test_a_q_of_frozen_bfloat16_weights_is_trained_in_float32(plain_llama: Path) -> None:
+    with computing(runtime(precision="bfloat16")):
+        policy = LanguagePolicy.load(plain_llama, SETTINGS, lora=LORA)
+        q = QModel.from_policy(policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    assert {p.dtype for p in q.model.parameters()} == {torch.float32}
+
+
 def test_a_precision_or_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ModelError, match=r"runtime\.device: 'cuda:7'"), computing(runtime(device="cuda:7")):
         pass

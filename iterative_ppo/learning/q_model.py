@@ -125,6 +125,7 @@ class QModel:
         """A new Q on the backbone of a policy (or of another Q), with fresh heads."""
         config = copy.deepcopy(source.model.config)
         config.num_labels = settings.heads * settings.bins * (1 + settings.value_head)
+        config.dtype = torch.float32  # a policy whose weights are frozen may hold them in bfloat16; Q's are trained
         kind = value_class(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
