@@ -550,6 +550,20 @@ def test_a_q_of_frozen_bfloat16_weights_is_trained_in_float32(plain_llama: Path)
     assert {p.dtype for p in q.model.parameters()} == {torch.float32}
 
 
+def test_frozen_bfloat16_weights_serve_beside_layer_norms_and_a_tied_head(
+    talks: list[Conversation], tmp_path: Path
+) -> None:
+    path = save_model(tmp_path / "base", "gpt2", messages(talks))
+    exact = LanguagePolicy.load(path, SETTINGS)
+    table = encoded(exact, talks)
+    expected = exact.score(table)
+    with computing(runtime(precision="bfloat16")):
+        student = LanguagePolicy.load(path, SETTINGS, lora=LORA).trainable_copy()
+        score = student.score(table)
+    assert np.nanmean(np.abs(score - expected)) < 0.02 * np.nanmean(np.abs(expected))
+    assert torch.bfloat16 in {p.dtype for p in student.model.parameters()}
+
+
 def test_a_precision_or_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ModelError, match=r"runtime\.device: 'cuda:7'"), computing(runtime(device="cuda:7")):
         pass

@@ -129,7 +129,8 @@ class LanguagePolicy:
         loading.check_fits(model, str(path), settings.max_prompt_tokens + settings.max_response_tokens)
         adapters.as_float32(model)
         adapters.check_loaded(model, str(path))
-        model.get_output_embeddings().float()
+        for part in (model.get_output_embeddings(), *(m for m in model.modules() if isinstance(m, torch.nn.LayerNorm))):
+            part.float()  # on a CPU, none in bfloat16 reads what comes from an embedding that the head shares
         adapter = adapters.current(model)
         if lora and adapter:
             adapters.check_same(model, adapter, lora, path)
