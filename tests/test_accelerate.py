@@ -24,7 +24,7 @@ from iterative_ppo.learning.optimization import pieces
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.rounds import round_of
 from iterative_ppo.learning.sequences import SequenceFile
-from iterative_ppo.learning.worker import do
+from iterative_ppo.learning.worker import _error, do
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import to_frame
 
@@ -121,6 +121,18 @@ def test_accelerates_configurations_say_what_the_runtime_decides() -> None:
         assert values["distributed_type"] == kind
         assert values["mixed_precision"] == values["dynamo_backend"] == "no"
     assert values["fsdp_config"]["fsdp_version"] == 2
+
+
+def test_what_a_lost_process_said_is_its_error_and_no_line_of_code(tmp_path: Path) -> None:
+    said = (
+        "[rank1]: Traceback (most recent call last):\n"
+        '[rank1]:   File "loader.py", line 3, in load\n'
+        "[rank1]:     raise ValueError(\n"
+        "[rank1]: ValueError: a shard is missing\n"
+        "[rank0]: RuntimeError: Connection closed by peer\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n"
+    )
+    assert str(_error(tmp_path, 1, said)).endswith("exit code 1: [rank1]: ValueError: a shard is missing")
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from iterative_ppo.learning.training import Progress
 
 JOB, RESULT, ERROR = "job.pickle", "result", "error.json"
 _STEP = "step"
+_SOURCE = re.compile(r"(\[rank\d+\]: )?\s")
+"""How a line of code begins that a traceback quotes."""
 
 
 def do(job: Job[Result], folder: Path, progress: Progress | None = None) -> Result:
@@ -91,7 +94,7 @@ def _error(scratch: Path, code: int, said: str) -> IterativePPOError:
         told = read_json(path)
         kind: type[IterativePPOError] = getattr(errors, told["kind"])
         return kind(told["message"])
-    errors_said = [line.strip() for line in said.splitlines() if "Error" in line]
+    errors_said = [line for line in said.splitlines() if "Error" in line and not _SOURCE.match(line)]
     of_others = ("onnection", "ChildFailed")  # what the other processes say of it
     telling = [line for line in errors_said if not any(word in line for word in of_others)] or errors_said
     reason = telling[0][:300] if telling else "it said no more; is there memory enough?"
