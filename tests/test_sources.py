@@ -588,12 +588,11 @@ def test_what_follows_an_outcome_is_told(tmp_path: Path) -> None:
 
 
 def test_versions_that_a_first_log_names_are_none_of_ours(tmp_path: Path) -> None:
-    versions = {"a": "1", "b": "v7", "c": None}
-    named = [{"conversation_id": name, "policy_version": version} for name, version in versions.items()]
+    named = [{"conversation_id": f"c{k}", "policy_version": ("1", "v7", None)[k % 3]} for k in range(12)]
     rows = [row | one for one in named for row in (record(), paid())]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     overrides = {"source.kind": "table", "source.path": str(tmp_path / "log.jsonl"), "outcomes": ONE}
-    config = load_config(None, overrides | {"data.root": str(tmp_path / "data")})
+    config = load_config(None, overrides | {"data.root": str(tmp_path / "data"), "data.evidence_share": 0.5})
 
     def imported(before_ours: bool) -> pd.DataFrame:
         return read(import_logs(config, before_ours)[0], config.outcomes)
