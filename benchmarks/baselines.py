@@ -106,7 +106,7 @@ def refuel(policy: LanguagePolicy, conversations: int, config: Config, seed: int
         branch.step(action)
     play(policy, branches, seed + 1)
     told = [
-        _discounted(talk.turns, k, config.gamma) - _discounted(branch.turns, k, config.gamma)
+        discounted(talk.turns, k, config.gamma) - discounted(branch.turns, k, config.gamma)
         for talk, branch, k in zip(talks, branches, turns, strict=True)
     ]
     pairs = [(talk.turns[k].suggestion, other) for talk, k, other in zip(talks, turns, again, strict=True)]
@@ -134,7 +134,8 @@ def _regressed(policy: LanguagePolicy, sequences: list[Encoded], difference: np.
     return student
 
 
-def _discounted(turns: Sequence[Turn], begin: int, gamma: float) -> float:
+def discounted(turns: Sequence[Turn], begin: int, gamma: float) -> float:
+    """The return of a turn of a conversation of one outcome."""
     return float(gamma ** (len(turns) - 2 - begin) * turns[-1].outcomes[0])
 
 

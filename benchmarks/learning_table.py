@@ -20,7 +20,7 @@ from benchmarks.methods import (
     configuration,
     round_paths,
 )
-from benchmarks.results_file import above, averaged, beyond_doubt, figure
+from benchmarks.results_file import at_least, averaged, beyond_doubt, figure
 from iterative_ppo.environments.renovation import Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.evaluation.ab_test import Arm, ab_test
@@ -122,15 +122,15 @@ def _targets(found: Results, seeds: list[int], rounds: int) -> list[dict[str, An
     for method, number, least, said in aims:
         if (method, number) in found:
             name = f"success after {number} rounds{VARIANTS[method]}"
-            rows.append(averaged(name, _rates(found[method, number]), seeds, f">= {said}", above(least)))
+            rows.append(averaged(name, _rates(found[method, number]), seeds, f">= {said}", at_least(least)))
     for method in (OURS, SMALL):
         if (method, rounds) not in found:
             continue
         name = f"success after {rounds} rounds over pi_0's{VARIANTS[method]}"
-        rows.append(averaged(name, _rates(found[method, rounds]) / start, seeds, ">= 3", above(3)))
+        rows.append(averaged(name, _rates(found[method, rounds]) / start, seeds, ">= 3", at_least(3)))
         first, well = (np.array([one["well_formed"] for one in found[method, number]]) for number in (0, rounds))
         name = f"well-formed messages less pi_0's{VARIANTS[method]}"
-        rows.append(averaged(name, well - first, seeds, ">= -0.02", above(-0.02)))
+        rows.append(averaged(name, well - first, seeds, ">= -0.02", at_least(-0.02)))
     return [*rows, figure("the scripted oracle's success", oracle, None, ">= .80", oracle >= 0.8)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.q_cells import FITTED, Row, cell, row, sections
-from benchmarks.results_file import above, averaged, beyond_doubt, figure
+from benchmarks.results_file import at_least, averaged, beyond_doubt, figure
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from iterative_ppo.mdp.turn_table import conversation_numbers, to_frame
@@ -99,7 +99,7 @@ def credit(seeds: Sequence[int] = SEEDS) -> list[Row]:
     }
     rows = []
     for name, cells in found.items():
-        rows.append(row(f"{name}, decisive turn first, sold", cells, "sold", target=">= .9", met=above(0.9)))
+        rows.append(row(f"{name}, decisive turn first, sold", cells, "sold", target=">= .9", met=at_least(0.9)))
         rows.append(row(f"{name}, Kendall's tau of the scores with the outcome", cells, "credit_kendall_tau"))
     ours = found["norm_itpo"]
     error = max(c["sum_error"] for c in ours)

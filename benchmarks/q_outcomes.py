@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks import facts
 from benchmarks.q_cells import FITTED, Row, cell, row, sections
+from benchmarks.q_simulator import worth
 from benchmarks.results_file import averaged, beyond_doubt
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.evaluation.metrics import within_state_ranking
@@ -45,7 +46,7 @@ def facts_ranking(heads: bool, seed: int) -> dict[str, float]:
         for action in facts.ACTIONS:
             said = (*policy.renderer.ids(action), policy.renderer.eos)
             sequences.append(single(len(sequences), prompt, said, True))
-    predicted = np.array([value[-1] for value in q.running_values(sequences)]).reshape(len(truth), -1)
+    predicted = worth(q, sequences).reshape(len(truth), -1)
     return {"ranking": within_state_ranking(np.array(truth), predicted)}
 
 

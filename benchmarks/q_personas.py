@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.baselines import discounted
 from benchmarks.methods import ROUND
 from benchmarks.q_cells import FITTED, Row, cell, row, sections
 from benchmarks.q_exploration import OWN_SHARE, rmse
-from benchmarks.q_simulator import simulated
+from benchmarks.q_simulator import ranking_of, simulated, spoken, worth
 from benchmarks.results_file import figure, jackknifed
 from iterative_ppo.config import load_config
-from iterative_ppo.evaluation.metrics import within_state_ranking
 from iterative_ppo.mdp.conversation import Conversation
-from iterative_ppo.mdp.rendering import single
+from iterative_ppo.mdp.rendering import Encoded
 
 STATES, FRESH, SAMPLES = 60, 5000, 4
 """States ranked in; customers whom V^pi is the mean return of; responses in each of their first states."""
@@ -28,37 +28,34 @@ METHODS = (ALL, OWN, "one_step", "fqe", "retrace")
 @lru_cache(maxsize=1)
 def explored(seed: int) -> list[Conversation]:
     """The log: a share of it pi_0's own, the others led by the shipped personas, as many by each."""
-    from benchmarks.learning import first_round
     from iterative_ppo.environments.rollout import collect
+    from tasks.traffic import environment
 
-    config = load_config(None, {"seed": seed})
-    policy, world, own = first_round(config)[:3]
+    config, given = load_config(None, {"seed": seed}), simulated(seed, STATES)
     kept = round(OWN_SHARE * ROUND)
-    talks, each = own[:kept], (ROUND - kept) // len(config.exploration.personas)
+    talks, each = given["talks"][:kept], (ROUND - kept) // len(config.exploration.personas)
     for k, (name, persona) in enumerate(config.exploration.personas.items()):
-        led = collect(policy.led_by(persona), world, each, 20_000 * (seed + 1) + k, "0", name)
+        behaviour = given["policy"].led_by(persona)
+        led = collect(behaviour, environment(config), each, 20_000 * (seed + 1) + k, "0", name)
         talks += [replace(talk, persona=name) for talk in led]
     return talks
 
 
 @lru_cache(maxsize=1)
-def first_states(seed: int) -> tuple[float, list[Any]]:
+def first_states(seed: int) -> tuple[float, list[Encoded]]:
     """V^pi of first states, by the returns of fresh customers; and pi_0's own responses in some of their first states.
 
     The responses are sequences that a Q-model values.
     """
-    from benchmarks.learning import first_round
     from iterative_ppo.environments.rollout import collect
+    from tasks.traffic import environment
 
-    config = load_config(None, {"seed": seed})
-    policy, world = first_round(config)[:2]
-    talks = collect(policy, world, FRESH, 8_000_000 + seed, "fresh")
-    worth = [config.gamma ** (len(talk.turns) - 2) * talk.turns[-1].outcomes[0] for talk in talks]
+    config, policy = load_config(None, {"seed": seed}), simulated(seed, STATES)["policy"]
+    talks = collect(policy, environment(config), FRESH, 8_000_000 + seed, "fresh")
     states = [talk.state(0) for talk in talks[:ROUND] for _ in range(SAMPLES)]
     said = policy.sample(states, seed)
-    prompt, response = policy.renderer.prompt, policy.renderer.response
-    pairs = zip(states, said, strict=True)
-    return float(np.mean(worth)), [single(k, prompt(s).tokens, response(a), True) for k, (s, a) in enumerate(pairs)]
+    truth = float(np.mean([discounted(talk.turns, 0, config.gamma) for talk in talks]))
+    return truth, spoken(policy, list(zip(states, said, strict=True)))
 
 
 def judged(method: str, seed: int) -> dict[str, float]:
@@ -77,10 +74,8 @@ def judged(method: str, seed: int) -> dict[str, float]:
     policy = given["policy"]
     current, *replay = [round_of(policy, to_rows(config, part), config) for part in (first, *others)]
     q = fit_q(policy, current, replay, config)
-    valued = [values[-1] for values in q.running_values(firsts)]
-    predicted = np.array([values[-1] for values in q.running_values(given["sequences"])]).reshape(given["truth"].shape)
-    ranking = within_state_ranking(given["truth"], predicted)
-    return {"value": truth, "missed": float(np.mean(valued)) - truth, "ranking": ranking, **q.report}
+    missed = float(worth(q, firsts).mean()) - truth
+    return {"value": truth, "missed": missed, "ranking": ranking_of(q, given), **q.report}
 
 
 def personas(seeds: Sequence[int]) -> list[Row]:

@@ -6,16 +6,21 @@ import random
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.methods import ROUND
 from benchmarks.q_cells import FITTED, TARGETS, Row, cell, row, sections
-from benchmarks.results_file import above, averaged
+from benchmarks.results_file import at_least, averaged
 from iterative_ppo.config import load_config
 from iterative_ppo.evaluation.metrics import within_state_ranking
-from iterative_ppo.mdp.rendering import single
+from iterative_ppo.mdp.conversation import State, Suggestion
+from iterative_ppo.mdp.rendering import Encoded, single
+
+if TYPE_CHECKING:
+    from iterative_ppo.learning.language_model import LanguagePolicy
+    from iterative_ppo.learning.q_model import QModel
 
 ACTIONS, ROLLOUTS = 8, 64
 PLAIN = "Monte Carlo from the policy's backbone"
@@ -30,6 +35,17 @@ RANKED: dict[str, dict[str, Any]] = {
     "one_step, 5 members": {"q.members": 5, "q.corpus_epochs": 0.0},
 }
 """Those without corpus_epochs 0 start from the Q of the corpus, as far as their heads are the same."""
+
+
+def spoken(policy: LanguagePolicy, pairs: Sequence[tuple[State, Suggestion]]) -> list[Encoded]:
+    """Sequences of responses in states, which a Q-model values at their end."""
+    render = policy.renderer
+    return [single(k, render.prompt(s).tokens, render.response(a), True) for k, (s, a) in enumerate(pairs)]
+
+
+def worth(q: QModel, sequences: Sequence[Encoded]) -> np.ndarray:
+    """(N,) Q of each response."""
+    return np.array([values[-1] for values in q.running_values(sequences)])
 
 
 @lru_cache(maxsize=1)
@@ -47,9 +63,7 @@ def simulated(seed: int, states: int) -> dict[str, Any]:
     chosen = distinct_actions(policy, held, ACTIONS, seed)
     truth = true_values(policy, environment, chosen, ROLLOUTS, config.gamma, seed)
     halves = [truth[:, :, part].mean(axis=2) for part in (slice(0, ROLLOUTS // 2), slice(ROLLOUTS // 2, None))]
-    pairs = [(state, action) for state, said in chosen for action in said]
-    render = policy.renderer
-    sequences = [single(k, render.prompt(s).tokens, render.response(a), True) for k, (s, a) in enumerate(pairs)]
+    sequences = spoken(policy, [(state, action) for state, said in chosen for action in said])
     ceiling = within_state_ranking(*halves)
     return {
         "policy": policy,
@@ -73,10 +87,14 @@ def simulator_ranking(overrides: dict[str, Any], seed: int, states: int) -> dict
     began = time.process_time()
     q = evaluate_policy(given["policy"], current, [], config, start)
     took = time.process_time() - began
-    truth = given["truth"]
-    predicted = np.array([value[-1] for value in q.running_values(given["sequences"])]).reshape(truth.shape)
-    ranked = within_state_ranking(truth, predicted)
+    truth, ranked = given["truth"], ranking_of(q, given)
     return {"ranking": ranked, "ceiling": given["ceiling"], "states": float(len(truth)), "fit_cpu_seconds": took}
+
+
+def ranking_of(q: QModel, given: dict[str, Any]) -> float:
+    """A Q's within-state ranking by what `simulated` gave."""
+    truth = given["truth"]
+    return within_state_ranking(truth, worth(q, given["sequences"]).reshape(truth.shape))
 
 
 def _known(overrides: dict[str, Any], seed: int, states: int) -> list[Any]:
@@ -98,7 +116,7 @@ def ranking(seeds: Sequence[int], states: int, names: Sequence[str]) -> list[Row
             cells.append(cell("ranking", name, s, known, lambda o=o, s=s: simulator_ranking(o, s, states)))
     rows = []
     for name, cells in found.items():
-        judged: dict[str, Any] = {"target": ">= .65", "met": above(0.65)} if name == "one_step" else {}
+        judged: dict[str, Any] = {"target": ">= .65", "met": at_least(0.65)} if name == "one_step" else {}
         left = {"states": [round(c["states"]) for c in cells], "actions": ACTIONS}
         rows.append(row(f"simulator, within-state correlation, {name}", cells, "ranking", **judged) | left)
         rows.append(row(f"simulator, CPU seconds of the fit, {name}", cells, "fit_cpu_seconds"))
@@ -106,5 +124,5 @@ def ranking(seeds: Sequence[int], states: int, names: Sequence[str]) -> list[Row
         return rows
     ours, plain = found["one_step"], found[PLAIN]
     ratio = [a["ranking"] / b["ranking"] for a, b in zip(ours, plain, strict=True)]
-    rows.append(averaged("simulator, one_step over plain Monte Carlo", ratio, seeds, ">= 2", above(2)))
+    rows.append(averaged("simulator, one_step over plain Monte Carlo", ratio, seeds, ">= 2", at_least(2)))
     return [*rows, row("simulator, ceiling", ours, "ceiling")]

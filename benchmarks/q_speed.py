@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.q_cells import FITTED, Row, cell, row, sections
-from benchmarks.results_file import above, averaged, figure
+from benchmarks.results_file import at_least, averaged, figure
 from iterative_ppo.config import load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
@@ -191,7 +191,7 @@ def sharing(seeds: Sequence[int]) -> list[Row]:
     ]
     for kind, passes in (("shared", ""), ("longer", ", a pass and a half for one")):
         ratio, lost = ([f[f"{key}_{kind}"] for f in found] for key in ("ratio", "lost"))
-        rows.append(averaged(f"prefix sharing, times as fast{passes}", ratio, seeds, ">= 2", above(2)))
+        rows.append(averaged(f"prefix sharing, times as fast{passes}", ratio, seeds, ">= 2", at_least(2)))
         name = f"loss with prefix sharing less that without{passes}"
         rows.append(averaged(name, lost, seeds, f"<= {SAME_LOSS}", lambda mean, low: mean <= SAME_LOSS))
     return rows

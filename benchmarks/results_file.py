@@ -71,7 +71,7 @@ def averaged(
     return figure(name, mean, (low, high), target, met and met(mean, low), seeds, cpu_seconds)
 
 
-def above(least: float) -> Callable[[float, float], bool]:
+def at_least(least: float) -> Callable[[float, float], bool]:
     """Whether the mean is at least so much."""
     return lambda mean, low: mean >= least
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.q_cells import FITTED, cell, sections
-from benchmarks.results_file import above, averaged, figure, write
+from benchmarks.results_file import at_least, averaged, figure, write
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.evaluation.metrics import auc
 from iterative_ppo.files import content_hash
@@ -87,7 +87,7 @@ def learnability(talks: list[Conversation], path: Path, seeds: Sequence[int]) ->
     for part in list(PARTS)[1:]:
         less = [one[f"q, {part}"] - one[f"peer, {part}"] for one in found]
         label = f"STAR, Q less TF-IDF regression, {part}"
-        rows.append(averaged(label, less, seeds, f">= -{TOLERATED}", above(-TOLERATED)))
+        rows.append(averaged(label, less, seeds, f">= -{TOLERATED}", at_least(-TOLERATED)))
     return rows
 
 

@@ -63,12 +63,7 @@ def credited(
     held = ~fitted & turns.scored
     watch = Watch(phi, data, watched(turns, held), len(batches))
     losses = fit(phi, data, batches, unit, c, progress, watch.look)
-    kept, others = [], 0
-    for r in replay:
-        if r.own or c.assigner == "itpo":
-            kept.append(r)
-        else:
-            others += int(r.last.sum())
+    kept = [r for r in replay if r.own or c.assigner == "itpo"]
     earlier = [Scored.of(policy, r, c.batch_size) for r in kept]
     ratio = data.log_ratio(phi)
     logit = turns.totals(turns.sums(c.beta * ratio))
@@ -78,7 +73,7 @@ def credited(
         "credit_kendall_tau": kendall_tau(logit[held], data.outcome[held]),
         "credit_held_out_conversations": float(held.sum()),
         "credit_conversations_without_suggestion": float((~turns.scored).sum()),
-        "credit_conversations_of_others_left_out": float(others),
+        "credit_conversations_of_others_left_out": float(_conversations(replay) - _conversations(kept)),
         **watch.figures(),
     }
     rounds = [
@@ -86,6 +81,10 @@ def credited(
         for r, d in zip([current, *kept], [data, *earlier], strict=True)
     ]
     return Credit(rounds[0], tuple(rounds[1:]), report)
+
+
+def _conversations(rounds: Sequence[Round]) -> int:
+    return sum(int(r.last.sum()) for r in rounds)
 
 
 def with_rewards(data: Round, rewards: np.ndarray, config: Config) -> Round:
