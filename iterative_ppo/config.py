@@ -704,16 +704,34 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
     for (layer, where), own in zip([({}, "defaults"), *users], profiles, strict=True):
         profile = own.get(kind, {}) if isinstance(kind, str) else {}
         layers += [(layer, where), (profile, f"{where}: profile {kind!r}")]
-    values = _laid_over(defaults, layers)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_laid_over(defaults, layers))
     except ValidationError as error:
         first = error.errors()[0]
-        key, blamed = ".".join(map(str, first["loc"])), path or DEFAULTS.name
-        source = next((where for layer, where in reversed(layers) if _holds(layer, first["loc"])), blamed)
+        where = _blamed(defaults, layers, _fault(first)) or str(path or DEFAULTS.name)
         given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         said = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(": ".join(filter(None, (str(source), key, f"{said}{given}")))) from None
+        raise ConfigError(": ".join(filter(None, (where, ".".join(map(str, first["loc"])), f"{said}{given}")))) from None
+
+
+def _blamed(defaults: dict[str, Any], layers: Sequence[tuple[dict[str, Any], str]], fault: str) -> str | None:
+    """The layer since which a fault has been there; None where the defaults alone have it."""
+    for count in range(len(layers), 0, -1):
+        if fault not in _faults(_laid_over(defaults, layers[: count - 1])):
+            return layers[count - 1][1]
+    return None
+
+
+def _faults(values: dict[str, Any]) -> list[str]:
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        return [_fault(one) for one in error.errors()]
+    return []
+
+
+def _fault(error: Mapping[str, Any]) -> str:
+    return repr((error["loc"], error["msg"], error["input"] if error["type"] != "value_error" else None))
 
 
 def _profiles_of(
@@ -730,17 +748,6 @@ def _profiles_of(
             raise ConfigError(f"{where}: unknown key 'profiles.{name}'{did_you_mean(str(name), names)}")
         _merge(defaults, profile, defaults, f"{where}: profile {name!r}", ())
     return found
-
-
-def _holds(layer: Any, keys: Sequence[int | str]) -> bool:
-    """Whether a layer sets this very key, or something below or above it."""
-    for key in keys:
-        if not isinstance(layer, Mapping):
-            return True
-        if key not in layer:
-            return False
-        layer = layer[key]
-    return bool(keys)
 
 
 def _laid_over(defaults: dict[str, Any], layers: Iterable[tuple[dict[str, Any], str]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tasks.assignment import Assigned
 from tasks.datasets import LOGGED, inbox, write_once
 from tasks.learning import PolicyVersion
 from tasks.progress import progress
-from tasks.turn_checks import check_parts
+from tasks.turn_checks import check_log_probs, check_parts
 
 if TYPE_CHECKING:
     from iterative_ppo.environments.rollout import Environment
@@ -203,7 +203,7 @@ def import_logs(config: Config, before_ours: bool = False) -> tuple[Path, Import
     Args:
         before_ours: they are older than any policy of this pipeline, so the versions that they name get names that
             none of its has: else its version 2 would be held for the one whom the log calls 2, and learn from returns
-            of that. They are a whole round, so both parts have to hold some of them (check_parts).
+            of that. They are a whole round, so they have to hold what it needs (check_parts, check_log_probs).
     """
     log = read_logs(config)
     if before_ours:
@@ -212,6 +212,7 @@ def import_logs(config: Config, before_ours: bool = False) -> tuple[Path, Import
     rows = to_rows(config, log.conversations)
     if before_ours:
         check_parts(rows, config)
+        check_log_probs(rows, config)
     return write_once(inbox(config) / f"{log.name}.parquet", rows, config), log
 
 

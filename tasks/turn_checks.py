@@ -56,6 +56,16 @@ def check_parts(frame: pd.DataFrame, config: Config) -> None:
         )
 
 
+def check_log_probs(frame: pd.DataFrame, config: Config) -> None:
+    """Raise TrainingError where a log has none of the log-probs that Q's targets would need of it."""
+    needed = frame.loc[frame["part"] == "fit", "behaviour_logprob"]
+    if config.q.target == "retrace" and needed.isna().all():
+        raise TrainingError(
+            "q.target retrace weighs a log's suggestions by their behaviour_logprob, and none of its fit part has one: "
+            "add them to the log, or set q.target to fqe, which needs none"
+        )
+
+
 def turn_suite(config: Config) -> ExpectationSuite:
     """The expectations of a turn table with its check columns; `meta` says which field and what it must do."""
     import great_expectations.expectations as gxe

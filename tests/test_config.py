@@ -214,6 +214,17 @@ def test_an_error_names_whoever_set_the_key(tmp_path: Path) -> None:
         load_config(mine, ["seed=3"])
 
 
+def test_of_settings_at_odds_the_one_that_came_last_is_named(tmp_path: Path) -> None:
+    """Not any later one that has nothing to do with it, nor one of the same section."""
+    mine = params(tmp_path, "exploration: {share: 0.2}\n")
+    with pytest.raises(ConfigError, match=r"^override 'q.target': exploration\.share 0\.2: q\.target td_lambda"):
+        load_config(mine, ["q.target=td_lambda", "q.trace_decay=0.5"])
+    with pytest.raises(ConfigError, match=r"mine\.yaml: exploration\.share 0\.2"):
+        load_config(params(tmp_path, "exploration: {share: 0.2}\nq: {target: td_lambda}\n"), ["q.trace_decay=0.5"])
+    with pytest.raises(ConfigError, match=r"^override 'improve\.best_of_n\.initial_share': improve\.best_of_n: "):
+        load_config(None, ["improve.best_of_n.initial_share=0.05", "improve.best_of_n.epochs=2.0"])
+
+
 AT_ODDS = [
     ({"runtime.processes": 2, "improve.algorithm": "grpo"}, "grpo trains in one process; set runtime.processes to 1"),
     (

@@ -122,6 +122,29 @@ def test_what_a_users_model_samples_scores_the_same(saved: tuple[Path, str, bool
     )
 
 
+def test_a_saved_policy_is_sampled_alike_by_generate(
+    saved: tuple[Path, str, bool], talks: list[Conversation], tmp_path: Path
+) -> None:
+    """Other programs follow the generation_config.json beside the weights, so the base's own must not stay there."""
+    base = shutil.copytree(saved[0], tmp_path / "base")
+    theirs = {"do_sample": True, "temperature": 0.3, "top_k": 3, "top_p": 0.5, "repetition_penalty": 2.0}
+    (base / "generation_config.json").write_text(json.dumps(theirs), encoding="utf-8")
+    policy = LanguagePolicy.load(base, replace(SETTINGS, temperature=0.7))
+    policy.save(tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    for prompt in prompts_of(policy, talks)[:3]:
+        torch.manual_seed(1)
+        asked = torch.tensor([prompt])
+        done = model.generate(
+            asked, attention_mask=torch.ones_like(asked), output_scores=True, return_dict_in_generate=True
+        )
+        response = tuple(done.sequences[0, len(prompt) :].tolist())
+        assert response[-1] == policy.renderer.eos or len(response) == SETTINGS.max_response_tokens
+        log_p, _ = policy.token_log_probs(collate([single(0, prompt, response, True)], policy.pad), np.array([0]))
+        scores = torch.cat(done.scores).log_softmax(dim=-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        assert torch.allclose(scores, log_p, atol=1e-4)
+
+
 def test_prompts_begin_and_responses_end_as_the_model_was_taught(
     saved: tuple[Path, str, bool], talks: list[Conversation]
 ) -> None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.errors import ConfigError, SourceError
+from iterative_ppo.errors import ConfigError, SourceError, TrainingError
 from iterative_ppo.mdp.conversation import Conversation, Turn
 from iterative_ppo.mdp.turn_table import conversations, read, to_frame, write
 from iterative_ppo.sources import SOURCES, ImportedLog, SetAside, import_log, importer
@@ -587,12 +587,24 @@ def test_what_follows_an_outcome_is_told(tmp_path: Path) -> None:
     assert told(*more[:3])[1:] == ["1 conversation went on after the outcome; 1 later turn left out"]
 
 
-def test_versions_that_a_first_log_names_are_none_of_ours(tmp_path: Path) -> None:
+def of_twelve(tmp_path: Path, **settings: Any) -> Config:
+    """Of a log of three versions' conversations."""
     named = [{"conversation_id": f"c{k}", "policy_version": ("1", "v7", None)[k % 3]} for k in range(12)]
     rows = [row | one for one in named for row in (record(), paid())]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     overrides = {"source.kind": "table", "source.path": str(tmp_path / "log.jsonl"), "outcomes": ONE}
-    config = load_config(None, overrides | {"data.root": str(tmp_path / "data"), "data.evidence_share": 0.5})
+    return load_config(None, overrides | {"data.root": str(tmp_path / "data"), "data.evidence_share": 0.5} | settings)
+
+
+def test_a_first_log_without_log_probs_is_told_before_its_policy_is_made(tmp_path: Path) -> None:
+    config = of_twelve(tmp_path, **{"q.target": "retrace"})
+    with pytest.raises(TrainingError, match=r"q\.target retrace .* none of its fit part has one: .* set q\.target to fqe"):
+        import_logs(config, before_ours=True)
+    assert not list(tmp_path.rglob("*.parquet")), "so that the cure is tried on the same store"
+
+
+def test_versions_that_a_first_log_names_are_none_of_ours(tmp_path: Path) -> None:
+    config = of_twelve(tmp_path)
 
     def imported(before_ours: bool) -> pd.DataFrame:
         return read(import_logs(config, before_ours)[0], config.outcomes)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from iterative_ppo.config import LoRAConfig, PersonaConfig, PolicyConfig
@@ -158,7 +158,25 @@ class LanguagePolicy:
             self._plain_model().save_pretrained(path)
             base = {}
         self.tokenizer.save_pretrained(path)
+        self._generation().save_pretrained(path)
         write_json(path / SETTINGS, asdict(self.settings) | base)
+
+    def _generation(self) -> GenerationConfig:
+        """How transformers' `generate`, and servers that read the same file, sample what this policy samples.
+
+        The base model's own, with its top-p or penalties, would make another policy of the same weights.
+        """
+        return GenerationConfig(
+            do_sample=True,
+            temperature=self.settings.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.settings.max_response_tokens,
+            suppress_tokens=self.banned.tolist() or None,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.renderer.eos,
+            pad_token_id=self.pad,
+        )
 
     @cached_property
     def abilities(self) -> loading.Abilities:
