@@ -708,10 +708,11 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
         return Config.model_validate(_laid_over(defaults, layers))
     except ValidationError as error:
         first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
         where = _blamed(defaults, layers, _fault(first)) or str(path or DEFAULTS.name)
         given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         said = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(": ".join(filter(None, (where, ".".join(map(str, first["loc"])), f"{said}{given}")))) from None
+        raise ConfigError(": ".join(filter(None, (where, key, f"{said}{given}")))) from None
 
 
 def _blamed(defaults: dict[str, Any], layers: Sequence[tuple[dict[str, Any], str]], fault: str) -> str | None:

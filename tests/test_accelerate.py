@@ -17,15 +17,18 @@ from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning import distributed
 from iterative_ppo.learning.batching import EncodedTable, collate
 from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.improve.critic import LearnedCritic
 from iterative_ppo.learning.improve.episodes import prompts_of
 from iterative_ppo.learning.jobs import Crediting, Evaluation, Improving, Job
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import pieces
 from iterative_ppo.learning.policy_evaluation import Round
+from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.rounds import round_of
 from iterative_ppo.learning.sequences import SequenceFile
 from iterative_ppo.learning.worker import _error, do
 from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.turn_table import to_frame
 
 torch.set_num_threads(1)
@@ -107,6 +110,20 @@ def test_shares_make_up_the_batch_and_its_gradient(
     assert torch.allclose(gradient([piece for share in shares for piece in share]), whole, atol=1e-4)
 
 
+def test_a_critic_without_a_share_waits_for_the_others(
+    tiny_policy: LanguagePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last minibatch may hold fewer episodes than there are processes."""
+    q = QModel.from_policy(tiny_policy, QSettings("mse", 0.0, 1.0, 0.95), 0)
+    critic = LearnedCritic(q, 0.01, steps=2, scale=1.0)
+    batch = collate([single(0, (5, 6, 7), (8, 9), True)], tiny_policy.pad)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    for meeting in ("summed", "sum_gradients"):
+        monkeypatch.setattr(distributed, meeting, lambda value: value)
+    assert critic.learn(batch, [np.ones(2)], usual=2.0) == 0.0
+
+
 def test_one_process_needs_no_other() -> None:
     assert (distributed.size(), distributed.rank()) == (1, 0)
     assert list(distributed.share([3, 4, 5])) == [3, 4, 5]
@@ -176,9 +193,12 @@ def test_two_processes_credit_as_one_does(
     assert not np.allclose(alone.current.reward, played.reward, atol=0.01)
 
 
-@pytest.mark.parametrize("accelerate", [None, pytest.param("fsdp.yaml", marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("accelerate", "critic"),
+    [(None, "q"), *(pytest.param("fsdp.yaml", critic, marks=pytest.mark.slow) for critic in ("q", "learned"))],
+)
 def test_two_processes_improve_as_one_does(
-    saved: Path, tiny_policy: LanguagePolicy, played: Round, tmp_path: Path, accelerate: str | None
+    saved: Path, tiny_policy: LanguagePolicy, played: Round, tmp_path: Path, accelerate: str | None, critic: str
 ) -> None:
     """Every figure of every update and rollout, to rounding; sampled responses are the same ones."""
     finished(Evaluation(config_of(), saved, None, played, ()), tmp_path / "q")
@@ -186,7 +206,10 @@ def test_two_processes_improve_as_one_does(
     behaviour, q = tiny_policy.score(played.encoded), tmp_path / "q" / "model"
     parallel = {"runtime__processes": 2, "runtime__accelerate": str(ACCELERATE / accelerate) if accelerate else None}
     alone, together = (
-        finished(Improving(config_of(**changes), saved, q, played, behaviour, prompts), tmp_path / f"{bool(changes)}")
+        finished(
+            Improving(config_of(improve__ppo__critic=critic, **changes), saved, q, played, behaviour, prompts),
+            tmp_path / f"{bool(changes)}",
+        )
         for changes in ({}, parallel)
     )
     for name in ("logged", "ppo"):

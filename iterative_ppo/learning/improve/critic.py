@@ -52,7 +52,7 @@ class LearnedCritic:
         outputs = self.q.outputs(logits[row, at], torch.zeros(len(row), dtype=torch.bool, device=logits.device))
         settings = self.q.settings
         weights = outputs.new_tensor(list(settings.outcomes.values()))
-        values = settings.scale.value(outputs).reshape(len(row), -1, len(weights))
+        values = settings.scale.value(outputs).unflatten(1, (-1, len(weights)))  # N is 0 in a process without a share
         by_member = (values * weights).sum(dim=-1)  # no matrix product, which autocast would make bfloat16
         return by_member[:, : settings.members].mean(dim=1)
 
