@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 PROMPTS = "prompts.parquet"
-STARTING, FITTING, IMPROVING = "starting", "fitting", "improving"
+STARTING, CREDITING, FITTING, IMPROVING = "starting", "crediting", "fitting", "improving"
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
     "policy": {"lora", "save"},
@@ -216,8 +216,12 @@ def fit_q_stage(
             start = previous_q if config.q.warm_start else None
             metrics: dict[str, float] = {}
             if config.credit.assigner != "outcome":
-                with progress("assigning credit to turns") as report:
-                    credit = do(Crediting(config, policy.path, current, others), draft, report)
+                with (
+                    _resumable(folder / CREDITING, fingerprint(inputs)) as begun,
+                    progress("assigning credit to turns") as report,
+                ):
+                    kept = replace(begun, every=UPDATES)
+                    credit = do(Crediting(config, policy.path, current, others, kept), draft, report)
                 current, others, metrics = credit.current, credit.replay, credit.report
             job = Evaluation(config, policy.path, start, current, others)
             q = reweighted_q(job, folder / "q", inputs, draft)
@@ -231,7 +235,8 @@ def fit_q_stage(
         return metrics | origin_metrics(facts) | coverage_metrics(config, policy.path, policy.label, dataset)
 
     stage = run_stage(folder / "q", inputs, work)
-    shutil.rmtree(folder / FITTING, ignore_errors=True)
+    for begun in (CREDITING, FITTING):
+        shutil.rmtree(folder / begun, ignore_errors=True)
     return stage
 
 

@@ -17,6 +17,7 @@ from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import ConfigError, StoreError, TrainingError
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning.batching import EncodedTable, collate
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit import credited
 from iterative_ppo.learning.credit.process_reward import Scored, fit
 from iterative_ppo.learning.credit.rewards import Turns, norm_itpo, token_rewards, turn_rewards
@@ -241,11 +242,35 @@ def test_held_out_outcomes_never_enter(tiny_policy: LanguagePolicy, played: Roun
     assert np.array_equal(first[kept], same[kept]) and not np.allclose(first[kept], other[kept])
 
 
+@pytest.mark.parametrize("at", [2, 7, 12])
+def test_killed_while_it_learns_it_ends_with_the_same_turn_rewards(
+    tiny_policy: LanguagePolicy, played: Round, tmp_path: Path, at: int
+) -> None:
+    """And with the same figures; killed before there is a checkpoint, between two, and after the last update."""
+    config = config_of(**{"credit.epochs": 4.0, "credit.batch_size": 8})
+    whole, told = credited(tiny_policy, played, [], config), list[int]()
+
+    def killed(done: int, total: int) -> None:
+        told.append(done)
+        if done == at:
+            raise KeyboardInterrupt
+
+    checkpoint = Checkpoint(tmp_path / "crediting", "key", every=3)
+    with pytest.raises(KeyboardInterrupt):
+        credited(tiny_policy, played, [], config, killed, checkpoint)
+    assert told == list(range(1, at + 1))
+    told.clear()
+    again = credited(tiny_policy, played, [], config, lambda done, total: told.append(done), checkpoint)
+    assert told == list(range(3 * (at // 3) + 1, 13)), "what was done is not done again"
+    assert np.array_equal(again.current.reward, whole.current.reward)
+    assert again.report == whole.report and "credit_turn_rank_stability" in whole.report
+
+
 def test_stability_is_measured_while_it_learns(tiny_policy: LanguagePolicy, played: Round) -> None:
     report = credited(tiny_policy, played, [], config_of(**{"credit.epochs": 3.0, "credit.batch_size": 8})).report
     assert all(-1 <= report[f"credit_{k}_rank_stability"] <= 1 for k in ("turn", "token"))
     watch = Watch(tiny_policy, Scored.of(tiny_policy, played, 8), np.array([0, 2]), 2)
-    watch.look()
+    watch.look([{}])
     assert watch.figures() == {}, "too few looks"
 
 

@@ -51,11 +51,12 @@ class Crediting:
     policy: Path
     current: Round
     replay: tuple[Round, ...]
+    checkpoint: Checkpoint | None = None
 
     def run(self, progress: Progress | None = None) -> Credit:
         device, lora = self.config.runtime.device, self.config.policy.lora
         policy = LanguagePolicy.load(self.policy, device=device, lora=lora)
-        return credited(policy, self.current, self.replay, self.config, progress)
+        return credited(policy, self.current, self.replay, self.config, progress, self.checkpoint)
 
     def save(self, result: Credit, folder: Path) -> None:
         rounds = [result.current, *result.replay]

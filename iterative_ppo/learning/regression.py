@@ -145,7 +145,7 @@ def regress(
             how.learning_rate,
             progress,
             checkpoint,
-            None if target is None else lambda: target.q.follow(q, target.polyak),
+            None if target is None else lambda _: target.q.follow(q, target.polyak),
         )
     return float(np.mean([update["loss"] for update in curve[-max(1, steps // 10) :]]))
 

@@ -38,19 +38,20 @@ class Trainee(Protocol):
 @in_shards
 def train(
     trainee: Trainee,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Callable[[int], Iterable[Batch]],
     steps: int,
     objective: Objective,
     learning_rate: float,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
-    after_step: Callable[[], None] | None = None,
+    after_step: Callable[[Curve], None] | None = None,
 ) -> Curve:
     """Fit in place, one update a batch; figures of each update.
 
     Args:
-        batches: the same ones in the same order after a kill, for those that were learnt from are passed over.
-        after_step: called after each update.
+        batches: the same ones in the same order after a kill, for those that were learnt from are passed over. Or a
+            function that gives those after so many, where they cost something.
+        after_step: called with the curve after each update, whose figures it may add to.
     """
     optimizer, schedule = optimizer_for(trainee.model, learning_rate, steps)
     curve: Curve = []
@@ -61,10 +62,10 @@ def train(
             load_optimizer(optimizer, tensors)
             curve = [dict(entry) for entry in values["curve"]]
             resume_schedule(schedule, len(curve))
-    for batch in islice(batches, len(curve), None):
+    for batch in batches(len(curve)) if callable(batches) else islice(batches, len(curve), None):
         curve.append(descend(batch, objective, optimizer, schedule))
         if after_step:
-            after_step()
+            after_step(curve)
         if checkpoint and (len(curve) % checkpoint.every == 0 or len(curve) == steps):
             weights = with_prefix("weights", trainee.training_state())
             going = optimizer_tensors(optimizer) if len(curve) < steps else {}

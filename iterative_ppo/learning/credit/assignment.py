@@ -14,6 +14,7 @@ import numpy as np
 from iterative_ppo.config import Config
 from iterative_ppo.errors import NothingToLearn, TrainingError
 from iterative_ppo.learning.batching import step_count
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit.process_reward import Scored, fit
 from iterative_ppo.learning.credit.rewards import turn_rewards
 from iterative_ppo.learning.credit.stability import Watch, kendall_tau, watched
@@ -39,7 +40,12 @@ class Credit:
 
 
 def credited(
-    policy: LanguagePolicy, current: Round, replay: Sequence[Round], config: Config, progress: Progress | None = None
+    policy: LanguagePolicy,
+    current: Round,
+    replay: Sequence[Round],
+    config: Config,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Credit:
     """The rounds with turn rewards; as they are where credit.assigner is outcome.
 
@@ -61,10 +67,11 @@ def credited(
     batches = drawn(chosen, c.batch_size, c.epochs, config.seed)
     phi = policy.trainable_copy()
     held = ~fitted & turns.scored
-    watch = Watch(phi, data, watched(turns, held), len(batches))
-    losses = fit(phi, data, batches, unit, c, progress, watch.look)
-    kept = [r for r in replay if r.own or c.assigner == "itpo"]
-    earlier = [Scored.of(policy, r, c.batch_size) for r in kept]
+    kept = [checkpoint and checkpoint.part(name) for name in ("reward_model", "looks")]
+    watch = Watch(phi, data, watched(turns, held), len(batches), kept[1])
+    losses = fit(phi, data, batches, unit, c, progress, watch.look, kept[0])
+    telling = [r for r in replay if r.own or c.assigner == "itpo"]
+    earlier = [Scored.of(policy, r, c.batch_size) for r in telling]
     ratio = data.log_ratio(phi)
     logit = turns.totals(turns.sums(c.beta * ratio))
     report = {
@@ -73,12 +80,12 @@ def credited(
         "credit_kendall_tau": kendall_tau(logit[held], data.outcome[held]),
         "credit_held_out_conversations": float(held.sum()),
         "credit_conversations_without_suggestion": float((~turns.scored).sum()),
-        "credit_conversations_of_others_left_out": float(_conversations(replay) - _conversations(kept)),
+        "credit_conversations_of_others_left_out": float(_conversations(replay) - _conversations(telling)),
         **watch.figures(),
     }
     rounds = [
         with_rewards(r, _rewards(d, r, d.log_ratio(phi) if d is not data else ratio, config), config)
-        for r, d in zip([current, *kept], [data, *earlier], strict=True)
+        for r, d in zip([current, *telling], [data, *earlier], strict=True)
     ]
     return Credit(rounds[0], tuple(rounds[1:]), report)
 

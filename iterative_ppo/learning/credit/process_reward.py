@@ -15,12 +15,13 @@ import torch
 from iterative_ppo.config import CreditConfig
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.batching import Batch, collate, inference_batches
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit.rewards import Turns
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.sequences import Chosen
-from iterative_ppo.learning.training import Progress, train
+from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.rendering import Encoded
 
 Ratios = Iterator[tuple[np.ndarray, np.ndarray]]
@@ -96,7 +97,8 @@ def fit(
     unit: np.ndarray,
     config: CreditConfig,
     progress: Progress | None = None,
-    after_step: Callable[[], None] | None = None,
+    after_step: Callable[[Curve], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Train phi in place, one update a batch, on the cross-entropy of sigmoid(beta sum_t l_t) against the outcome.
 
@@ -106,19 +108,21 @@ def fit(
 
     Args:
         batches: numbers of the conversations of each. unit: (C,) R scaled to [0, 1].
+        checkpoint: where a killed fit goes on from.
 
     Returns the mean loss of each batch before its update.
     """
-    owner, losses = data.turns.owner, list[float]()
+    owner, latest = data.turns.owner, 0.0
     pull = np.zeros(data.turns.conversations)
 
-    def drawn() -> Iterator[Batch]:
-        for members in batches:
+    def after(begun: int) -> Iterator[Batch]:
+        nonlocal latest
+        for members in batches[begun:]:
             score = np.zeros(len(pull))
             for places, ratio in data.log_ratios(phi, members):
                 np.add.at(score, owner[places], config.beta * ratio)
             logit, aim = score[members], unit[members]
-            losses.append(float((np.logaddexp(0.0, logit) - aim * logit).mean()))
+            latest = float((np.logaddexp(0.0, logit) - aim * logit).mean())
             pull[members] = config.beta * (np.exp(-np.logaddexp(0.0, -logit)) - aim) / len(members)
             yield collate(data.sequences_of(members), phi.pad)
 
@@ -130,6 +134,11 @@ def fit(
         weight = torch.from_numpy(pull[owner[places[said]]]).to(log_p)
         return (weight * log_p[torch.from_numpy(said).to(log_p.device)]).sum(), {}
 
+    def updated(curve: Curve) -> None:
+        curve[-1]["cross_entropy"] = latest
+        if after_step:
+            after_step(curve)
+
     with set_by("credit.learning_rate"):
-        train(phi, drawn(), len(batches), objective, config.learning_rate, progress, after_step=after_step)
-    return losses
+        curve = train(phi, after, len(batches), objective, config.learning_rate, progress, checkpoint, updated)
+    return [update["cross_entropy"] for update in curve]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
+from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit.process_reward import Scored
 from iterative_ppo.learning.credit.rewards import Turns
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.training import Curve
 
 LOOKS, CONVERGED = 10, 3
 """Looks at the scores over the updates, evenly apart; the mean of the last few counts as converged."""
@@ -18,36 +21,45 @@ class Watch:
     """Scores of some conversations at a few updates.
 
     Args:
-        conversations: numbers of those to look at. steps: updates to come.
+        conversations: numbers of those to look at. steps: updates in all.
+        kept: where a killed fit finds what was seen.
+
+    Attributes:
+        places: (n,) of the conversations' tokens. seen: (n,) their l_t, by the number of updates made.
     """
 
-    def __init__(self, phi: LanguagePolicy, data: Scored, conversations: np.ndarray, steps: int) -> None:
-        self.phi, self.data, self.conversations = phi, data, conversations
+    def __init__(
+        self, phi: LanguagePolicy, data: Scored, conversations: np.ndarray, steps: int, kept: Checkpoint | None = None
+    ) -> None:
+        self.phi, self.data, self.conversations, self.kept = phi, data, conversations, kept
         self.due = set(np.linspace(1, steps, LOOKS).round().astype(int).tolist())
-        self.updates = 0
-        self.seen: list[np.ndarray] = []
+        self.places = np.flatnonzero(np.isin(data.turns.owner, conversations))
+        before = kept.load() if kept else None
+        self.seen = {int(name): scores.numpy() for name, scores in before[0].items()} if before else {}
 
-    def look(self) -> None:
-        """After an update: (T,) l_t of the conversations' tokens where a look is due, NaN elsewhere."""
-        self.updates += 1
-        if self.updates in self.due:
-            found = np.full(len(self.data.reference), np.nan)
-            for places, ratio in self.data.log_ratios(self.phi, self.conversations):
-                found[places] = ratio
-            self.seen.append(found)
+    def look(self, curve: Curve) -> None:
+        """After an update, where one is due that was not seen before a kill."""
+        if (updates := len(curve)) not in self.due - self.seen.keys():
+            return
+        found = np.zeros(len(self.data.reference))
+        for places, ratio in self.data.log_ratios(self.phi, self.conversations):
+            found[places] = ratio
+        self.seen[updates] = found[self.places]
+        if self.kept:
+            self.kept.save({str(k): torch.from_numpy(scores) for k, scores in self.seen.items()}, {})
 
     def figures(self) -> dict[str, float]:
         """Rank stability of turn and of token scores; empty where there were too few looks or conversations."""
         turns = self.data.turns
         if len(self.seen) <= CONVERGED or not len(self.conversations):
             return {}
-        known = np.isfinite(self.seen[0])
-        scores = np.where(known, np.array(self.seen), 0.0)
-        rows = np.unique(turns.row[known])
+        scores = np.zeros((len(self.seen), len(turns.row)))
+        scores[:, self.places] = [self.seen[k] for k in sorted(self.seen)]
+        rows = np.unique(turns.row[self.places])
         by_turn = np.array([turns.means(one)[rows] for one in scores])
         return {
             "credit_turn_rank_stability": rank_stability(by_turn, turns.conversation[rows]),
-            "credit_token_rank_stability": rank_stability(scores[:, known], turns.owner[known]),
+            "credit_token_rank_stability": rank_stability(scores[:, self.places], turns.owner[self.places]),
         }
 
 
