@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.evaluation.designs import design_of
 from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.gate import outcome_gate
+from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.inference import inference
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, proportion
 from iterative_ppo.report.page import render
@@ -156,6 +157,14 @@ def test_a_broken_guardrail_rejects_a_better_challenger(tmp_path: Path) -> None:
     assert re.search(r'<li class="failed"><strong>Keeps to the usual length.</strong> length', section(html))
     assert re.search(r'<li class="passed"><strong>What customers did.</strong> challenger 32.0%', section(html))
     assert '<td class="broken">broken</td>' in html
+
+
+def test_a_limit_of_its_own_is_no_champions_value(tmp_path: Path) -> None:
+    fake, offline = begun(tmp_path)
+    limit = replace(HELD, measure=f"repetition{LIMIT}", champion=0.5, challenger=0.25, margin=0.0)
+    fake.state("collect", 1, [Test((FIRST, SECOND, THIRD), guardrails=(HELD, limit)).ended(offline)])
+    row = section(page(fake.root, tmp_path)).partition("Repeated bigrams, limit")[2].partition("</tr>")[0]
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", row)[:2] == ["", "0.25"] and "limit 0.5" in row
 
 
 def test_a_promotion_shows_the_path_to_it(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from iterative_ppo.evaluation.bounds import Bound
 from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.report import ab_plot, words
 from iterative_ppo.report.ab_record import ABRecord, Checked
 from iterative_ppo.report.record import RunRecord
@@ -87,4 +88,7 @@ def _guardrail(found: Checked) -> dict[str, Any]:
             ("margin", "margin"),
         )
     }
-    return {"name": words.GUARDRAILS.get(found.measure, found.measure), "holds": found.holds, **values}
+    measure, limit, _ = found.measure.partition(LIMIT)
+    if limit:
+        values |= {"champion": "", "margin": f"limit {values['champion']}"}
+    return {"name": f"{words.GUARDRAILS.get(measure, measure)}{limit}", "holds": found.holds, **values}
