@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,16 +21,18 @@ from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain
 from iterative_ppo.evaluation.gate import Decision, offline_gate
 from iterative_ppo.evaluation.guardrails import Said, guarded
 from iterative_ppo.evaluation.ope import Estimate, LoggedTurns, estimates, untold
-from iterative_ppo.files import content_hash, write_json
+from iterative_ppo.files import content_hash, fingerprint, write_json
 from iterative_ppo.learning.objective import outcome_range
 from iterative_ppo.mdp import turn_table
 from tasks.datasets import Dataset
-from tasks.learning import PolicyVersion
+from tasks.learning import PolicyVersion, resumable
+from tasks.progress import progress
 from tasks.q_report import judged
 from tasks.round_data import champion_round, conversations_of, token_folder
 from tasks.stage import Stage, load_stage, run_stage
 
 if TYPE_CHECKING:
+    from iterative_ppo.learning.checkpoint import Checkpoint
     from iterative_ppo.learning.compare import Spoken
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.policy_evaluation import Round
@@ -36,12 +40,16 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 EXAMPLES = 8
+JUDGING = "judging"
 
 
 def gate_stage(
     config: Config, champion: PolicyVersion, candidate: Path, q_stage: Path, dataset: Dataset, folder: Path
 ) -> Stage:
-    """Evidence and decision: `evidence.json`, `decision.json`, and what both policies say in a few states."""
+    """Evidence and decision: `evidence.json`, `decision.json`, and what both policies say in a few states.
+
+    Killed while it fits the challenger's own Q (gate.fqe), that goes on from its checkpoint.
+    """
     inputs = {
         "gate": config.gate.model_dump(),
         "champion": content_hash(champion.path),
@@ -52,7 +60,9 @@ def gate_stage(
     }
 
     def work(draft: Path) -> Mapping[str, float]:
-        evidence, examples = gather(config, champion, candidate, q_stage, dataset, draft)
+        key = fingerprint(inputs, config.q.model_dump(), config.outcomes, config.gamma)
+        with resumable(folder / JUDGING, key) if config.gate.fqe else nullcontext() as checkpoint:
+            evidence, examples = gather(config, champion, candidate, q_stage, dataset, draft, checkpoint)
         decision = offline_gate(evidence)
         write_json(draft / "evidence.json", evidence.as_dict())
         write_json(draft / "decision.json", decision.as_dict())
@@ -60,7 +70,9 @@ def gate_stage(
         numbers = {k: v for k, v in evidence.as_dict().items() if isinstance(v, int | float)}
         return {**numbers, "passed": float(decision.verdict == "test")}
 
-    return run_stage(folder / "gate", inputs, work)
+    stage = run_stage(folder / "gate", inputs, work)
+    shutil.rmtree(folder / JUDGING, ignore_errors=True)
+    return stage
 
 
 def decision_of(stage: Stage) -> Decision:
@@ -91,7 +103,13 @@ class Speakers:
 
 
 def gather(
-    config: Config, champion: PolicyVersion, candidate: Path, q_stage: Path, dataset: Dataset, draft: Path
+    config: Config,
+    champion: PolicyVersion,
+    candidate: Path,
+    q_stage: Path,
+    dataset: Dataset,
+    draft: Path,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[OfflineEvidence, list[dict[str, Any]]]:
     """Both policies on the evidence part, whose tokens lie in `draft` meanwhile.
 
@@ -120,7 +138,7 @@ def gather(
         model: Literal["q_model", "fqe"] = "q_model"
         if config.gate.fqe:
             try:
-                own = fqe(new, q, current, config)
+                own = fqe(new, q, current, config, checkpoint)
                 sampled = speak(new, old, own, prompts, config.gate.samples, config.seed).q.mean(axis=1)
                 modelled, model = logged_turns(new, own, current, rows, sampled, config), "fqe"
             except NothingToLearn as error:  # the logs cannot tell, the A/B test can
@@ -154,13 +172,16 @@ def gather(
     return evidence, examples(config, dataset, facts.iloc[rows], speakers)
 
 
-def fqe(challenger: LanguagePolicy, start: QModel, current: Round, config: Config) -> QModel:
+def fqe(
+    challenger: LanguagePolicy, start: QModel, current: Round, config: Config, checkpoint: Checkpoint | None = None
+) -> QModel:
     """The challenger's own Q by fitted Q evaluation on the fit part, from the champion's Q on.
 
     It is about the rewards of `current`, so of the outcome where the champion's is of credited turns; the champion's
     itself where that is of acceptance, which no later turn changes.
     """
     from iterative_ppo.learning.policy_evaluation import fit_q
+    from iterative_ppo.learning.rounds import UPDATES
 
     if config.improve.reward == "acceptance":
         return start
@@ -168,7 +189,10 @@ def fqe(challenger: LanguagePolicy, start: QModel, current: Round, config: Confi
     if config.credit.assigner != "outcome":
         config = config.model_copy(update={"credit": config.credit.model_copy(update={"assigner": "outcome"})})
         fitted["outcome_heads"] = False
-    return fit_q(challenger, current, [], config.model_copy(update={"q": config.q.model_copy(update=fitted)}), start)
+    config = config.model_copy(update={"q": config.q.model_copy(update=fitted)})
+    kept = checkpoint and checkpoint.part("q", UPDATES)
+    with progress("fitting the challenger's own Q") as report:
+        return fit_q(challenger, current, [], config, start, report, kept)
 
 
 def held_out_rows(fit: np.ndarray, actions: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:

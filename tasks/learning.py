@@ -120,7 +120,7 @@ def initial_policy_stage(
         if tunes and not corpus:
             raise SourceError(f"{source}: no conversation to fine-tune the first policy on")
         metrics: dict[str, float] = {}
-        with _resumable(folder / STARTING, fingerprint(inputs)) as checkpoint, computing(config.runtime):
+        with resumable(folder / STARTING, fingerprint(inputs)) as checkpoint, computing(config.runtime):
             base, settings = config.policy.base_model, PolicySettings.of(config.policy)
             if base is None:
                 policy = build_policy(corpus, config.policy, config.seed, config.runtime.device)
@@ -217,7 +217,7 @@ def fit_q_stage(
             metrics: dict[str, float] = {}
             if config.credit.assigner != "outcome":
                 with (
-                    _resumable(folder / CREDITING, fingerprint(inputs)) as begun,
+                    resumable(folder / CREDITING, fingerprint(inputs)) as begun,
                     progress("assigning credit to turns") as report,
                 ):
                     kept = replace(begun, every=UPDATES)
@@ -227,7 +227,7 @@ def fit_q_stage(
             q = reweighted_q(job, folder / "q", inputs, draft)
             if q is None:
                 credited = [content_hash(rewards) for rewards in draft.glob(TURN_REWARDS)]
-                with _resumable(folder / FITTING, fingerprint(inputs, list(config.outcomes), credited)) as checkpoint:
+                with resumable(folder / FITTING, fingerprint(inputs, list(config.outcomes), credited)) as checkpoint:
                     job = replace(job, checkpoint=checkpoint.part("q", UPDATES))
                     with progress("fitting Q") as report:
                         q = do(job, draft, report)
@@ -241,7 +241,7 @@ def fit_q_stage(
 
 
 @contextmanager
-def _resumable(
+def resumable(
     path: Path, key: str, settings: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None
 ) -> Iterator[Checkpoint]:
     """For a block that trains, a place to go on from (checkpoint.take_up), emptied where the training itself fails."""
@@ -339,7 +339,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
 
         begun = _begun_with(config, policy, prompts.dataset)
         with (
-            _resumable(folder / IMPROVING, fingerprint(inputs), *begun) as checkpoint,
+            resumable(folder / IMPROVING, fingerprint(inputs), *begun) as checkpoint,
             computing(config.runtime),
             token_folder(draft) as held,
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +18,17 @@ from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.evaluation.bootstrap import Interval, OneMore, ratio_interval
 from iterative_ppo.evaluation.ope import BLIND, INCOMPLETE, LoggedTurns, doubly_robust, estimates, per_decision
 from iterative_ppo.evaluation.weights import NO_LOG_PROBS, support, unweighted
+from iterative_ppo.learning import training
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.objective import outcome_range
+from iterative_ppo.learning.optimization import descend
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.rounds import round_of
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import to_frame
 from tasks.datasets import Dataset
-from tasks.gating import fqe, gather
+from tasks.gating import fqe, gate_stage, gather
 from tasks.learning import PolicyVersion, fit_q_stage
 
 WEIGHTED = ("wis", "per_decision", "doubly_robust", "doubly_robust_gain")
@@ -348,6 +351,40 @@ def test_a_q_of_the_challengers_own_that_the_log_does_not_support_is_refused_and
     turn_table.write(frame.assign(part="fit"), tmp_path / "fit" / "turns.parquet", outcomes)
     with pytest.raises(NothingToLearn, match="no held-out conversation"):  # the next round may have some
         gather(config, policy, policy.path, q.path, Dataset(0, tmp_path / "fit", "md5"), tmp_path)
+
+
+def test_a_killed_gate_goes_on_with_the_challengers_own_q(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, updates = tmp_path / "turns" / "turns.parquet", list[int]()
+    frame = to_frame(scripted[:30], {"purchase": 1.0}, 0.4)
+    logged = tiny_policy.score(round_of(tiny_policy, frame, load_config()).encoded)
+    turn_table.write(frame.assign(behaviour_logprob=logged), place, {"purchase": 1.0})
+    tiny_policy.save(tmp_path / "policy")
+    policy, dataset = PolicyVersion(1, tmp_path / "policy", "script"), Dataset(0, place.parent, "md5")
+    quick = {"q.epochs": 0.5, "q.value_epochs": 0.5, "q.iterations": 3, "q.effective_size_floor": 1.0}
+    config = load_config(overrides={"gate.fqe": True, "gate.samples": 1, "gate.states": 20} | quick)
+    q = fit_q_stage(config, policy, dataset, tmp_path / "whole")
+
+    def counted(*given: Any) -> dict[str, float]:
+        if len(updates) == limit:
+            raise KeyboardInterrupt
+        updates.append(1)
+        return descend(*given)
+
+    monkeypatch.setattr(training, "descend", counted)
+    gate, limit = (config, policy, policy.path, q.path, dataset), 10**6
+    whole, asked = gate_stage(*gate, tmp_path / "whole"), len(updates)
+    updates.clear()
+    limit = asked - 1
+    with pytest.raises(KeyboardInterrupt):
+        gate_stage(*gate, tmp_path / "killed")
+    updates.clear()
+    again = gate_stage(*gate, tmp_path / "killed")
+    assert 0 < len(updates) < asked / 2, "what was done is not done again"
+    assert again.read("evidence.json") == whole.read("evidence.json")
+    assert whole.read("evidence.json")["estimates"]["fqe"]["refusal"] == BLIND, "it was fitted"
+    assert not list(tmp_path.glob("*/judging"))
 
 
 @pytest.mark.parametrize("changes", [{"credit.assigner": "itpo"}, {"improve.reward": "acceptance"}])
