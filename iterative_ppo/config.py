@@ -645,10 +645,10 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _trainable(self) -> Config:
         ppo, algorithm = self.improve.ppo, self.improve.algorithm
-        if algorithm != "ppo" and ppo.episodes and self.runtime.processes > 1:
+        if algorithm != "ppo" and ppo.episodes and self.runtime.processes > ppo.minibatch_size:
             raise ValueError(
-                f"improve.algorithm {algorithm} trains in one process; set runtime.processes to 1, or "
-                "improve.algorithm to ppo"
+                f"runtime.processes {self.runtime.processes} are more than the {ppo.minibatch_size} responses of "
+                f"improve.ppo.minibatch_size, which improve.algorithm {algorithm} shares among them; set one of the two"
             )
         if ppo.judge_patience is not None and not self.q.judges:
             raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,13 @@ def finished(job: Job[Any], folder: Path) -> Any:
     return do(job, folder)
 
 
+def q_of(policy: LanguagePolicy) -> QModel:
+    """One that tells responses apart, though nothing taught it."""
+    q = QModel.from_policy(policy, QSettings("mse", 0.0, 1.0, 0.95), 0)
+    torch.nn.init.normal_(q.head.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    return q
+
+
 def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -124,7 +133,31 @@ def test_a_critic_without_a_share_waits_for_the_others(
     assert critic.learn(batch, [np.ones(2)], usual=2.0) == 0.0
 
 
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_every_process_asks_for_a_share_and_knows_all(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Neighbours stay together, also where some process has nothing to ask."""
+    asked: list[list[int]] = []
+
+    def of(items: Any) -> list[int]:
+        asked.append(list(items))
+        return [-item for item in items]
+
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    found: dict[int, int] = {}
+    monkeypatch.setattr(distributed, "gathered", lambda mine: found.update(mine) or found)
+    for rank in (3, 2, 1, 0):  # the first is asked last, and knows all by then
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with suppress(KeyError):
+            told = distributed.by_shares(range(count), of, together=2)
+    assert told == [-k for k in range(count)]
+    assert sorted(chain.from_iterable(asked)) == list(range(count)) and all(share[0] % 2 == 0 for share in asked)
+
+
 def test_one_process_needs_no_other() -> None:
+    assert distributed.by_shares([3, 4], lambda items: [2 * k for k in items]) == [6, 8]
+    assert np.array_equal(distributed.filled(np.array([1.0, np.nan])), [1.0, np.nan], equal_nan=True)
+    with distributed.unseen():
+        assert distributed.size() == 1
     assert (distributed.size(), distributed.rank()) == (1, 0)
     assert list(distributed.share([3, 4, 5])) == [3, 4, 5]
     assert distributed.gathered({1: "a"}) == {1: "a"}
@@ -179,6 +212,7 @@ def test_two_processes_credit_as_one_does(
     """Turn rewards and every figure of them, also of a sharded reward model and of one that is adapters."""
     quick = {
         "credit__assigner": "norm_itpo",
+        "improve__policy_iterations": 1,
         "credit__batch_size": 7,
         "credit__epochs": 2.0,
         "policy__lora__rank": rank,
@@ -222,6 +256,44 @@ def test_two_processes_improve_as_one_does(
     assert torch.allclose(weights(alone.policy.model), weights(together.policy.model), atol=1e-3)
     start = weights(tiny_policy.model)
     assert (weights(alone.policy.model) - start).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("grpo", {}),
+        pytest.param("rloo", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "grpo",
+            {"policy__lora__rank": 2, "runtime__accelerate": str(ACCELERATE / "fsdp.yaml")},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["grpo", "rloo", "adapters beside a configuration that shards"],
+)
+def test_two_processes_improve_by_groups_as_one_does(
+    saved: Path, tiny_policy: LanguagePolicy, played: Round, tmp_path: Path, algorithm: str, changes: dict[str, Any]
+) -> None:
+    """TRL's trainers, whose loop each process has whole: curves, weights, and that accelerate is as it was."""
+    q_of(tiny_policy).save(tmp_path / "q")
+    prompts = prompts_of(played.encoded.sequences, np.flatnonzero(played.fit))
+    quick = {"improve__best_of_n__epochs": 0.0, "improve__logged__epochs": 0.0, "improve__policy_iterations": 1}
+    quick |= {"improve__ppo__minibatch_size": 16, "improve__algorithm": algorithm, "improve__ppo__rollout": 48}
+    behaviour = np.full(len(played.last), np.nan)
+    alone, together = (
+        finished(
+            Improving(config_of(**quick, **changes, **more), saved, tmp_path / "q", played, behaviour, prompts),
+            tmp_path / f"{bool(more)}",
+        )
+        for more in ({}, {"runtime__processes": 2})
+    )
+    curves = alone.curves[algorithm], together.curves[algorithm]
+    assert len(curves[0]) == len(curves[1]) == 2
+    for one, other in zip(*curves, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    before, scores = (policy.score(played.encoded) for policy in (tiny_policy, alone.policy))
+    assert np.allclose(scores, together.policy.score(played.encoded), atol=1e-3, equal_nan=True)
+    assert not np.allclose(scores, before, atol=0.05, equal_nan=True)
 
 
 @pytest.mark.slow

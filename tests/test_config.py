@@ -226,7 +226,10 @@ def test_of_settings_at_odds_the_one_that_came_last_is_named(tmp_path: Path) -> 
 
 
 AT_ODDS = [
-    ({"runtime.processes": 2, "improve.algorithm": "grpo"}, "grpo trains in one process; set runtime.processes to 1"),
+    (
+        {"runtime.processes": 9, "improve.algorithm": "grpo", "improve.ppo.minibatch_size": 8},
+        "processes 9 are more than the 8 responses of improve.ppo.minibatch_size, which improve.algorithm grpo shares",
+    ),
     (
         {"improve.logged.epochs": 0.0, "improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0},
         "the challenger would be the champion once more; set one of them above 0",

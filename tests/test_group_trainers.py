@@ -322,11 +322,14 @@ def test_weights_that_are_not_numbers_are_an_error(bandit: LanguagePolicy) -> No
         improve(broken, likes(bandit, "no"), [prompt(bandit)], config("rloo"), 0)
 
 
-def test_no_prompt_and_several_processes_are_errors(bandit: LanguagePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_prompt_and_a_model_to_be_sharded_are_errors(
+    bandit: LanguagePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(TrainingError, match="no prompt"):
         improve(bandit, likes(bandit, "no"), [], config("grpo"), 0)
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    with pytest.raises(ConfigError, match=r"runtime\.processes"):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"grpo trains a whole model .* set runtime\.accelerate to null"):
         improve(bandit, likes(bandit, "no"), [prompt(bandit)], config("grpo"), 0)
 
 

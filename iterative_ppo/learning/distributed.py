@@ -5,14 +5,20 @@ Every process runs the same loop on the same batches; where nothing was launched
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+R = TypeVar("R")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+"""What a launcher tells a process of the others, in its environment."""
 
 
 def size() -> int:
@@ -45,6 +51,27 @@ def gathered(mine: dict[int, T]) -> dict[int, T]:
     return {key: value for part in parts for key, value in part.items()}
 
 
+def by_shares(items: Sequence[T], of: Callable[[Sequence[T]], list[R]], together: int = 1) -> list[R]:
+    """What a function gives for items, one each: every process asks it for some neighbours, and all know all.
+
+    Args:
+        together: so many neighbours, from the first on, stay in one share.
+    """
+    if size() == 1:
+        return of(items)
+    units = -(-len(items) // together)
+    begin, end = (together * (units * k // size()) for k in (rank(), rank() + 1))
+    found = gathered(dict(enumerate(of(items[begin:end]) if begin < end else [], begin)))
+    return [found[k] for k in range(len(items))]
+
+
+def filled(values: np.ndarray) -> np.ndarray:
+    """What all processes know together, in arrays that are NaN where another one knows."""
+    for other in gathered({rank(): values}).values():
+        np.copyto(values, other, where=~np.isnan(other))
+    return values
+
+
 def largest(value: int) -> int:
     """The largest of the processes' values."""
     if size() == 1:
@@ -75,3 +102,27 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         pending.append(distributed.all_reduce(parameter.grad, async_op=True))
     for one in pending:
         one.wait()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """For a block, accelerate takes each process for the only one, while `size` and `rank` go on telling how it is.
+
+    So a trainer of somebody else's runs its loop on the whole batch in every process, and what it asks of us is shared.
+    """
+    if size() == 1:
+        yield
+        return
+    from accelerate.state import AcceleratorState, PartialState
+
+    states: list[Any] = [PartialState._shared_state, AcceleratorState._shared_state]
+    kept, told = [dict(state) for state in states], {name: os.environ.pop(name, None) for name in LAUNCHED}
+    try:
+        for state in states:
+            state.clear()
+        yield
+    finally:
+        os.environ.update({name: value for name, value in told.items() if value is not None})
+        for state, before in zip(states, kept, strict=True):
+            state.clear()
+            state.update(before)

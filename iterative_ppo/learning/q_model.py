@@ -21,13 +21,14 @@ from transformers import AutoConfig, PreTrainedModel
 from iterative_ppo.config import Config
 from iterative_ppo.errors import ConfigError, StoreError, did_you_mean
 from iterative_ppo.files import read_settings, write_json
-from iterative_ppo.learning import branching
+from iterative_ppo.learning import branching, distributed
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
 from iterative_ppo.learning.checkpoint import load_weights, weights_of
 from iterative_ppo.learning.forward import backbone, last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.loading import alike, holds, tried, with_weights
 from iterative_ppo.learning.objective import head_range, head_weights
+from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.sharding import full
 from iterative_ppo.learning.value_head import value_class
 from iterative_ppo.learning.value_scale import ValueScale
@@ -240,13 +241,14 @@ class QModel:
     def head_values(self, encoded: EncodedTable) -> Values:
         """(N, H) V and Q of all rows of a table by each head, one pass a sequence."""
         v, q = (np.full((encoded.rows, self.settings.heads), np.nan) for _ in range(2))
-        for batch in inference_batches(encoded.sequences, INFERENCE_TOKENS, self.pad):
+        mine = Chosen(encoded.sequences, np.array(distributed.share(range(len(encoded.sequences))), dtype=np.int64))
+        for batch in inference_batches(mine, INFERENCE_TOKENS, self.pad):
             spans, logged = len(batch.row), np.flatnonzero(batch.trains)
             sequence = np.concatenate([batch.sequence, batch.sequence[logged]])
             position = np.concatenate([batch.start - 1, batch.end[logged] - 1])
             values = self._values(batch, sequence, position, np.arange(len(sequence)) >= spans)
             v[batch.row], q[batch.row[logged]] = values[:spans], values[spans:]
-        return Values(v, q)
+        return Values(distributed.filled(v), distributed.filled(q))
 
     def evaluate(self, encoded: EncodedTable) -> Values:
         """(N,) V and Q of all rows of a table: outcomes weighted, members combined as settings.pessimism says."""
@@ -283,16 +285,15 @@ class QModel:
         found = branching.groups(sequences, INFERENCE_TOKENS)
         if branching.worthwhile(found) and self._branches:
             return self._branched(sequences, found)
-        result: list[np.ndarray] = [np.empty(0)] * len(sequences)
+        of_row: dict[int, np.ndarray] = {}
         for batch in inference_batches(sequences, INFERENCE_TOKENS, self.pad):
             lengths = 1 + batch.end - batch.start
             stops = np.cumsum(lengths)
             position = np.arange(lengths.sum()) + np.repeat(batch.start - 1 - (stops - lengths), lengths)
             at_end = np.isin(np.arange(len(position)), stops - 1)
             values = self._values(batch, np.repeat(batch.sequence, lengths), position, at_end)
-            for row, part in zip(batch.row, np.split(values, stops[:-1]), strict=True):
-                result[row] = part
-        return result
+            of_row |= dict(zip(batch.row.tolist(), np.split(values, stops[:-1]), strict=True))
+        return [of_row[sequence.spans[0].row] for sequence in sequences]
 
     @torch.inference_mode()
     def _branched(self, sequences: Sequence[Encoded], found: Sequence[branching.Group]) -> list[np.ndarray]:

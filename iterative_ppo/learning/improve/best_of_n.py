@@ -16,6 +16,7 @@ import torch
 
 from iterative_ppo.config import BestOfNConfig
 from iterative_ppo.errors import ModelError, NothingToLearn, SameReward, TrainingError
+from iterative_ppo.learning import distributed
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import NO_NUMBER, SAME_REWARD, RewardModel, check_prompts
@@ -140,7 +141,7 @@ def _chosen_block(speakers: Speakers, q: RewardModel, prompts: Prompts, rng: np.
     answers = [a for k in range(len(prompts)) for one, m in said for a in one.tokens[k * m : (k + 1) * m]]
     finished = np.concatenate([one.finished.reshape(-1, m) for one, m in said], axis=1)
     candidates = [single(k, prompts[k // n], tokens, True) for k, tokens in enumerate(answers)]
-    worth = np.array([values[-1] for values in q.running_values(candidates)]).reshape(-1, n)
+    worth = np.array([values[-1] for values in distributed.by_shares(candidates, q.running_values, n)]).reshape(-1, n)
     if not np.isfinite(worth).all():
         raise NothingToLearn(NO_NUMBER)
     liked = [answers[k * n + j] for k, j in enumerate(best(worth, finished))]

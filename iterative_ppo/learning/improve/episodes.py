@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from iterative_ppo.config import PPOConfig
 from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
-from iterative_ppo.learning import loading, runtime
+from iterative_ppo.learning import distributed, loading, runtime, sharding
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.sequences import Beginnings, Prompts, prompt_lengths
@@ -29,6 +30,19 @@ class RewardModel(Protocol):
 
     def running_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
         """(1 + length,) a sequence: V(s), the values after each token of the response, Q(s, a) last."""
+
+
+class Judge(Protocol):
+    """A Q of which some members judge what the others improve."""
+
+    def judge_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
+        """(1 + length,) a sequence, as running_values, by those members."""
+
+
+def judged(q: Judge, table: EncodedTable) -> float:
+    """The mean worth of a table's responses by their judges."""
+    values = distributed.by_shares(table.sequences, q.judge_values)
+    return float(np.mean([value[-1] for value in values]))
 
 
 def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
@@ -114,17 +128,21 @@ def kl_both_ways(log_p: np.ndarray, reference: np.ndarray) -> tuple[float, float
     return float((log_p - reference).sum()), float((rho * log_rho - (rho - 1.0)).sum())
 
 
-@torch.inference_mode()
 def token_log_probs(policy: LanguagePolicy, table: EncodedTable) -> list[np.ndarray]:
     """Per single-turn sequence: (length,) log pi of its response tokens."""
-    result: list[np.ndarray] = [np.empty(0)] * table.rows
-    for batch in inference_batches(table.sequences, INFERENCE_TOKENS, policy.pad):
+    with sharding.gathered(policy.model):
+        return distributed.by_shares(table.sequences, partial(_token_log_probs, policy))
+
+
+@torch.inference_mode()
+def _token_log_probs(policy: LanguagePolicy, sequences: Sequence[Encoded]) -> list[np.ndarray]:
+    found: dict[int, np.ndarray] = {}
+    for batch in inference_batches(sequences, INFERENCE_TOKENS, policy.pad):
         spans = np.arange(len(batch.row))
         log_p, index = policy.token_log_probs(batch, spans)
         parts = np.split(log_p.cpu().numpy(), np.flatnonzero(np.diff(index.cpu().numpy())) + 1)
-        for row, part in zip(batch.row, parts, strict=True):
-            result[row] = part
-    return result
+        found |= dict(zip(batch.row.tolist(), parts, strict=True))
+    return [found[sequence.spans[0].row] for sequence in sequences]
 
 
 def roll_out(
@@ -156,11 +174,12 @@ def roll_out(
         for k, (prompt, tokens) in enumerate(zip(prompts, responses.tokens, strict=True))
     ]
     table = EncodedTable(sequences, len(sequences))
-    q_values = q.running_values(sequences)
+    q_values = distributed.by_shares(sequences, q.running_values)
     reward = response_rewards(q_values, responses.finished, scale, config.missing_eos_penalty)
     if not np.isfinite(reward).all():
         raise NothingToLearn(NO_NUMBER)
-    values = critic.running_values(sequences) if critic else [value / scale for value in q_values]
+    learnt = distributed.by_shares(sequences, critic.running_values) if critic else None
+    values = [value / scale for value in q_values] if learnt is None else learnt
     old = token_log_probs(policy, table) if runtime.current().bfloat16 else responses.token_logprobs
     anchor = old if reference is None else token_log_probs(reference, table)
     beta = config.kl_coefficient if beta is None else beta

@@ -2,7 +2,8 @@
 
 Its trainers have the groups, their advantages, the losses and the updates. Prompts and responses never become text in
 between: their prompts are our token ids, and the policy samples and scores them itself, so that training and serving
-know one distribution (temperature, tokens that may not be said, positions that do not depend on the padding).
+know one distribution (temperature, tokens that may not be said, positions that do not depend on the padding). Several
+processes each run the whole trainer, and share the policy's work.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import ImproveConfig
 from iterative_ppo.errors import ConfigError, NothingToLearn, SameReward, TrainingError
-from iterative_ppo.learning import distributed, runtime
+from iterative_ppo.learning import distributed, runtime, sharding
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import (
@@ -29,6 +30,7 @@ from iterative_ppo.learning.improve.episodes import (
     SAME_REWARD,
     RewardModel,
     check_prompts,
+    judged,
     kl_both_ways,
     response_rewards,
     token_log_probs,
@@ -65,14 +67,17 @@ def improve(
 
     Raises TrainingError where there is no prompt, Q is the same for all responses of every prompt in the first rollout
     or not a number, or the weights diverge; ModelError where a prompt is longer than the model's context; ConfigError
-    where several processes train.
+    where the processes are to shard the model.
     """
     c = config.ppo
     if not c.episodes:
         return policy, []
     check_prompts(policy, prompts)
-    if distributed.size() > 1:
-        raise ConfigError(f"improve.algorithm {config.algorithm} trains in one process; set runtime.processes to 1")
+    if sharding.wanted() and policy.lora is None:
+        raise ConfigError(
+            f"improve.algorithm {config.algorithm} trains a whole model in each process, and runtime.accelerate shards "
+            "it; set runtime.accelerate to null, policy.lora.rank above 0, or improve.algorithm to ppo"
+        )
     rollout = config.group_rollout
     rollouts = c.episodes // rollout
     looks = rollouts + guarded(c)
@@ -127,7 +132,7 @@ class Groups:
         sequences = [single(k, tuple(prompt), tuple(tokens), True) for k, (prompt, tokens) in pairs]
         eos = self.run.student.renderer.eos
         finished = np.array([tokens[-1] == eos for tokens in completion_ids])
-        values = self.q.running_values(sequences)
+        values = distributed.by_shares(sequences, self.q.running_values, self.config.group.size)
         reward = response_rewards(values, finished, self.scale, self.config.ppo.missing_eos_penalty)
         if not np.isfinite(reward).all():
             raise NothingToLearn(NO_NUMBER)
@@ -165,7 +170,7 @@ class Groups:
             theirs = token_log_probs(self.champion, table)
             described["kl_to_champion"] = float(np.mean([(p - o).sum() for p, o in zip(mine, theirs, strict=True)]))
         if isinstance(self.q, QModel) and self.q.settings.judges:
-            described["judge"] = float(np.mean([value[-1] for value in self.q.judge_values(table.sequences)]))
+            described["judge"] = judged(self.q, table)
         return described
 
 
@@ -223,8 +228,13 @@ class PolicyHooks:
             strict=True,
         )
         with without_dropout(scorer):
-            log_p = torch.cat([padded_log_probs(scorer, ids, mask, logits_to_keep) for ids, mask in parts])
+            log_p = torch.cat([shared_log_probs(scorer, ids, mask, logits_to_keep) for ids, mask in parts])
         return log_p, -log_p.detach(), None
+
+    def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*given, **named)  # type: ignore[misc]
+        distributed.sum_gradients(self.groups.run.student.trainable_parameters())
+        return loss
 
 
 @contextmanager
@@ -239,6 +249,18 @@ def without_dropout(policy: LanguagePolicy) -> Iterator[None]:
         yield
     finally:
         policy.model.training = training
+
+
+def shared_log_probs(policy: LanguagePolicy, ids: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
+    """As `padded_log_probs`, every process knows all rows and computes a share, which alone has a gradient there."""
+    if distributed.size() == 1:
+        return padded_log_probs(policy, ids, mask, width)
+    order = torch.argsort(mask.sum(1), descending=True, stable=True).tolist()
+    mine = torch.tensor(distributed.share(order), device=ids.device)
+    part = padded_log_probs(policy, ids[mine], mask[mine], width)
+    known = distributed.gathered(dict(zip(mine.tolist(), part.detach().cpu().numpy(), strict=True)))
+    whole = np.stack([known[row] for row in range(len(ids))])
+    return torch.from_numpy(whole).to(part).index_copy(0, mine, part)
 
 
 def padded_log_probs(policy: LanguagePolicy, ids: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
@@ -266,7 +288,7 @@ def _train(prompts: Prompts, groups: Groups, recorder: Recorder) -> None:
     c, rollout = config.ppo, config.group_rollout
     trainer_class, arguments_of = _trl(config.algorithm)
     steps = c.epochs * rollout // c.minibatch_size
-    with lent(run.student.model) as model, tempfile.TemporaryDirectory() as scratch:
+    with distributed.unseen(), lent(run.student.model) as model, tempfile.TemporaryDirectory() as scratch:
         arguments = arguments_of(
             output_dir=scratch,
             num_generations=config.group.size,
@@ -296,6 +318,9 @@ def _train(prompts: Prompts, groups: Groups, recorder: Recorder) -> None:
         )
         _ = arguments.device
         arguments._n_gpu = 1  # one process trains on one device, however many there are
+        arguments.__dict__["_setup_devices"] = model.device  # and that need not be the first
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)
         trainer = trainer_class(
             groups=groups,
             model=model,

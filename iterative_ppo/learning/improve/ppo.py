@@ -8,9 +8,8 @@ A killed run goes on from its last rollout and ends with the weights of an unbro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from iterative_ppo.learning.improve.episodes import (
     Episodes,
     RewardModel,
     check_prompts,
+    judged,
     roll_out,
     token_log_probs,
 )
@@ -41,13 +41,6 @@ from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Prompts
 from iterative_ppo.learning.sharding import sharded
 from iterative_ppo.learning.training import Curve, Progress
-from iterative_ppo.mdp.rendering import Encoded
-
-
-class Judge(Protocol):
-    """A Q of which some members judge what the others improve."""
-
-    def judge_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]: ...
 
 
 def surrogate(log_p: torch.Tensor, old_log_p: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
@@ -285,5 +278,5 @@ def _described(episodes: Episodes, run: Run, q: Any, champion: LanguagePolicy | 
         gaps = [(mine - other).sum() for mine, other in zip(episodes.old_log_p, theirs, strict=True)]
         described["kl_to_champion"] = float(np.mean(gaps))
     if isinstance(q, QModel) and q.settings.judges:
-        described["judge"] = float(np.mean([value[-1] for value in q.judge_values(episodes.table.sequences)]))
+        described["judge"] = judged(q, episodes.table)
     return described
