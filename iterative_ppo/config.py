@@ -657,6 +657,18 @@ class Config(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _launched(self) -> Config:
+        runtime, improve = self.runtime, self.improve
+        if runtime.processes == 1 or runtime.accelerate is None or not _shards(runtime.accelerate):
+            return self
+        if improve.algorithm != "ppo" and improve.ppo.episodes and not self.policy.lora.rank:
+            raise ValueError(
+                f"improve.algorithm {improve.algorithm} trains a whole model in each process, and {runtime.accelerate} "
+                "shards it; set runtime.accelerate to null, policy.lora.rank above 0, or improve.algorithm to ppo"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _explored(self) -> Config:
         target, assigner, reward = self.q.target, self.credit.assigner, self.improve.reward
         for key, value, learns_alone, cure in (
@@ -681,6 +693,22 @@ class Config(Frozen):
         if number + 1 >= self.rounds.max_rounds and most > improve.policy_iterations:
             changes["policy_iterations"] = most
         return self.model_copy(update={"improve": improve.model_copy(update=changes)}) if changes else self
+
+
+def _shards(path: Path) -> bool:
+    """Whether a configuration of accelerate's shards the model. Raises ValueError where it is none, or of an older FSDP."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"runtime.accelerate: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"runtime.accelerate: {path} is no configuration of accelerate's; `accelerate config` makes one"
+        )
+    sharded = values.get("distributed_type") == "FSDP"
+    if sharded and (values.get("fsdp_config") or {}).get("fsdp_version") != 2:
+        raise ValueError(f"runtime.accelerate: the fsdp_version of {path} is not 2; see configs/accelerate/fsdp.yaml")
+    return sharded
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:

@@ -248,6 +248,32 @@ def test_settings_at_odds_are_refused_before_any_work(values: dict[str, object],
         load_config(None, values)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"runtime\.accelerate: cannot be read as YAML \(.*No such file"),
+        ("a: [", r"runtime\.accelerate: cannot be read as YAML \(while parsing"),
+        ("- 1", r"runtime\.accelerate: .*mine\.yaml is no configuration of accelerate's"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", r"the fsdp_version of .*mine\.yaml is not 2"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}", "grpo trains a whole model in each process"),
+        ("distributed_type: MULTI_GPU", None),
+    ],
+)
+def test_what_would_launch_processes_is_read_before_any_work(
+    tmp_path: Path, text: str | None, message: str | None
+) -> None:
+    place = tmp_path / "mine.yaml"
+    if text is not None:
+        place.write_text(text, encoding="utf-8")
+    values = {"runtime.processes": 2, "runtime.accelerate": str(place), "improve.algorithm": "grpo"}
+    if message is None:
+        assert load_config(None, values).runtime.accelerate == place
+        return
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, values)
+    assert load_config(None, values | {"runtime.processes": 1}), "one process is not launched"
+
+
 def test_a_file_may_merge_one_mapping_into_another(tmp_path: Path) -> None:
     a, b = "a: &a {instruction: Be short., temperature: 1.0}", "b: {<<: *a, temperature: 2.0}"
     path = params(tmp_path, f"exploration:\n  personas:\n    {a}\n    {b}\n")
