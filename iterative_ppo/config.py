@@ -696,7 +696,7 @@ class Config(Frozen):
 
 
 def _shards(path: Path) -> bool:
-    """Whether a configuration of accelerate's shards the model. Raises ValueError where it is none, or of an older FSDP."""
+    """Whether accelerate's configuration shards the model. Raises ValueError where it is none, or of an older FSDP."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
