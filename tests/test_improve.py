@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from iterative_ppo.config import BestOfNConfig, Config, LoggedConfig, PPOConfig, load_config
-from iterative_ppo.errors import ModelError, StoreError, TrainingError
+from iterative_ppo.errors import ConfigError, ModelError, StoreError, TrainingError
 from iterative_ppo.learning import rounds
 from iterative_ppo.learning.batching import Batch, EncodedTable, collate
 from iterative_ppo.learning.checkpoint import Checkpoint
@@ -876,6 +876,8 @@ def test_patience_gives_what_the_judges_liked_best(bandit: LanguagePolicy, monke
         return [np.full(1, value)] * len(sequences)
 
     monkeypatch.setattr(QModel, "judge_values", judge)
+    with pytest.raises(ConfigError, match=r"this Q has none; set q\.judges"):
+        improve(bandit, q, [prompt(bandit)], ppo(judge_patience=2), 0)
     q = q.with_settings(judges=1)
     monkeypatch.setattr(QModel, "running_values", lambda self, s: leans_to(bandit, "maybe").running_values(s))
     student, curve = improve(bandit, q, [prompt(bandit)], ppo(episodes=2560, rollout=128, judge_patience=2), 0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import SameReward
+from iterative_ppo.errors import ConfigError, SameReward
 from iterative_ppo.learning.batching import Batch, training_batches
 from iterative_ppo.learning.checkpoint import (
     Checkpoint,
@@ -137,7 +137,7 @@ def improve(
 
     Raises TrainingError where there is no prompt, Q is not a number or, in the first rollout, tells no response from
     another, or an update is not finite; ModelError, before any training, where a prompt is longer than the model's
-    context.
+    context; ConfigError where judges are asked that Q does not have.
     """
     if not config.episodes:
         return policy, []
@@ -170,7 +170,14 @@ def _rollouts(episodes: int, size: int) -> list[int]:
 
 
 def begin(student: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: list[int], scale: float, seed: int) -> Run:
-    """A run on rollouts of these sizes, with the updates that they ask for still before it; it changes the student."""
+    """A run on rollouts of these sizes, with the updates that they ask for still before it; it changes the student.
+
+    Raises ConfigError where judges are asked that Q does not have.
+    """
+    if config.judge_patience is not None and not (isinstance(q, QModel) and q.settings.judges):
+        raise ConfigError(
+            "improve.ppo.judge_patience asks judges, and this Q has none; set q.judges to 1 or more and fit it again"
+        )
     steps = sum(config.epochs * -(-size // config.minibatch_size) for size in sizes)
     optimizer, schedule = optimizer_for(student.model, config.learning_rate, steps)
     critic = None
