@@ -6,6 +6,7 @@ None of them has a Q of actions. Those with a value function fit it to the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from iterative_ppo.config import Config, LoggedConfig
 from iterative_ppo.environments.rollout import collect, play
+from iterative_ppo.errors import NothingToLearn
 from iterative_ppo.learning.batching import Batch, EncodedTable, collate, step_count, training_batches
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, turn_advantages
 from iterative_ppo.learning.language_model import LanguagePolicy
@@ -86,7 +88,8 @@ def online_rloo(policy: LanguagePolicy, conversations: int, config: Config, seed
         outcome = np.bincount(number, weights=current.reward)
         others = (outcome.sum() - outcome) / (len(outcome) - 1)
         data = LoggedData(current.encoded, (outcome - others)[number], _behaviour(frame))
-        policy = improve_on_log(policy, data, EACH_DEPLOYMENT, config.seed)[0]
+        with suppress(NothingToLearn):  # one that has unlearnt to sell, or to speak, stays as it is
+            policy = improve_on_log(policy, data, EACH_DEPLOYMENT, config.seed)[0]
     return policy
 
 
