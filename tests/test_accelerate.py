@@ -123,8 +123,7 @@ def test_a_critic_without_a_share_waits_for_the_others(
     tiny_policy: LanguagePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last minibatch may hold fewer episodes than there are processes."""
-    q = QModel.from_policy(tiny_policy, QSettings("mse", 0.0, 1.0, 0.95), 0)
-    critic = LearnedCritic(q, 0.01, steps=2, scale=1.0)
+    critic = LearnedCritic(q_of(tiny_policy), 0.01, steps=2, scale=1.0)
     batch = collate([single(0, (5, 6, 7), (8, 9), True)], tiny_policy.pad)
     monkeypatch.setattr(distributed, "size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)

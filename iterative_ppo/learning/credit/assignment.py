@@ -67,9 +67,9 @@ def credited(
     batches = drawn(chosen, c.batch_size, c.epochs, config.seed)
     phi = policy.trainable_copy()
     held = ~fitted & turns.scored
-    kept = [checkpoint and checkpoint.part(name) for name in ("reward_model", "looks")]
-    watch = Watch(phi, data, watched(turns, held), len(batches), kept[1])
-    losses = fit(phi, data, batches, unit, c, progress, watch.look, kept[0])
+    model, looks = (checkpoint and checkpoint.part(name) for name in ("reward_model", "looks"))
+    watch = Watch(phi, data, watched(turns, held), len(batches), looks)
+    losses = fit(phi, data, batches, unit, c, progress, watch.look, model)
     telling = [r for r in replay if r.own or c.assigner == "itpo"]
     earlier = [Scored.of(policy, r, c.batch_size) for r in telling]
     ratio = data.log_ratio(phi)

@@ -18,6 +18,7 @@ from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
 from iterative_ppo.learning import distributed, loading, runtime, sharding
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
+from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Beginnings, Prompts, prompt_lengths
 from iterative_ppo.mdp.rendering import Encoded, single
 
@@ -32,17 +33,28 @@ class RewardModel(Protocol):
         """(1 + length,) a sequence: V(s), the values after each token of the response, Q(s, a) last."""
 
 
-class Judge(Protocol):
-    """A Q of which some members judge what the others improve."""
-
-    def judge_values(self, sequences: Sequence[Encoded]) -> list[np.ndarray]:
-        """(1 + length,) a sequence, as running_values, by those members."""
+def judge_of(q: RewardModel) -> QModel | None:
+    """The Q of which some members judge what the others improve; None where it has none."""
+    return q if isinstance(q, QModel) and q.settings.judges else None
 
 
-def judged(q: Judge, table: EncodedTable) -> float:
-    """The mean worth of a table's responses by their judges."""
-    values = distributed.by_shares(table.sequences, q.judge_values)
-    return float(np.mean([value[-1] for value in values]))
+def unrewarded(
+    table: EncodedTable, log_p: Sequence[np.ndarray], q: RewardModel, champion: LanguagePolicy | None
+) -> dict[str, float]:
+    """Figures of a rollout that nothing is paid by: KL to the champion, in nats a response, and what judges say.
+
+    Args:
+        log_p: of each response's tokens, by the policy that said them.
+    """
+    found = {}
+    if champion is not None:
+        theirs = token_log_probs(champion, table)
+        gaps = [(mine - other).sum() for mine, other in zip(log_p, theirs, strict=True)]
+        found["kl_to_champion"] = float(np.mean(gaps))
+    if judge := judge_of(q):
+        values = distributed.by_shares(table.sequences, judge.judge_values)
+        found["judge"] = float(np.mean([value[-1] for value in values]))
+    return found
 
 
 def check_prompts(policy: LanguagePolicy, prompts: Prompts) -> None:
@@ -178,8 +190,10 @@ def roll_out(
     reward = response_rewards(q_values, responses.finished, scale, config.missing_eos_penalty)
     if not np.isfinite(reward).all():
         raise NothingToLearn(NO_NUMBER)
-    learnt = distributed.by_shares(sequences, critic.running_values) if critic else None
-    values = [value / scale for value in q_values] if learnt is None else learnt
+    if critic:
+        values = distributed.by_shares(sequences, critic.running_values)
+    else:
+        values = [value / scale for value in q_values]
     old = token_log_probs(policy, table) if runtime.current().bfloat16 else responses.token_logprobs
     anchor = old if reference is None else token_log_probs(reference, table)
     beta = config.kl_coefficient if beta is None else beta

@@ -30,14 +30,13 @@ from iterative_ppo.learning.improve.episodes import (
     SAME_REWARD,
     RewardModel,
     check_prompts,
-    judged,
     kl_both_ways,
     response_rewards,
     token_log_probs,
+    unrewarded,
 )
 from iterative_ppo.learning.improve.ppo import Run, adapted, begin, guarded, spent
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Prompts
 from iterative_ppo.learning.supervised import finite, lent
 from iterative_ppo.learning.training import Curve, Progress
@@ -166,12 +165,7 @@ class Groups:
             "missing_eos": float(1.0 - finished.mean()),
             "updates": 0.0,
         }
-        if self.champion is not None:
-            theirs = token_log_probs(self.champion, table)
-            described["kl_to_champion"] = float(np.mean([(p - o).sum() for p, o in zip(mine, theirs, strict=True)]))
-        if isinstance(self.q, QModel) and self.q.settings.judges:
-            described["judge"] = judged(self.q, table)
-        return described
+        return described | unrewarded(table, mine, self.q, self.champion)
 
 
 class Recorder(TrainerCallback):

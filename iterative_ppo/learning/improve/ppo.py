@@ -9,7 +9,6 @@ A killed run goes on from its last rollout and ends with the weights of an unbro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +30,9 @@ from iterative_ppo.learning.improve.episodes import (
     Episodes,
     RewardModel,
     check_prompts,
-    judged,
+    judge_of,
     roll_out,
-    token_log_probs,
+    unrewarded,
 )
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import descend, optimizer_for, set_by
@@ -174,7 +173,7 @@ def begin(student: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: lis
 
     Raises ConfigError where judges are asked that Q does not have.
     """
-    if config.judge_patience is not None and not (isinstance(q, QModel) and q.settings.judges):
+    if config.judge_patience is not None and judge_of(q) is None:
         raise ConfigError(
             "improve.ppo.judge_patience asks judges, and this Q has none; set q.judges to 1 or more and fit it again"
         )
@@ -265,7 +264,7 @@ def _at(batch: Batch, values: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0))
 
 
-def _described(episodes: Episodes, run: Run, q: Any, champion: LanguagePolicy | None) -> dict[str, float]:
+def _described(episodes: Episodes, run: Run, q: RewardModel, champion: LanguagePolicy | None) -> dict[str, float]:
     """A rollout's figures. KL in nats a response; entropy in nats a token; Q without its penalties."""
     value, returns = np.concatenate(episodes.value), np.concatenate(episodes.returns)
     spread = returns.var()
@@ -280,10 +279,4 @@ def _described(episodes: Episodes, run: Run, q: Any, champion: LanguagePolicy | 
         "missing_eos": float(1.0 - episodes.finished.mean()),
         "explained_variance": float(1.0 - (returns - value).var() / spread) if spread > 0 else 0.0,
     }
-    if champion is not None:
-        theirs = token_log_probs(champion, episodes.table)
-        gaps = [(mine - other).sum() for mine, other in zip(episodes.old_log_p, theirs, strict=True)]
-        described["kl_to_champion"] = float(np.mean(gaps))
-    if isinstance(q, QModel) and q.settings.judges:
-        described["judge"] = judged(q, episodes.table)
-    return described
+    return described | unrewarded(episodes.table, episodes.old_log_p, q, champion)
