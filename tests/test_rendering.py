@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from iterative_ppo.config import Config
 from iterative_ppo.environments.renovation import Progress, Renovation, Script, all_hidden
@@ -172,6 +177,72 @@ def test_other_chat_templates_fall_back_to_a_row_a_turn(
     assert [len(sequence.spans) for sequence in encoded] == [1] * (len(talk.turns) - 1)
     assert [sequence.tokens[: sequence.spans[0].start] for sequence in encoded] == prompts(renderer, talk)
     assert responses(encoded) == [renderer.response(action) for action in actions(talk)]
+
+
+TEMPLATES = [
+    path
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    if not path.stem.endswith("_training")
+]
+MARK = re.compile(r"<[|｜][^<>|｜ ]+[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|</?[a-z_]+>|\[/?[A-Z_]+\]")
+
+
+def of_family(template: Path) -> Renderer:
+    """A byte-level tokenizer of single bytes and a family's own special tokens; thoughts' marks are ordinary ones."""
+    text = template.read_text(encoding="utf-8")
+    marks = sorted({*MARK.findall(text), "<eos>", "<bos>"})
+    thoughts = [mark for mark in marks if "think" in mark]
+    special = [mark for mark in marks if mark not in thoughts]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = Tokenizer(models.BPE({letter: k for k, letter in enumerate(alphabet)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, eos_token="<eos>", bos_token="<bos>", additional_special_tokens=special
+    )
+    tokenizer.add_tokens(thoughts)
+    tokenizer.chat_template = text
+    return Renderer(tokenizer, ROOMY, 64, "no idea")
+
+
+TALK = (
+    Turn("which room", (), Suggestion("the small one", "suggested"), "the large one", "edited"),
+    Turn("what price", (), Suggestion("five", "suggested"), "five", "verbatim"),
+)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_a_family_is_asked_for_an_answer_as_its_template_writes_one(
+    template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for thoughts; with all that was said; ended by the token that the template ends it with; on any day."""
+    renderer = of_family(template)
+    prompt = renderer.prompt(State(TALK, "too much", "a shop")).tokens
+    text = renderer.tokenizer.decode(prompt)
+    for said in ("a shop", "which room", "the small one", "the large one", "what price", "five", "too much"):
+        assert said in text, said
+
+    messages = [renderer._message(role, said) for role, said in [("user", "hello"), ("assistant", "ANSWER")]]
+    apply: Any = renderer.tokenizer.apply_chat_template
+    before, _, after = apply(messages, tokenize=False).rpartition("ANSWER")
+    opening = before.rpartition("hello")[2].rstrip()
+    assert text.rstrip().endswith(opening)
+    goes_on = apply([*messages, messages[0]], tokenize=False).rpartition("ANSWER")[2]
+    assert (after.strip() or goes_on.strip()).startswith(renderer.tokenizer.decode([renderer.eos]))
+    assert renderer.eos not in renderer.ordinary
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2031, 5, 17)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert renderer.prompt(State(TALK, "too much", "a shop")).tokens == prompt
+
+
+def test_a_chat_template_that_leaves_out_what_is_said_is_refused(bpe: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ModelError, match="chat template leaves out what the user says; mend it, or remove"):
+        chatting(bpe, "{% for m in messages %}{{ m['role'] }}<|eos|>{% endfor %}")
 
 
 def test_the_chat_tells_what_was_suggested_sent_and_answered(bpe: PreTrainedTokenizerBase) -> None:

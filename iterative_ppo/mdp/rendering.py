@@ -12,6 +12,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,13 @@ _PLAIN = {
     "missing": "(not recorded)",
     "no_reply": "(no reply)",
 }
+
+QUESTION, ANSWER = "QUESTION", "ANSWER"
+"""What stands for a message where a chat template is asked what it writes around one."""
+TODAY = datetime(2026, 7, 1)
+"""The day that it is in every prompt of a chat template that writes one: a state's prompt must not change overnight."""
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 REMEMBERED_TEXTS = 10_000
 
@@ -107,7 +115,11 @@ class Renderer:
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self.ordinary = {i for token, i in vocabulary.items() if token not in special}
         self._cache: dict[str, tuple[int, ...]] = {}
-        self.eos: int = self._end_of_turn() if tokenizer.chat_template else tokenizer.eos_token_id
+        templated = bool(tokenizer.chat_template)
+        self._template = _dated(tokenizer) if templated else {}
+        self._parts = templated and self._reads_parts()
+        self._thinks = templated and self._would_think()
+        self.eos: int = self._end_of_turn() if templated else tokenizer.eos_token_id
         adds_first = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         self._first: tuple[int, ...] = (tokenizer.bos_token_id,) if adds_first else ()
         written: Any = tokenizer.decode(list(self.ids(abstain)))
@@ -123,17 +135,59 @@ class Renderer:
             )
 
     def _end_of_turn(self) -> int:
-        """The special token after an assistant's message; some templates do not end it with the tokenizer's own."""
-        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ANSWER"}]
-        text = self._templated(asked, add_generation_prompt=False)
-        self._templated([*asked, asked[0]], add_generation_prompt=True)
-        after = self.tokenizer.encode(text.rpartition("ANSWER")[2].strip(), add_special_tokens=False)
+        """The special token after an assistant's message; some templates do not end it with the tokenizer's own.
+
+        Some write none, and the user's next message begins with the one that a model ends its own with.
+        """
+        asked, answered = self._exchange()
+        going_on = self._templated([asked, answered, asked], add_generation_prompt=True)
+        ended = self._templated([asked, answered], add_generation_prompt=False).rpartition(ANSWER)[2].strip()
+        after = self.tokenizer.encode(ended or going_on.rpartition(ANSWER)[2].strip(), add_special_tokens=False)
         return self.tokenizer.eos_token_id if not after or after[0] in self.ordinary else after[0]
 
-    def _templated(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _reads_parts(self) -> bool:
+        """Whether the chat template takes a message for a list of parts, as those of models that see images do.
+
+        Raises ModelError where it writes neither a text nor parts of text.
+        """
+        problem = ModelError(
+            f"{self.tokenizer.name_or_path}: its chat template leaves out what the user says; "
+            "mend it, or remove chat_template to have plain prompts"
+        )
+        for self._parts in (False, True):
+            try:
+                text = self._templated(list(self._exchange()), add_generation_prompt=False)
+            except ModelError as failed:
+                problem = problem if self._parts else failed
+                continue
+            if QUESTION in text:
+                return self._parts
+        raise problem
+
+    def _would_think(self) -> bool:
+        """Whether the chat template asks for thoughts, or a channel, before an answer.
+
+        A response is the message itself. The prompt is then what the template writes before an answer that is there.
+        """
+        asked, answered = self._exchange()
+        opened = self._templated([asked], add_generation_prompt=True)
+        before = self._before_answer([asked, answered])
+        following = [text.rpartition(QUESTION)[2].strip() for text in (opened, before)]
+        return QUESTION in before and following[0] != following[1]
+
+    def _before_answer(self, messages: list[dict[str, Any]]) -> str:
+        return self._templated(messages, add_generation_prompt=False).rpartition(ANSWER)[0]
+
+    def _exchange(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self._message("user", QUESTION), self._message("assistant", ANSWER)
+
+    def _message(self, role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if self._parts else text}
+
+    def _templated(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         apply: Any = self.tokenizer.apply_chat_template
         try:
-            text: str = apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            text: str = apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._template)
         except Exception as error:  # a template is a program of its own, and raises what it likes
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
@@ -151,7 +205,7 @@ class Renderer:
             return False
 
     def _instructed(self) -> str:
-        said = [{"role": "system", "content": "INSTRUCTION"}, {"role": "user", "content": "a"}]
+        said = [self._message("system", "INSTRUCTION"), self._message("user", QUESTION)]
         return self._templated(said, add_generation_prompt=True)
 
     def ids_in_use(self) -> set[int]:
@@ -253,18 +307,22 @@ class Renderer:
         return self._fitted(rendered(skipped), skipped)
 
     def _chat(self, state: State) -> tuple[int, ...]:
-        messages: list[dict[str, str]] = []
+        said: list[tuple[str, str]] = []
         heard = f"{_PLAIN['context']}{self._plain(state.context)}\n" if state.context is not None else ""
         for turn in state.history:
-            messages.append({"role": "user", "content": f"{heard}Customer: {self._plain(turn.customer_message)}"})
-            messages.append({"role": "assistant", "content": self._spoken(_action_of(turn))})
+            said.append(("user", f"{heard}Customer: {self._plain(turn.customer_message)}"))
+            said.append(("assistant", self._spoken(_action_of(turn))))
             heard = f"Business: {self._sent(turn)}\n"
-        messages.append({"role": "user", "content": f"{heard}Customer: {self._plain(state.customer_message)}"})
+        said.append(("user", f"{heard}Customer: {self._plain(state.customer_message)}"))
         if self.instruction and self._takes_system:
-            messages.insert(0, {"role": "system", "content": self.instruction})
+            said.insert(0, ("system", self.instruction))
         elif self.instruction:
-            messages[0]["content"] = f"{self.instruction}\n{messages[0]['content']}"
-        text = self._templated(messages, add_generation_prompt=True)
+            said[0] = ("user", f"{self.instruction}\n{said[0][1]}")
+        messages = [self._message(role, text) for role, text in said]
+        if self._thinks:
+            text = self._before_answer([*messages, self._message("assistant", ANSWER)])
+        else:
+            text = self._templated(messages, add_generation_prompt=True)
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _spoken(self, suggestion: Suggestion) -> str:
@@ -285,6 +343,13 @@ class Renderer:
             action = _action_of(conversation.turns[i])
             pieces.append((first_row + i, prompt.tokens, self.response(action), action.status != "missing"))
         return (shared(pieces, self.max_tokens) or [within(self.max_tokens, *piece) for piece in pieces]), truncated
+
+
+def _dated(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The chat template with a day of its own, as an argument, where it would write the day on which it is used."""
+    template: Any = tokenizer.get_chat_template() if "strftime_now" in str(tokenizer.chat_template) else ""
+    written = _CLOCK.sub(lambda found: repr(TODAY.strftime(found["format"])), template)
+    return {"chat_template": written} if written else {}
 
 
 def first_that(holds: Callable[[int], bool], near: int, last: int) -> int:
