@@ -228,8 +228,11 @@ def test_a_family_is_asked_for_an_answer_as_its_template_writes_one(
     opening = before.rpartition("hello")[2].rstrip()
     assert text.rstrip().endswith(opening)
     goes_on = apply([*messages, messages[0]], tokenize=False).rpartition("ANSWER")[2]
-    assert (after.strip() or goes_on.strip()).startswith(renderer.tokenizer.decode([renderer.eos]))
+    end = renderer.tokenizer.decode([renderer.eos])
+    assert (after.strip() or goes_on.strip()).startswith(end)
     assert renderer.eos not in renderer.ordinary
+    kept = apply([*messages, messages[0]], tokenize=False).startswith(f"{before}ANSWER{end}")
+    assert len(renderer.encode(Conversation("c", (*TALK, Turn(None)), "u"))[0]) == (1 if kept else len(TALK))
 
     class Tomorrow(datetime):
         @classmethod

@@ -118,7 +118,7 @@ class Renderer:
         templated = bool(tokenizer.chat_template)
         self._template = _dated(tokenizer) if templated else {}
         self._parts = templated and self._reads_parts()
-        self._thinks = templated and self._would_think()
+        self._thinks, self._space = self._openings() if templated else (False, "")
         self.eos: int = self._end_of_turn() if templated else tokenizer.eos_token_id
         adds_first = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         self._first: tuple[int, ...] = (tokenizer.bos_token_id,) if adds_first else ()
@@ -164,16 +164,20 @@ class Renderer:
                 return self._parts
         raise problem
 
-    def _would_think(self) -> bool:
-        """Whether the chat template asks for thoughts, or a channel, before an answer.
+    def _openings(self) -> tuple[bool, str]:
+        """Whether the chat template asks for thoughts, or a channel, before an answer; and the space before one.
 
-        A response is the message itself. The prompt is then what the template writes before an answer that is there.
+        A response is the message itself. Where the template would ask for more, the prompt is what it writes before an
+        answer that is there. Where it writes a space after what it asks with, a response begins with that space.
         """
         asked, answered = self._exchange()
-        opened = self._templated([asked], add_generation_prompt=True)
         before = self._before_answer([asked, answered])
-        following = [text.rpartition(QUESTION)[2].strip() for text in (opened, before)]
-        return QUESTION in before and following[0] != following[1]
+        if QUESTION not in before:
+            return False, ""
+        opened = self._templated([asked], add_generation_prompt=True).rpartition(QUESTION)[2]
+        before = before.rpartition(QUESTION)[2]
+        thinks = opened.strip() != before.strip()
+        return thinks, "" if thinks or before != opened + " " else " "
 
     def _before_answer(self, messages: list[dict[str, Any]]) -> str:
         return self._templated(messages, add_generation_prompt=False).rpartition(ANSWER)[0]
@@ -230,7 +234,7 @@ class Renderer:
 
     def response(self, suggestion: Suggestion) -> tuple[int, ...]:
         """Token ids of an action, end of sequence included. An unlogged one has a stand-in, which never trains."""
-        return (*self.ids(self._spoken(suggestion)), self.eos)
+        return (*self.ids(self._space + self._spoken(suggestion)), self.eos)
 
     def prompt(self, state: State) -> Prompt:
         """The prompt of a state, without its oldest turns where it would be too long.
