@@ -233,7 +233,8 @@ def read_logs(config: Config) -> Imported:
     if log.set_aside:
         write_json(quarantine, [{**asdict(one), "file": str(one.file)} for one in log.set_aside])
     if not log.conversations:
-        raise SourceError(f"{source}: no usable conversation; see {quarantine}")
+        first = f"; the first problem: {log.set_aside[0].reason}" if log.set_aside else ""
+        raise SourceError(f"{source}: no usable conversation; see {quarantine}{first}")
     talks = [talk if talk.policy_version else replace(talk, policy_version=LOGGED) for talk in log.conversations]
     return Imported(name, talks, Counter(one.kind for one in log.set_aside), quarantine)
 

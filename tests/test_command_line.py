@@ -127,6 +127,8 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     assert "outcome" in aside[0]["reason"]
     assert "row 4, field 'behaviour_logprob': expected at most 0" in aside[1]["reason"]
     assert aside[1]["reason"].endswith("found 0.7")
+    log.write_text("".join(json.dumps(r) + "\n" for r in bad), encoding="utf-8")
+    refused(ippo(tmp_path, "import", "table", str(log)), 3, "no usable conversation", "row 1, field 'outcome'")
 
 
 def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
