@@ -219,19 +219,19 @@ def test_a_family_is_asked_for_an_answer_as_its_template_writes_one(
     renderer = of_family(template)
     prompt = renderer.prompt(State(TALK, "too much", "a shop")).tokens
     text = renderer.tokenizer.decode(prompt)
-    for said in ("a shop", "which room", "the small one", "the large one", "what price", "five", "too much"):
-        assert said in text, said
+    for words in ("a shop", "which room", "the small one", "the large one", "what price", "five", "too much"):
+        assert words in text, words
 
-    messages = [renderer._message(role, said) for role, said in [("user", "hello"), ("assistant", "ANSWER")]]
-    apply: Any = renderer.tokenizer.apply_chat_template
-    before, _, after = apply(messages, tokenize=False).rpartition("ANSWER")
+    assert renderer.template is not None
+    said = [("user", "hello"), ("assistant", "ANSWER")]
+    before, _, after = renderer.template.written(said, asks=False).rpartition("ANSWER")
     opening = before.rpartition("hello")[2].rstrip()
     assert text.rstrip().endswith(opening)
-    goes_on = apply([*messages, messages[0]], tokenize=False).rpartition("ANSWER")[2]
+    goes_on = renderer.template.written([*said, said[0]], asks=False)
     end = renderer.tokenizer.decode([renderer.eos])
-    assert (after.strip() or goes_on.strip()).startswith(end)
+    assert (after.strip() or goes_on.rpartition("ANSWER")[2].strip()).startswith(end)
     assert renderer.eos not in renderer.ordinary
-    kept = apply([*messages, messages[0]], tokenize=False).startswith(f"{before}ANSWER{end}")
+    kept = goes_on.startswith(f"{before}ANSWER{end}")
     assert len(renderer.encode(Conversation("c", (*TALK, Turn(None)), "u"))[0]) == (1 if kept else len(TALK))
 
     class Tomorrow(datetime):
@@ -483,11 +483,11 @@ def long_talk(length: int) -> Conversation:
     return Conversation("long", (*turns, Turn(None)), "u")
 
 
-def counted(renderer: Renderer, work: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list that grows with each call of a method of the renderer."""
+def counted(worker: object, work: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows with each call of a method."""
     calls: list[Any] = []
-    does = getattr(renderer, work)
-    monkeypatch.setattr(renderer, work, lambda *a, **k: calls.append(a) or does(*a, **k))
+    does = getattr(worker, work)
+    monkeypatch.setattr(worker, work, lambda *a, **k: calls.append(a) or does(*a, **k))
     return calls
 
 
@@ -496,7 +496,7 @@ def test_encoding_a_conversation_of_twice_the_length_takes_twice_the_work(
     bpe: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, template: str | None
 ) -> None:
     renderer = chatting(bpe, template, 200) if template else Renderer(bpe, 200, 64, ABSTAINS)
-    calls = counted(renderer, "_templated" if template else "ids", monkeypatch)
+    calls = counted(renderer.template or renderer, "written" if template else "ids", monkeypatch)
     work = []
     for length in (40, 80):
         calls.clear()
@@ -510,7 +510,7 @@ def test_a_state_late_in_a_long_conversation_takes_few_renderings(
     bpe: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renderer = chatting(bpe, CHAT, 200)
-    calls, state = counted(renderer, "_templated", monkeypatch), long_talk(200).state(199)
+    calls, state = counted(renderer.template, "written", monkeypatch), long_talk(200).state(199)
     prompt = renderer.prompt(state)
     assert len(calls) <= 20
     kept = replace(state, history=state.history[prompt.truncated_turns - 1 :])

@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.errors import ModelError
+from iterative_ppo.mdp.chat_template import ChatTemplate, Said
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, State, Suggestion, Turn, same_words
 
 if TYPE_CHECKING:
@@ -40,13 +40,6 @@ _PLAIN = {
     "missing": "(not recorded)",
     "no_reply": "(no reply)",
 }
-
-QUESTION, ANSWER = "QUESTION", "ANSWER"
-"""What stands for a message where a chat template is asked what it writes around one."""
-TODAY = datetime(2026, 7, 1)
-"""The day that it is in every prompt of a chat template that writes one: a state's prompt must not change overnight."""
-
-_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 REMEMBERED_TEXTS = 10_000
 
@@ -115,11 +108,10 @@ class Renderer:
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self.ordinary = {i for token, i in vocabulary.items() if token not in special}
         self._cache: dict[str, tuple[int, ...]] = {}
-        templated = bool(tokenizer.chat_template)
-        self._template = _dated(tokenizer) if templated else {}
-        self._parts = templated and self._reads_parts()
-        self._thinks, self._space = self._openings() if templated else (False, "")
-        self.eos: int = self._end_of_turn() if templated else tokenizer.eos_token_id
+        self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._space = self.template.space if self.template else ""
+        after = self.ids(self.template.after_answer) if self.template else ()
+        self.eos: int = after[0] if after and after[0] not in self.ordinary else tokenizer.eos_token_id
         adds_first = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         self._first: tuple[int, ...] = (tokenizer.bos_token_id,) if adds_first else ()
         written: Any = tokenizer.decode(list(self.ids(abstain)))
@@ -134,90 +126,12 @@ class Renderer:
                 "it could never be said; choose another text"
             )
 
-    def _end_of_turn(self) -> int:
-        """The special token after an assistant's message; some templates do not end it with the tokenizer's own.
-
-        Some write none, and the user's next message begins with the one that a model ends its own with.
-        """
-        asked, answered = self._exchange()
-        going_on = self._templated([asked, answered, asked], add_generation_prompt=True)
-        ended = self._templated([asked, answered], add_generation_prompt=False).rpartition(ANSWER)[2].strip()
-        after = self.tokenizer.encode(ended or going_on.rpartition(ANSWER)[2].strip(), add_special_tokens=False)
-        return self.tokenizer.eos_token_id if not after or after[0] in self.ordinary else after[0]
-
-    def _reads_parts(self) -> bool:
-        """Whether the chat template takes a message for a list of parts, as those of models that see images do.
-
-        Raises ModelError where it writes neither a text nor parts of text.
-        """
-        problem = ModelError(
-            f"{self.tokenizer.name_or_path}: its chat template leaves out what the user says; "
-            "mend it, or remove chat_template to have plain prompts"
-        )
-        for self._parts in (False, True):
-            try:
-                text = self._templated(list(self._exchange()), add_generation_prompt=False)
-            except ModelError as failed:
-                problem = problem if self._parts else failed
-                continue
-            if QUESTION in text:
-                return self._parts
-        raise problem
-
-    def _openings(self) -> tuple[bool, str]:
-        """Whether the chat template asks for thoughts, or a channel, before an answer; and the space before one.
-
-        A response is the message itself. Where the template would ask for more, the prompt is what it writes before an
-        answer that is there. Where it writes a space after what it asks with, a response begins with that space.
-        """
-        asked, answered = self._exchange()
-        before = self._before_answer([asked, answered])
-        if QUESTION not in before:
-            return False, ""
-        opened = self._templated([asked], add_generation_prompt=True).rpartition(QUESTION)[2]
-        before = before.rpartition(QUESTION)[2]
-        thinks = opened.strip() != before.strip()
-        return thinks, "" if thinks or before != opened + " " else " "
-
-    def _before_answer(self, messages: list[dict[str, Any]]) -> str:
-        return self._templated(messages, add_generation_prompt=False).rpartition(ANSWER)[0]
-
-    def _exchange(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return self._message("user", QUESTION), self._message("assistant", ANSWER)
-
-    def _message(self, role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}] if self._parts else text}
-
-    def _templated(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        apply: Any = self.tokenizer.apply_chat_template
-        try:
-            text: str = apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._template)
-        except Exception as error:  # a template is a program of its own, and raises what it likes
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"{self.tokenizer.name_or_path}: its chat template fails on turns of user and assistant ({reason}); "
-                "mend it, or remove chat_template to have plain prompts"
-            ) from None
-        return text
-
-    @cached_property
-    def _takes_system(self) -> bool:
-        """Whether the chat template writes a system's message; some refuse it or leave it out."""
-        try:
-            return "INSTRUCTION" in self._instructed()
-        except ModelError:
-            return False
-
-    def _instructed(self) -> str:
-        said = [self._message("system", "INSTRUCTION"), self._message("user", QUESTION)]
-        return self._templated(said, add_generation_prompt=True)
-
     def ids_in_use(self) -> set[int]:
         """Ids that a prompt or a response may hold: all ordinary ones, and the special ones that rendering writes."""
-        templated = self.tokenizer.chat_template
-        written = self._chat(State((Turn("a", (), ABSTAIN, "a"),), "a", "a")) if templated else ()
+        template = self.template
+        written = self._chat(template, State((Turn("a", (), ABSTAIN, "a"),), "a", "a")) if template else ()
         labels = {i for text in self._labels.values() for i in self.ids(text)}
-        system = self.ids(self._instructed()) if templated and self._takes_system else ()
+        system = self.ids(template.instructed()) if template and template.takes_system else ()
         return self.ordinary | {self.eos, *self._first, *self.ids(self.abstain), *written, *labels, *system}
 
     def ids(self, text: str) -> tuple[int, ...]:
@@ -245,7 +159,7 @@ class Renderer:
 
     def _prompts(self, states: Iterable[State]) -> Iterator[Prompt]:
         """The prompts of states of one conversation, in its order."""
-        return self._chats(states) if self.tokenizer.chat_template else self._marked(states)
+        return self._chats(self.template, states) if self.template else self._marked(states)
 
     def _fitted(self, tokens: tuple[int, ...], skipped: int) -> Prompt:
         """A prompt, cut at its beginning where even without any turn it is too long."""
@@ -291,18 +205,18 @@ class Renderer:
             return self._labels["verbatim"]
         return self._plain(turn.business_message)
 
-    def _chats(self, states: Iterable[State]) -> Iterator[Prompt]:
+    def _chats(self, template: ChatTemplate, states: Iterable[State]) -> Iterator[Prompt]:
         """A template may write a turn otherwise in each prompt; most prompts begin near where the one before did."""
         skipped = 0
         for state in states:
-            prompt = self._fitting_chat(state, skipped)
+            prompt = self._fitting_chat(template, state, skipped)
             skipped = prompt.truncated_turns
             yield prompt
 
-    def _fitting_chat(self, state: State, near: int) -> Prompt:
+    def _fitting_chat(self, template: ChatTemplate, state: State, near: int) -> Prompt:
         @cache
         def rendered(skipped: int) -> tuple[int, ...]:
-            return self._chat(State(state.history[skipped:], state.customer_message, state.context))
+            return self._chat(template, replace(state, history=state.history[skipped:]))
 
         def fits(skipped: int) -> bool:
             return len(rendered(skipped)) <= self.max_prompt_tokens
@@ -310,24 +224,19 @@ class Renderer:
         skipped = first_that(fits, near, len(state.history))
         return self._fitted(rendered(skipped), skipped)
 
-    def _chat(self, state: State) -> tuple[int, ...]:
-        said: list[tuple[str, str]] = []
+    def _chat(self, template: ChatTemplate, state: State) -> tuple[int, ...]:
+        said: list[Said] = []
         heard = f"{_PLAIN['context']}{self._plain(state.context)}\n" if state.context is not None else ""
         for turn in state.history:
             said.append(("user", f"{heard}Customer: {self._plain(turn.customer_message)}"))
             said.append(("assistant", self._spoken(_action_of(turn))))
             heard = f"Business: {self._sent(turn)}\n"
         said.append(("user", f"{heard}Customer: {self._plain(state.customer_message)}"))
-        if self.instruction and self._takes_system:
+        if self.instruction and template.takes_system:
             said.insert(0, ("system", self.instruction))
         elif self.instruction:
             said[0] = ("user", f"{self.instruction}\n{said[0][1]}")
-        messages = [self._message(role, text) for role, text in said]
-        if self._thinks:
-            text = self._before_answer([*messages, self._message("assistant", ANSWER)])
-        else:
-            text = self._templated(messages, add_generation_prompt=True)
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self.tokenizer.encode(template.prompt(said), add_special_tokens=False))
 
     def _spoken(self, suggestion: Suggestion) -> str:
         if suggestion.status == "missing":
@@ -347,13 +256,6 @@ class Renderer:
             action = _action_of(conversation.turns[i])
             pieces.append((first_row + i, prompt.tokens, self.response(action), action.status != "missing"))
         return (shared(pieces, self.max_tokens) or [within(self.max_tokens, *piece) for piece in pieces]), truncated
-
-
-def _dated(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The chat template with a day of its own, as an argument, where it would write the day on which it is used."""
-    template: Any = tokenizer.get_chat_template() if "strftime_now" in str(tokenizer.chat_template) else ""
-    written = _CLOCK.sub(lambda found: repr(TODAY.strftime(found["format"])), template)
-    return {"chat_template": written} if written else {}
 
 
 def first_that(holds: Callable[[int], bool], near: int, last: int) -> int:
