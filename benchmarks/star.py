@@ -120,12 +120,12 @@ def split(talks: list[Conversation], seed: int) -> list[Conversation]:
 
 def scored(config: Config, talks: list[Conversation]) -> tuple[pd.DataFrame, np.ndarray]:
     """The turn table, and Q in each of its rows; NaN where no suggestion was logged."""
-    from flows.offline import for_cloning
     from iterative_ppo.learning.batching import encode_table
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.q_model import QModel
     from tasks.datasets import Dataset
     from tasks.learning import PolicyVersion, fit_q_stage, initial_policy_stage
+    from tasks.traffic import for_cloning
 
     table = config.data.root / "turns.parquet"
     turn_table.write(to_rows(config, talks), table, config.outcomes)

@@ -102,7 +102,8 @@ def import_(
     actions = [t for talk in talks for t in talk.turns if not t.terminal]
     weights = config.outcomes.values()
     rewarded = sum(sum(w * o for w, o in zip(weights, talk.turns[-1].outcomes, strict=True)) > 0 for talk in talks)
-    typer.echo(f"{file}: {len(talks)} conversations, {len(actions)} transitions, {rewarded} with a positive outcome")
+    place = file or "nothing new"
+    typer.echo(f"{place}: {len(talks)} conversations, {len(actions)} transitions, {rewarded} with a positive outcome")
     for line in log.told():
         typer.echo(f"  {line}")
 

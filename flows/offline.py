@@ -5,21 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows import champions
 from flows.night import challenge, experiment, outcome_rates, tell_verdict
 from iterative_ppo.config import Config, load_config
-from iterative_ppo.errors import SourceError
+from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.files import write_json
-from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import conversations
 from tasks import experiments, registry, rounds, tracking
 from tasks.datasets import Dataset, arrived, round_folder, take_up
 from tasks.learning import PolicyVersion
 from tasks.state import NightState, load_state, only_one, save_state
-from tasks.traffic import IMPORT, LOGGED, for_cloning, import_logs, name_of_log
+from tasks.traffic import IMPORT, LOGGED, import_logs, name_of_log
+from tasks.turn_checks import divided_as_set
 
 
 @flow(name="offline-round", flow_run_name="offline round")
@@ -38,7 +39,7 @@ def _round(config: Config) -> dict[str, Any]:
         done = f"nights have gone on to round {state.round}" if state.round else "its challenger awaits its A/B test"
         get_run_logger().warning("nothing is done: the round of a log is the first, and %s", done)
         return state.rounds[-1]
-    talks = _taken_up(config)
+    frame = _taken_up(config)
     context = rounds.open_round(config, store, state.round)
     dataset = rounds.freeze_dataset(context, state.outcome_rates, rounds.label_outcomes(context))
     if registry.champion(store) is None:
@@ -47,14 +48,16 @@ def _round(config: Config) -> dict[str, Any]:
                 "policy.base_model is null: the first policy is a tiny model made from this log alone, which shows how "
                 "the pipeline works; name a causal language model, by path, to have suggestions for customers"
             )
-        rounds.initialize(context, for_cloning(config, talks), str(config.source.path))
+        fit = frame[frame["part"] == "fit"]  # so that the evidence part stays unseen by pi_0 too
+        rounds.initialize(context, list(conversations(fit)), str(config.source.path))
     champion = registry.champion(store)
     assert champion is not None
     pi = rounds.policy_version(store, champion, logged_as=LOGGED)
     return _improve(config, store, state, pi, dataset)
 
 
-def _taken_up(config: Config) -> list[Conversation]:
+def _taken_up(config: Config) -> pd.DataFrame:
+    """The log's rows. Raises ConfigError where it was divided by other settings than today's."""
     if arrived(config, 0) is None:
         _, log = import_logs(config, before_ours=True)
         for line in log.told():
@@ -68,7 +71,13 @@ def _taken_up(config: Config) -> list[Conversation]:
         )
     frame = arrived(config, 0)
     assert frame is not None
-    return list(conversations(frame))
+    if not divided_as_set(frame, config):
+        raise ConfigError(
+            f"data.split_by and data.evidence_share are {config.data.split_by} and {config.data.evidence_share:g}, and "
+            f"{config.data.root} holds the log divided by others; put those back, or give it a data.root and a "
+            "tracking store of its own"
+        )
+    return frame
 
 
 def _improve(

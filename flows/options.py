@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,12 +26,17 @@ def configured(params: Path | None, sets: list[str] | None, **more: Any) -> tupl
     Prefect stores a flow's parameters, so an address that is a secret goes by the environment instead.
     """
     file = params or (Path("params.yaml") if Path("params.yaml").exists() else None)
-    overrides = [*(sets or []), *(f"{k.replace('__', '.')}={v}" for k, v in more.items() if v is not None)]
+    overrides = [*(sets or []), *(f"{k.replace('__', '.')}={_literal(v)}" for k, v in more.items() if v is not None)]
     config = load_config(file, overrides)
     pairs = {key: _yaml(value) for key, _, value in (text.partition("=") for text in overrides)}
     if address := pairs.pop("notify.url", None):
         os.environ["IPPO_NOTIFY_URL"] = str(address)
     return config, str(file) if file else None, pairs
+
+
+def _literal(value: Any) -> str:
+    """A text as YAML that is this text, whatever YAML would make of it."""
+    return json.dumps(str(value)) if isinstance(value, str | Path) else str(value)
 
 
 def _yaml(text: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -58,9 +59,9 @@ def inbox(config: Config) -> Path:
 def take_up(config: Config, round_number: int) -> list[Path]:
     """Move what lies in the inbox to the round that gathers it (a rename each, so nothing is lost or taken twice).
 
-    Another file under a name that was taken before gets its content's hash for a second name. One that an earlier round
-    took already, to the letter, goes to quarantine instead; so does a damaged one, with an alarm, once nobody can be
-    writing it any more. Hidden files are somebody's unfinished ones, and stay.
+    Another file under a name that was taken before gets its content's hash for a second name. One that was taken
+    already under another name or by an earlier round, to the letter, goes to quarantine instead; so does a damaged one,
+    with an alarm, once nobody can be writing it any more. Hidden files are somebody's unfinished ones, and stay.
     """
     target = round_folder(config, round_number) / "arrived"
     for file in tables_in(inbox(config)):
@@ -104,10 +105,21 @@ def tables_in(folder: Path) -> list[Path]:
 
 
 def _taken_before(config: Config, round_number: int, file: Path, content: str) -> Path | None:
-    """What an earlier round took that is the same file, if any."""
-    size = file.stat().st_size
-    earlier = (one for number in range(round_number) for one in tables_in(round_folder(config, number) / "arrived"))
-    return next((one for one in earlier if one.stat().st_size == size and content_hash(one) == content), None)
+    """What was taken that is the same file, if any; not what has its name in this round, whose place it may take."""
+    size, own = file.stat().st_size, round_folder(config, round_number) / "arrived" / file.name
+    taken = (one for k in range(round_number + 1) for one in tables_in(round_folder(config, k) / "arrived"))
+    same = (one for one in taken if one != own and one.stat().st_size == size)
+    return next((one for one in same if content_hash(one) == content), None)
+
+
+def here_already(config: Config) -> set[str]:
+    """Ids of the conversations that lie in the inbox, or that a round has gathered."""
+    arrivals = (config.data.root / "rounds").glob("[0-9]*/arrived")
+    found: set[str] = set()
+    for file in (file for folder in (inbox(config), *arrivals) for file in tables_in(folder)):
+        with suppress(StoreError):  # somebody may be writing it; whoever takes it up says what is wrong with it
+            found |= turn_table.ids_in(file)
+    return found
 
 
 def arrived(config: Config, round_number: int) -> pd.DataFrame | None:

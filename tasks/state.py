@@ -81,9 +81,12 @@ class NightState(BaseModel):
 
     @property
     def gathering(self) -> int:
-        """The round whose data are arriving now; after the last one they are set apart from its A/B test's."""
+        """The round whose data are arriving now: the next one, once this one's dataset is frozen.
+
+        After the last one they are set apart from its A/B test's.
+        """
         phase = self.approval.resume if self.approval else self.phase
-        return self.round + {"test": 1, "finished": 2}.get(phase, 0)
+        return self.round + {"train": 1, "test": 1, "finished": 2}.get(phase, 0)
 
     def advance(self, **changes: Any) -> NightState:
         return self.model_copy(update=changes)

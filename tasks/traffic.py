@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from tasks.assignment import Assigned
-from tasks.datasets import LOGGED, inbox, write_once
+from tasks.datasets import LOGGED, here_already, inbox, write_once
 from tasks.learning import PolicyVersion
 from tasks.progress import progress
 from tasks.turn_checks import check_log_probs, check_parts
@@ -168,6 +169,8 @@ class Imported:
     set_aside: Counter[str]
     quarantine: Path
     """What was set aside, each with its file, row and reason; there where anything was."""
+    known: int = 0
+    """Conversations left out because they are here already."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -181,10 +184,19 @@ class Imported:
         yield f"{len(self.conversations)} conversations imported, {count} set aside{where}"
         for reason, times in self.set_aside.most_common():
             yield f"set aside: {times} {reason}"
+        if self.known:
+            yield f"{_counted(self.known, 'conversation')} left out: here already, by an earlier delivery"
+        if to_come := sum(_begins_later(talk) for talk in self.conversations):
+            yield f"{_counted(to_come, 'conversation')} with a timestamp later than now: a clock is off"
         left_out = [dropped for talk in self.conversations if (dropped := int(talk.extra.get("dropped_turns", "0")))]
         if left_out:
             went, turns = _counted(len(left_out), "conversation"), _counted(sum(left_out), "later turn")
             yield f"{went} went on after the outcome; {turns} left out"
+
+
+def _begins_later(talk: Conversation) -> bool:
+    now = datetime.now(UTC)
+    return any(turn.timestamp is not None and turn.timestamp > now for turn in talk.turns)
 
 
 def _counted(number: int, noun: str) -> str:
@@ -197,8 +209,11 @@ def name_of_log(config: Config) -> str:
     return f"{config.source.kind}-{content_hash(source) if source else ''}"
 
 
-def import_logs(config: Config, before_ours: bool = False) -> tuple[Path, Imported]:
+def import_logs(config: Config, before_ours: bool = False) -> tuple[Path | None, Imported]:
     """Logs into the inbox as one turn table. Returns the file and what `read_logs` does, and raises the same.
+
+    A log may grow from import to import: of conversations that are here already nothing is taken twice, and where
+    there are no others there is no file.
 
     Args:
         before_ours: they are older than any policy of this pipeline, so the versions that they name get names that
@@ -209,6 +224,12 @@ def import_logs(config: Config, before_ours: bool = False) -> tuple[Path, Import
     if before_ours:
         talks = [replace(talk, policy_version=_before_ours(str(talk.policy_version))) for talk in log.conversations]
         log = replace(log, conversations=talks)
+    else:
+        here = here_already(config)
+        talks = [talk for talk in log.conversations if talk.conversation_id not in here]
+        log = replace(log, conversations=talks, known=len(log.conversations) - len(talks))
+        if not talks:
+            return None, log
     rows = to_rows(config, log.conversations)
     if before_ours:
         check_parts(rows, config)

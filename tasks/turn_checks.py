@@ -11,7 +11,7 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import TrainingError
-from iterative_ppo.mdp.conversation import ADOPTIONS, PARTS, SUGGESTION_STATUSES
+from iterative_ppo.mdp.conversation import ADOPTIONS, PARTS, SUGGESTION_STATUSES, part_of
 from iterative_ppo.mdp.labels import ORIGINS
 from iterative_ppo.mdp.turn_table import ORIGIN, conform, outcome_columns, turn_schema
 
@@ -54,6 +54,15 @@ def check_parts(frame: pd.DataFrame, config: Config) -> None:
             f"{unit} decides, and there are {frame[unit].nunique()}: collect more, or set another data.split_by or "
             f"data.evidence_share than {config.data.split_by} and {config.data.evidence_share:g}"
         )
+
+
+def divided_as_set(frame: pd.DataFrame, config: Config) -> bool:
+    """Whether each conversation is in the part that today's settings put it in."""
+    ends = frame.drop_duplicates("conversation_id")
+    units = ends["customer_id"]
+    if config.data.split_by == "business":
+        units = ends["business_id"].where(ends["business_id"].fillna("") != "", units)
+    return bool((units.map(lambda unit: part_of(str(unit), config.data.evidence_share)) == ends["part"]).all())
 
 
 def check_log_probs(frame: pd.DataFrame, config: Config) -> None:

@@ -131,6 +131,13 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     refused(ippo(tmp_path, "import", "table", str(log)), 3, "no usable conversation", "row 1, field 'outcome'")
 
 
+@pytest.mark.parametrize("name", ["chats #3.jsonl", "2025-01-31", "[old] chats.jsonl", "null"])
+def test_a_path_is_taken_as_it_is_written(tmp_path: Path, name: str) -> None:
+    """Not as the YAML that it would be, which leads to another place."""
+    (tmp_path / "chats").mkdir()
+    refused(ippo(tmp_path, "import", "table", name), 3, f"{name}: no such file")
+
+
 def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "state.json").write_text('{"format": 99}', encoding="utf-8")

@@ -409,6 +409,12 @@ def running_test(fake: Fake) -> str:
     return "Policy 2 passed the offline checks and is being tested with customers against policy 1."
 
 
+def running_test_without_arms(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks(1, None, FIRST, 0)))
+    fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
+    return "Policy 2 passed the offline checks and is being tested with customers against policy 1."
+
+
 def offline_on_logs(fake: Fake) -> str:
     fake.learn(0, fake.data(0, talks("logged", None, FIRST, 0)))
     fake.stage(fake.folder(0) / "distance", {"held_out_nats_a_token": 1.31})
@@ -471,6 +477,7 @@ PARTIAL = (
     only_data,
     q_without_policy,
     running_test,
+    running_test_without_arms,
     offline_on_logs,
     rejected_offline,
     rejected_by_customers,
@@ -510,6 +517,44 @@ def test_a_rollback_to_the_first_policy_is_told(tmp_path: Path) -> None:
     fake = finished(tmp_path / "data")
     fake.closing(Arm(400, 2000), Arm(405, 2000), 1)
     assert "the first policy serves again" in verdict(RunRecord.read(fake.root)).sentence
+
+
+def trail(fake: Fake, *moves: tuple[str, int]) -> None:
+    """The audit trail of moves to these champions, the last one not done."""
+    records = []
+    for k, (kind, to) in enumerate(moves):
+        records += [{"event": "intent", "kind": kind, "id": f"{k}", "to": to}, {"event": "done", "id": f"{k}"}]
+    records.append({"event": "intent", "kind": "promote", "id": "open", "to": 99})
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (fake.root / "audit.jsonl").write_text(lines + '{"event": "do', encoding="utf-8")
+
+
+@pytest.mark.parametrize("phase", ["collect", "finished"])
+def test_who_serves_is_whom_the_trail_names(tmp_path: Path, phase: str) -> None:
+    """Policy 2 was promoted at .44; rolled back, the first policy's own rate in that test counts."""
+    test = ab_test(*TESTS[0], 0.05)
+    fake = Fake(tmp_path / "data")
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    fake.state(phase, 1, [row(0, 1, fake.gate(0), test)])
+    trail(fake, ("promote", 1), ("promote", 2))
+    assert "44.0%" in verdict(RunRecord.read(fake.root)).sentence
+    trail(fake, ("promote", 1), ("promote", 2), ("rollback", 1))
+    run = RunRecord.read(fake.root)
+    assert run.serves == "1" and not run.changed
+    told = f"{verdict(run).sentence} {verdict(run).detail}"
+    assert "sells in 44.0%" not in told and "sells in 21.3%" in told
+    assert ("the first policy serves again" in told) == (phase == "finished")
+    trail(fake, ("promote", 1), ("promote", 2), ("promote", 7))
+    assert "%" not in verdict(RunRecord.read(fake.root)).sentence, "nothing is known of how policy 7 does"
+
+
+def test_the_last_tests_conversations_are_shown_as_the_test_judged_them_whoever_wrote_them(tmp_path: Path) -> None:
+    fake = finished(tmp_path / "data", closing=False)
+    place = fake.folder(3) / "arrived" / "night.parquet"
+    frame = turn_table.read(place, OUTCOMES).assign(arm=None, outcome=0.0, outcome_purchase=0.0)
+    frame.to_parquet(place, index=False)
+    found = {group.policy: (group.role, group.success) for group in RunRecord.read(fake.root).tested}
+    assert found == {"2": ("champion", TESTS[2][0]), "4": ("challenger", TESTS[2][1])}
 
 
 def test_many_rounds_are_drawn_without_crowding(run_folder: Path) -> None:

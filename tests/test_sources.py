@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flows.offline import _taken_up
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import ConfigError, SourceError, TrainingError
 from iterative_ppo.mdp.conversation import Conversation, Turn
@@ -23,7 +24,7 @@ from iterative_ppo.sources.craigslist import import_craigslist
 from iterative_ppo.sources.log import read_json
 from iterative_ppo.sources.star import import_star
 from iterative_ppo.sources.table import import_table
-from tasks.datasets import of_policy
+from tasks.datasets import of_policy, take_up
 from tasks.traffic import import_logs, read_logs
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -601,6 +602,49 @@ def test_a_first_log_without_log_probs_is_told_before_its_policy_is_made(tmp_pat
     with pytest.raises(TrainingError, match=r"q\.target retrace .* none of its fit part has one: .* to fqe"):
         import_logs(config, before_ours=True)
     assert not list(tmp_path.rglob("*.parquet")), "so that the cure is tried on the same store"
+
+
+def test_of_a_log_that_grows_only_what_is_new_is_taken(tmp_path: Path) -> None:
+    config = of_twelve(tmp_path)
+    first, _ = import_logs(config)
+    assert first is not None and take_up(config, 0)
+    assert import_logs(config)[0] is None
+    log = tmp_path / "log.jsonl"
+    new = [record(conversation_id="new"), paid(conversation_id="new")]
+    log.write_text("\n".join([log.read_text(), *map(json.dumps, new)]))
+    second, found = import_logs(config)
+    assert second is not None and set(read(second, config.outcomes)["conversation_id"]) == {"new"}
+    assert "12 conversations left out: here already, by an earlier delivery" in list(found.told())
+    assert [file.name for file in take_up(config, 0)] == sorted([first.name, second.name])
+
+
+@pytest.mark.parametrize("changed", [{"data.split_by": "business"}, {"data.evidence_share": 0.4}])
+def test_a_first_log_that_was_divided_by_other_settings_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """Else pi_0 would be cloned from what Q and the gate take for unseen."""
+    config = of_twelve(tmp_path, **{"source.path": str(tmp_path / "many.jsonl")})
+    told = [{"conversation_id": f"d{k}", "business_id": f"b{k % 40}"} for k in range(120)]
+    rows = [row | one for one in told for row in (record(), paid())]
+    (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    import_logs(config, before_ours=True)
+    take_up(config, 0)
+    assert len(_taken_up(config)) == 240
+    another = of_twelve(tmp_path, **{"source.path": str(tmp_path / "many.jsonl")}, **changed)
+    with pytest.raises(ConfigError, match=r"holds the log divided by others; put those back"):
+        _taken_up(another)
+
+
+def test_a_date_in_the_future_closes_no_conversation(table: Callable[..., ImportedLog]) -> None:
+    now = datetime.now(UTC)
+
+    def at(hours: float, **changes: Any) -> dict[str, Any]:
+        return record(timestamp=(now + timedelta(hours=hours)).isoformat(), **changes)
+
+    sold = [at(-5, conversation_id="s"), paid(conversation_id="s", timestamp=at(-4)["timestamp"])]
+    waiting = at(-3, conversation_id="w")
+    skewed = [at(-5, conversation_id="f"), paid(conversation_id="f", timestamp=at(720)["timestamp"])]
+    log = table(*sold, waiting, *skewed)
+    assert {talk.conversation_id for talk in log.conversations} == {"s", "f"}
+    assert [one.conversation_id for one in log.set_aside if one.still_open] == ["w"]
 
 
 def test_versions_that_a_first_log_names_are_none_of_ours(tmp_path: Path) -> None:

@@ -216,9 +216,9 @@ def test_a_state_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
 
-def test_conversations_that_arrive_during_a_test_are_the_next_rounds() -> None:
+def test_conversations_that_arrive_after_a_dataset_is_frozen_are_the_next_rounds() -> None:
     assert TESTING.gathering == 3
-    assert [TESTING.advance(phase=phase).gathering for phase in ("collect", "train")] == [2, 2]
+    assert [TESTING.advance(phase=phase).gathering for phase in ("collect", "train")] == [2, 3]
 
 
 def test_what_arrives_after_the_last_round_does_not_join_its_tests_conversations() -> None:
@@ -463,11 +463,24 @@ def test_a_conversation_of_an_earlier_dataset_is_found(config: Config) -> None:
 
 
 def test_a_conversation_that_arrives_in_two_files_is_an_error(config: Config) -> None:
-    deliver(config, "a", 0)
-    deliver(config, "b", 0)
+    frame = turn_table.read(deliver(config, "a", 0), config.outcomes)
+    first = frame[frame["conversation_id"] == frame["conversation_id"].iloc[0]]
+    write_once(inbox(config) / "b.parquet", first, config)
     take_up(config, 0)
     with pytest.raises(TurnTableError, match="is in both"):
         arrived(config, 0)
+
+
+def test_the_same_file_under_another_name_is_set_aside(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    content = deliver(config, "a", 0).read_bytes()
+    for round_number, name in ((0, "a (1)"), (1, "a")):
+        take_up(config, round_number)
+        (inbox(config) / f"{name}.parquet").write_bytes(content)
+    assert [file.name for file in take_up(config, 0)] == ["a.parquet"]
+    assert take_up(config, 1) == []
+    frame = arrived(config, 0)
+    assert frame is not None and frame["conversation_id"].nunique() == 20
+    assert "is set aside as" in caplog.text and len(list((config.data.root / "quarantine").rglob("*.parquet"))) == 1
 
 
 # --- rows of a policy version ----------------------------------------------------------------------------------------

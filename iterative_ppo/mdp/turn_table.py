@@ -263,6 +263,14 @@ def _unreadable(file: Path, error: Exception) -> StoreError:
     return StoreError(f"{file}: not a readable Parquet file ({error})")
 
 
+def ids_in(file: Path) -> set[str]:
+    """Ids of a file's conversations. Raises StoreError where it is damaged or has none."""
+    try:
+        return set(pd.read_parquet(file, columns=["conversation_id"])["conversation_id"].dropna().astype(str))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise _unreadable(file, error) from None
+
+
 def conversations(frame: pd.DataFrame) -> Iterator[Conversation]:
     """The rows as Conversation objects, in table order. Rows of a conversation must be adjacent and in order.
 

@@ -19,6 +19,8 @@ from iterative_ppo.mdp import turn_table
 
 ADOPTIONS = ("verbatim", "edited", "rejected", "none")
 CHAMPION, CHALLENGER = "champion", "challenger"
+LOGGED = "logged"
+"""How the policy versions of a log are named, which are none of ours."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Group:
     """Each named outcome of a conversation."""
 
     @property
+    def of_log(self) -> bool:
+        return self.policy.split(" ")[0] == LOGGED
+
+    @property
     def role(self) -> str:
         return CHALLENGER if self.arm == CHALLENGER else CHAMPION
 
@@ -72,13 +78,17 @@ def outcome_weights(file: Path) -> dict[str, float]:
         raise StoreError(f"{file}: not a turn table ({_reason(error)}); restore it or remove it") from None
 
 
-def read_turns(folder: Path) -> pd.DataFrame | None:
-    """All rows below `folder`, or None where there is no table yet. Raises StoreError for a damaged file."""
+def read_turns(folder: Path, outcomes: Mapping[str, float] | None = None) -> pd.DataFrame | None:
+    """All rows below `folder`, or None where there is no table yet. Raises StoreError for a damaged file.
+
+    Args:
+        outcomes: their weights, for tables that others have written; None means what the first one names.
+    """
     files = sorted(file for file in folder.rglob("*.parquet") if not _hidden(file.relative_to(folder)))
     if not files:
         return None
     try:
-        return turn_table.read(folder, outcome_weights(files[0]))
+        return turn_table.read(folder, outcomes or outcome_weights(files[0]))
     except TurnTableError as error:
         raise StoreError(f"{error} (below {folder})") from None
 

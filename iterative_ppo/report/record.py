@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.files import fingerprint
 from iterative_ppo.report.ab_record import ABRecord, ab_record
-from iterative_ppo.report.customers import Group, groups, outcome_weights, read_turns
+from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group, groups, outcome_weights, read_turns
 from iterative_ppo.report.round_record import Numbers, RoundRecord, read_round
 from iterative_ppo.report.stored import label, optional, part, shaped, test_of
 
@@ -45,6 +48,8 @@ class RunRecord:
     settings_hash: str | None = None
     ab: ABRecord | None = None
     """The A/B test that runs, or the last that ended."""
+    serves: str | None = None
+    """The policy that is the champion by the audit trail; None where there is none."""
 
     @property
     def promotions(self) -> int:
@@ -55,7 +60,14 @@ class RunRecord:
         """Whether another policy serves now than at the start; a promotion by hand or a rollback counts."""
         if self.closing and self.closing.first and self.closing.last:
             return self.closing.first != self.closing.last
+        if self.serves and self.rounds and self.rounds[0].champion:
+            return self.serves != self.rounds[0].champion
         return self.promotions > 0
+
+    @property
+    def unmet(self) -> bool:
+        """Whether the last round was a log's, and its challenger has not met customers yet, as far as is known."""
+        return bool(self.rounds) and self.rounds[-1].from_logs and not (self.ab and self.ab.looks)
 
     @classmethod
     def read(cls, root: Path) -> RunRecord:
@@ -69,7 +81,7 @@ class RunRecord:
             rows = {int(row["round"]): row for row in state.get("rounds", [])}
             experiment = state.get("experiment")
             pair = (str(experiment["champion"]), str(experiment["challenger"])) if experiment else None
-        rounds = tuple(read_round(root, k, rows.get(k, {}), path) for k in sorted({*rows, *_begun(root)}))
+        rounds = _armed([read_round(root, k, rows.get(k, {}), path) for k in sorted({*rows, *_begun(root)})])
         seed, settings_hash = _settings(rounds)
         return cls(
             rounds,
@@ -82,6 +94,7 @@ class RunRecord:
             seed,
             settings_hash,
             ab_record(state, path),
+            _serving(root / "audit.jsonl"),
         )
 
 
@@ -100,6 +113,16 @@ def _begun(root: Path) -> list[int]:
     return [int(f.name) for f in folders if f.name.isdecimal() and (f / "validated").is_dir()]
 
 
+def _armed(rounds: list[RoundRecord]) -> tuple[RoundRecord, ...]:
+    """The rounds; conversations that name no arm, of a challenger that the round before tested, are its arm's."""
+    found = rounds[:1]
+    for before, one in pairwise(rounds):
+        tested = before.challenger if before.test else None
+        told = [replace(g, arm=CHALLENGER) if g.arm is None and g.policy == tested else g for g in one.groups]
+        found.append(replace(one, groups=tuple(told)))
+    return tuple(found)
+
+
 def _closing(root: Path) -> Closing | None:
     path = root / "rounds" / "closing" / "closing.json"
     with shaped(path):
@@ -114,8 +137,28 @@ def _tested(root: Path, rounds: tuple[RoundRecord, ...]) -> tuple[Group, ...]:
     """A decided test's conversations, which lie unfrozen where no round follows. A running test is not looked at."""
     if not rounds or rounds[-1].decision is None or rounds[-1].test is None:
         return ()
-    frame = read_turns(root / "rounds" / f"{rounds[-1].number + 1:04d}" / "arrived")
-    return groups(frame) if frame is not None else ()
+    last, test = rounds[-1], rounds[-1].test
+    frame = read_turns(root / "rounds" / f"{last.number + 1:04d}" / "arrived", _outcomes(root))
+    judged = {last.champion: (CHAMPION, test.champion), last.challenger: (CHALLENGER, test.challenger)}
+    found = []
+    for group in groups(frame) if frame is not None else ():
+        arm, success = judged.get(group.policy, (group.arm, group.success))
+        found.append(replace(group, arm=group.arm or arm, success=success))
+    return tuple(found)
+
+
+def _serving(trail: Path) -> str | None:
+    """Who a run's moves that were done have made the champion; what a kill left of a last line does not count."""
+    moves: dict[str, str | None] = {}
+    champion = None
+    for line in trail.read_text(encoding="utf-8").splitlines() if trail.exists() else ():
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            record = json.loads(line)
+            if record["event"] == "done":
+                champion = moves.get(record["id"], champion)
+            elif "to" in record:
+                moves[record["id"]] = label(record["to"])
+    return champion
 
 
 def _outcomes(root: Path) -> dict[str, float]:

@@ -125,8 +125,8 @@ class RoundRecord:
 
     @property
     def from_logs(self) -> bool:
-        """Whether the round's conversations come from a log rather than from traffic with arms."""
-        return bool(self.groups) and all(group.arm is None for group in self.groups)
+        """Whether the round's conversations come from a log rather than from live traffic."""
+        return bool(self.groups) and all(group.of_log for group in self.groups)
 
 
 def read_round(root: Path, number: int, row: Mapping[str, Any], state: Path) -> RoundRecord:

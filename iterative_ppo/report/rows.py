@@ -81,7 +81,7 @@ def _open(run: RunRecord, one: RoundRecord) -> Pill:
         return Pill("test void", "plain")
     if run.phase == "approve":
         return Pill("awaits approval", "open")
-    running = run.phase == "test" and not one.from_logs
+    running = run.phase == "test" and not run.unmet
     return Pill("being tested" if running else "awaits A/B test", "open")
 
 

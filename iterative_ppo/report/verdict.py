@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from iterative_ppo.evaluation.ab_test import ABTest, Arm, p_in_words
@@ -49,7 +50,7 @@ def _closed(run: RunRecord, closing: Closing) -> Verdict:
 
 def _open_test(run: RunRecord, last: RoundRecord) -> Verdict:
     policy = words.policy(last.challenger) if last.challenger else "a new policy"
-    if last.from_logs or run.phase is None:
+    if run.unmet or run.phase is None:
         learned = f", trained on {words.count(last.conversations, 'conversations')}" if last.conversations else ""
         aim = words.succeeds(run.outcomes).removesuffix(" in")
         passed = f"{policy}{learned}{' of a log,' if learned else ''} passed the offline checks"
@@ -87,7 +88,7 @@ def _unchanged(run: RunRecord) -> Verdict:
 def _under_way(run: RunRecord) -> Verdict:
     now = current(run)
     done = sum(one.decision is not None for one in run.rounds)
-    if now and run.promotions:
+    if now and run.changed:
         sentence = f"After {_rounds(run, done)} the assistant {_rate(run, now)}"
         start = first(run)
         began = "in the log it was" if run.rounds[0].from_logs else "it began at"
@@ -134,15 +135,22 @@ def first(run: RunRecord) -> Arm | None:
     return group.success if group else None
 
 
+def decided_tests(run: RunRecord) -> Iterator[tuple[RoundRecord, ABTest]]:
+    """The last one first."""
+    yield from ((one, one.test) for one in reversed(run.rounds) if one.test and one.decision)
+
+
 def last_test(run: RunRecord) -> tuple[ABTest, bool] | None:
     """The last decided A/B test, and whether its challenger won."""
-    decided = [(one.test, one.promoted) for one in run.rounds if one.test and one.decision]
-    return decided[-1] if decided else None
+    return next(((test, one.promoted) for one, test in decided_tests(run)), None)
 
 
 def current(run: RunRecord) -> Arm | None:
-    """How the present champion did in the last decided A/B test, or in the first data where there is none."""
-    if found := last_test(run):
-        test, won = found
-        return test.challenger if won else test.champion
-    return first(run)
+    """How the present champion did in its last decided A/B test, or in the first data where it is the first policy."""
+    for one, test in decided_tests(run):
+        serves = run.serves or (one.challenger if one.promoted else one.champion)
+        arms = {one.champion: test.champion, one.challenger: test.challenger}
+        if serves in arms:
+            return arms[serves]
+    began = run.rounds[0].champion if run.rounds else None
+    return first(run) if run.serves in (None, began) or began is None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,11 +43,11 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     better choice.
 
     A conversation ends where its outcome is not 0, and what follows is left out (`extra["dropped_turns"]` counts it);
-    or with a row whose customer_message is null; or by a silence, up to the log's newest time, that is longer than
-    `data.outcome_window_hours`. A log without any times is taken to be past it. Others are set aside as "open: ...".
-    Of several outcomes the last row that holds one ends it: what an earlier row holds is carried there, the last value
-    of each outcome that is not 0, and that row is a turn like others, or left out where it says nothing. One that
-    nothing can follow, since the business did not answer, ends the conversation all the same.
+    or with a row whose customer_message is null; or by a silence, up to the log's newest time that is not still to
+    come, that is longer than `data.outcome_window_hours`. A log without any times is taken to be past it. Others are
+    set aside as "open: ...". Of several outcomes the last row that holds one ends it: what an earlier row holds is
+    carried there, the last value of each outcome that is not 0, and that row is a turn like others, or left out where
+    it says nothing. One that nothing can follow, since the business did not answer, ends the conversation all the same.
 
     Args:
         outcomes: named outcomes and their weights in R.
@@ -58,7 +58,9 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     rows = _read(path, outcome_columns(outcomes))
     log = ImportedLog([], _one_each(rows.unreadable))
     talks = _talks(rows, outcomes, data, log)
-    newest = max((turn.timestamp for _, turns in talks for turn in turns if turn.timestamp), default=None)
+    times = [turn.timestamp for _, turns in talks for turn in turns if turn.timestamp]
+    now = datetime.now(UTC)
+    newest = max((time for time in times if time <= now), default=max(times, default=None))
     for records, turns in talks:
         try:
             closed = _closed(records, turns, newest, timedelta(hours=data.outcome_window_hours))
