@@ -23,6 +23,7 @@ from iterative_ppo.errors import NothingToLearn, TurnTableError
 from iterative_ppo.evaluation.convergence import Convergence, RoundFigures, convergence
 from iterative_ppo.evaluation.gate import Decision, outcome_gate
 from iterative_ppo.files import write_json
+from iterative_ppo.learning.objective import success_above
 from tasks import approvals, experiments, looks, notify, registry, rounds, tracking, watch
 from tasks.datasets import Dataset, arm, arrived, closed, take_up, trained_on_before, turns_folder
 from tasks.gating import figures_of
@@ -157,7 +158,7 @@ def outcome_rates(dataset: Dataset, config: Config) -> dict[str, float]:
     last = [closed(block)[["policy_version", "persona", "outcome"]] for block in dataset.blocks(config)]
     ends = pd.concat(last).dropna(subset=["policy_version"])
     ends = ends[ends["persona"].isna()]
-    rates = (ends["outcome"] > 0).groupby(ends["policy_version"].astype(str)).mean()
+    rates = (ends["outcome"] > success_above(config)).groupby(ends["policy_version"].astype(str)).mean()
     return {str(version): float(rate) for version, rate in rates.items()}
 
 
@@ -255,7 +256,7 @@ def looked(config: Config, store: tracking.Tracking, state: NightState, found: l
         return state
     if found.look.verdict == "halt":
         body = "\n".join(found.look.reasons)
-        notify.tell(config, "alarm", f"round {state.round}: the A/B test is at fault", body)
+        notify.tell(config, "alarm", f"round {state.round}: the A/B test is halted", body)
     context, kept = rounds.open_round(config, store, state.round), found.kept_in(tested)
     store.log_json(context.run_id, {"experiment": kept.model_dump(mode="json"), "look": look}, "ab_test.json")
     return _saved(config, state.advance(experiment=kept))

@@ -12,6 +12,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import StoreError, TrainingError
 from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test
 from iterative_ppo.files import write_json
+from iterative_ppo.learning.objective import success_above
 from tasks import registry, rounds, tracking
 from tasks.assignment import assigned
 from tasks.datasets import arm, round_folder
@@ -99,7 +100,7 @@ def _compare(config: Config, store: tracking.Tracking, last: int, first: int, dr
 def _served(config: Config, store: tracking.Tracking, version: int, count: int, seed: int) -> Arm:
     """Successes of a policy with fresh customers, told as in an A/B test."""
     talks = simulate(config, rounds.policy_version(store, version), count, seed)
-    return arm(judged(to_rows(config, talks), config), str(version))
+    return arm(judged(to_rows(config, talks), config), str(version), success_above(config))
 
 
 def _arms(values: dict[str, Any]) -> dict[str, Any]:

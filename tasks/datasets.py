@@ -184,11 +184,11 @@ def whole_until(frames: Sequence[pd.DataFrame], config: Config) -> pd.Timestamp:
     return newest - pd.Timedelta(hours=config.data.outcome_window_hours)
 
 
-def arm(frame: pd.DataFrame, label: str) -> Arm:
-    """Successes (a positive outcome) among a policy version's closed conversations."""
+def arm(frame: pd.DataFrame, label: str, above: float = 0.0) -> Arm:
+    """Successes (R above what `success_above` says) among a policy version's closed conversations."""
     ends = closed(frame)
     ends = ends[served_by(ends, label)]
-    return Arm(int((ends["outcome"] > 0).sum()), len(ends))
+    return Arm(int((ends["outcome"] > above).sum()), len(ends))
 
 
 def datasets_before(config: Config, round_number: int, count: int) -> list[Dataset]:

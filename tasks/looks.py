@@ -22,10 +22,12 @@ from iterative_ppo.errors import ConfigError, StoreError, TurnTableError
 from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.evaluation.designs import design_of
 from iterative_ppo.evaluation.experiment import LEAST_BUSINESSES, History, Look, comparable
-from iterative_ppo.evaluation.guardrails import Said, guarded
+from iterative_ppo.evaluation.gate import chances, waiting
+from iterative_ppo.evaluation.guardrails import Said, guarded, harm
 from iterative_ppo.evaluation.inference import inference
 from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.ramp import Ramp
+from iterative_ppo.learning.objective import more_than_success, success_above
 from tasks.datasets import arrived, trained_on_before
 from tasks.labels import definition, judged
 from tasks.state import Experiment, NightState
@@ -33,7 +35,7 @@ from tasks.turn_checks import sifted
 
 log = logging.getLogger("iterative_ppo.looks")
 HOUR = pd.Timedelta(hours=1)
-DESIGN = ("design", "conversations", "challenger_share", "looks", "mde", "ramp", "ramp_hours", "unit")
+DESIGN = ("design", "conversations", "challenger_share", "looks", "mde", "success_above", "ramp", "ramp_hours", "unit")
 PAIRED = "business_conversations"
 WINDOWS = 2
 LEAST_HOURS = 24.0
@@ -64,14 +66,16 @@ class Evidence:
 
     Attributes:
         history: the matured conversations of the ramp's last stage.
-        turns: their rows of the turn table. ramp, maturing: conversations of the ramp's safety stages, and later ones
-            that have not matured. faulty: conversations left out because they break the turn table's rules, as
-            validation will. strangers: left out because they are of neither arm, nor led by a persona. pace: of all
-            that began, once a day of timestamps tells it.
+        turns: their rows of the turn table. begun: the rows of all since the start, for what needs no outcome.
+        ramp, maturing: conversations of the ramp's safety stages, and later ones that have not matured. faulty:
+            conversations left out because they break the turn table's rules, as validation will. strangers: left out
+            because they are of neither arm, nor led by a persona. pace: of all that began, once a day of timestamps
+            tells it.
     """
 
     history: History
     turns: pd.DataFrame
+    begun: pd.DataFrame
     ramp: int
     maturing: int
     faulty: int = 0
@@ -159,7 +163,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     frame = judged(frame, config)
     frame, faulty = _sound(frame, config, state)
     strangers = _strangers(frame, tested)
-    table = _conversations(frame, tested, config.data.outcome_window_hours)
+    table = _conversations(frame, tested, config)
     _check(table, config, state)
     times = _times(table, config, tested, now)
     due = times.hours <= times.now - times.maturity
@@ -175,28 +179,41 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
         earlier=tuple(Look.from_dict(one) for one in tested.looks),
     )
     turns = frame[frame["conversation_id"].isin(chosen.index)]
+    begun = frame[frame["conversation_id"].isin(table.index[times.hours >= 0])]
     ramp, maturing = int((~times.last_stage).sum()), int((times.last_stage & ~due).sum())
-    return Evidence(history, turns, ramp, maturing, faulty, strangers, _pace(times, config, tested))
+    return Evidence(history, turns, begun, ramp, maturing, faulty, strangers, _pace(times, config, tested))
 
 
 def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
     """What the configured design makes of the evidence. Guardrails and figures come only with a look that compares.
 
-    An empty arm is waited for, unless so many conversations without it are a fault of their own.
+    An empty arm is waited for, unless so many conversations without it are a fault of their own. While the test goes
+    on, a guardrail that the challenger is shown to break in any of the conversations since the start halts it.
     """
     look = design_of(config.abtest, config.gate.alpha).look(seen.history)
-    if look.verdict == "halt" or (look.verdict == "continue" and look.statistic is None and not seen.missing):
+    if seen.missing and look.verdict != "halt":
+        look = replace(look, verdict="continue", reasons=(seen.missing,))
+    if look.verdict == "continue":
+        broken = harm(config.gate.guardrails, *_arms(config, tested, seen.begun), config.gate.alpha)
+        look = replace(look, verdict="halt", reasons=(broken,)) if broken else look
+    if look.verdict == "halt" or (look.verdict == "continue" and (seen.missing or look.statistic is None)):
         return Finding(look)
-    if seen.missing:
-        return Finding(replace(look, verdict="continue", reasons=(seen.missing,)))
-    unit = "business_id" if config.abtest.unit == "business" else "conversation_id"
-    champion, challenger = (
-        Said.of_turns(_of(seen.turns, version), unit) for version in (tested.champion, tested.challenger)
-    )
-    guardrails = guarded(config.gate.guardrails, champion, challenger, config.gate.alpha)
+    level = config.gate.alpha / chances(look, seen.history.earlier)
+    guardrails = guarded(config.gate.guardrails, *_arms(config, tested, seen.turns), level)
+    look = waiting(look, seen.history.earlier, guardrails)
     decides = look.verdict != "continue"
     test = inference(config.abtest, config.gate.alpha, seen.history, look) if decides else None
     return Finding(look, guardrails, test)
+
+
+def _arms(config: Config, tested: Experiment, turns: pd.DataFrame) -> tuple[Said, Said]:
+    """What champion and challenger said in these rows."""
+    unit = "business_id" if config.abtest.unit == "business" else "conversation_id"
+    rewarded = more_than_success(config)
+    champion, challenger = (
+        Said.of_turns(_of(turns, version), unit, rewarded) for version in (tested.champion, tested.challenger)
+    )
+    return champion, challenger
 
 
 def _sound(frame: pd.DataFrame, config: Config, state: NightState) -> tuple[pd.DataFrame, int]:
@@ -214,10 +231,11 @@ def _sound(frame: pd.DataFrame, config: Config, state: NightState) -> tuple[pd.D
     return kept, len(found)
 
 
-def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd.DataFrame:
+def _conversations(frame: pd.DataFrame, tested: Experiment, config: Config) -> pd.DataFrame:
     """One row a conversation of either arm, in order of arrival, by its id.
 
-    It is its first answerer's, which is whom it was assigned to. What a persona led began before the test.
+    It is its first answerer's, which is whom it was assigned to. What a persona led began before the test. What comes
+    after the window is no outcome.
     """
     kept = frame[_of_either_arm(frame, tested) & frame["persona"].isna()]
     grouped = kept.groupby("conversation_id", sort=False)
@@ -227,10 +245,11 @@ def _conversations(frame: pd.DataFrame, tested: Experiment, window: float) -> pd
         business=("business_id", "first"),
         start=("timestamp", "min"),
         end=("timestamp", "max"),
-        outcome=("outcome", "max"),
+        outcome=("outcome", "sum"),
     )
-    in_time = table["start"].isna() | (table["end"] - table["start"] <= window * HOUR)
-    success = (table["outcome"] > 0) & in_time
+    window = config.data.outcome_window_hours * HOUR
+    in_time = table["start"].isna() | (table["end"] - table["start"] <= window)
+    success = table["outcome"].where(in_time, 0.0) > success_above(config)
     return table.assign(challenger=(table["version"] == str(tested.challenger)).astype(bool), success=success)
 
 
@@ -311,6 +330,11 @@ def _times(table: pd.DataFrame, config: Config, tested: Experiment, now: datetim
                 "abtest.ramp: the conversations have no timestamps, so its stages cannot be told apart; log "
                 "timestamps, or end the test and set abtest.ramp=[]"
             )
+        if config.abtest.design == "anytime" and not config.source.simulated:
+            raise ConfigError(
+                "abtest.design anytime bets on conversations in the order in which they began, and these have no "
+                "timestamps; log them, or end the test and set abtest.design to group_sequential"
+            )
         return Times(np.zeros(len(table)), np.ones(len(table), dtype=bool), 0.0, 0.0)
     start = pd.Timestamp(tested.started) if tested.started else table["start"].min()
     hours = ((table["start"] - start) / HOUR).to_numpy(dtype=float)
@@ -335,10 +359,16 @@ def maturity_hours(config: Config) -> float:
 
 
 def _business(table: pd.DataFrame, config: Config) -> np.ndarray | None:
-    """(N,) ids, where they matter: businesses are assigned, or enough of them hold several conversations."""
+    """(N,) ids, where they matter: businesses are assigned, or there are enough of like size.
+
+    Where conversations are assigned the test keeps its level without them, and one large business would be nearly all
+    of the score's spread, so that no gain could pass.
+    """
     business = table["business"]
-    if config.abtest.unit != "business" and (business.isna().any() or business.nunique() < LEAST_BUSINESSES):
-        return None
+    if config.abtest.unit != "business":
+        sizes = business.value_counts().to_numpy(dtype=float)
+        if business.isna().any() or not len(sizes) or sizes.sum() ** 2 / (sizes**2).sum() < LEAST_BUSINESSES:
+            return None
     return business.to_numpy(dtype=object).astype(str)
 
 

@@ -18,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from iterative_ppo.config import Config
 from iterative_ppo.errors import TurnTableError, ValidationStopped
 from iterative_ppo.files import whole_directory
+from iterative_ppo.learning.objective import success_above
 from iterative_ppo.mdp.turn_table import conform
 from tasks.datasets import closed, whole_until
 from tasks.turn_checks import Rows, checks, grouped, turn_suite
@@ -71,7 +72,8 @@ def validate(
     if len(bad):
         quarantine(bad, folder)
     facts = _statistics(rows, bad, found, verdicts)
-    facts["outcome_rates"] = {str(version): float(rate) for version, rate in _outcome_rates(good)["mean"].items()}
+    rates = _outcome_rates(good, config)["mean"]
+    facts["outcome_rates"] = {str(version): float(rate) for version, rate in rates.items()}
     validation = Validation(good, bad, _counts(found), _warnings(good, config, reference_rates), facts)
     _stop_if_too_bad(validation, config, folder)
     return validation
@@ -212,19 +214,20 @@ def _statistics(rows: Rows, bad: pd.DataFrame, found: pd.DataFrame, verdicts: li
     }
 
 
-def _outcome_rates(good: pd.DataFrame) -> pd.DataFrame:
-    """(versions, 2) by policy version: the share of conversations with an outcome above 0, and how many there are.
+def _outcome_rates(good: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """(versions, 2) by policy version: the share of conversations that succeeded, and how many there are.
 
     Without those that a persona led.
     """
     good = good[good["persona"].isna()]
-    reached = good["outcome"].gt(0.0).groupby([good["policy_version"], good["conversation_id"]], sort=False).any()
+    worth = good["outcome"].groupby([good["policy_version"], good["conversation_id"]], sort=False).sum()
+    reached = worth > success_above(config)
     return reached.groupby(level=0).agg(["mean", "size"])
 
 
 def _warnings(good: pd.DataFrame, config: Config, reference_rates: Mapping[str, float]) -> list[str]:
     bound, said = config.data.outcome_rate_bound, []
-    for version, rate, size in _outcome_rates(good).itertuples():
+    for version, rate, size in _outcome_rates(good, config).itertuples():
         before = reference_rates.get(str(version), rate)
         if abs(rate - before) > bound:
             said.append(
@@ -232,7 +235,7 @@ def _warnings(good: pd.DataFrame, config: Config, reference_rates: Mapping[str, 
                 f"moved by more than data.outcome_rate_bound {bound:g}"
             )
     ends = closed(good)
-    early, won = ends["timestamp"] > whole_until([good], config), ends["outcome"] > 0
+    early, won = ends["timestamp"] > whole_until([good], config), ends["outcome"] > success_above(config)
     if early.any() and not early.all() and abs(won.mean() - won[~early].mean()) > bound:
         said.append(
             f"outcome rate {won.mean():.3f} over {len(ends)} conversations, {won[~early].mean():.3f} without the "

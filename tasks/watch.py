@@ -13,6 +13,7 @@ import pandas as pd
 from iterative_ppo.config import Config
 from iterative_ppo.evaluation.alarms import Alarm, alarms, measure
 from iterative_ppo.files import write_bytes
+from iterative_ppo.learning.objective import success_above
 from tasks.audit import DONE, INTENT, history, record, standing
 from tasks.datasets import arrived, closed, of_policy, round_folder, whole_until
 from tasks.labels import judged
@@ -92,8 +93,9 @@ def _served(config: Config, version: int, rounds: Iterable[int]) -> pd.DataFrame
     frames = [frame for n in rounds if (frame := arrived(config, n)) is not None]
     until = whole_until(frames, config)
     tables = [_in_order(frame, str(version), until) for frame in frames]
-    found = [table for frame in tables if len(table := _measured(sound(judged(frame, config), config.outcomes)))]
-    return pd.concat(found) if found else _measured(None)
+    sounds = [sound(judged(frame, config), config.outcomes) for frame in tables]
+    found = [table for frame in sounds if len(table := _measured(frame, success_above(config)))]
+    return pd.concat(found) if found else _measured(None, 0.0)
 
 
 def _in_order(frame: pd.DataFrame, label: str, until: pd.Timestamp) -> pd.DataFrame:
@@ -105,10 +107,12 @@ def _in_order(frame: pd.DataFrame, label: str, until: pd.Timestamp) -> pd.DataFr
     return mine.iloc[order[: rank.notna().sum()]]
 
 
-def _measured(frame: pd.DataFrame | None) -> pd.DataFrame:
+def _measured(frame: pd.DataFrame | None, least: float) -> pd.DataFrame:
     if frame is None or frame.empty:
         return pd.DataFrame({name: np.zeros(0) for name in ("outcome", "acceptance", "abstention", "length")})
-    return pd.DataFrame(measure(frame), index=pd.Index(frame["conversation_id"].unique(), name="conversation_id"))
+    return pd.DataFrame(
+        measure(frame, least), index=pd.Index(frame["conversation_id"].unique(), name="conversation_id")
+    )
 
 
 def _measures(table: pd.DataFrame) -> dict[str, np.ndarray]:

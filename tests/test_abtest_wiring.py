@@ -30,6 +30,7 @@ from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.gate import outcome_gate
 from iterative_ppo.evaluation.inference import inference, repeated_p_value
 from iterative_ppo.evaluation.spending import upper_bounds
+from iterative_ppo.learning.objective import success_above
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from tasks import experiments, looks, registry, rounds, tracking
 from tasks.assignment import assigned, share_in_force
@@ -107,6 +108,111 @@ class Test:
 
     def take(self, now: datetime = LATER) -> looks.Finding:
         return looks.take(self.config, self.tested, self.evidence(now))
+
+
+# --- what a success is, and what else must hold -----------------------------------------------------------------------
+
+
+def ended(version: int, k: int, *outcomes: float, **more: Any) -> Conversation:
+    """A conversation of several outcomes."""
+    said, none = Suggestion("which room is it", "suggested", -1.0), (0.0,) * len(outcomes)
+    turns = (
+        Turn("hello", none, said, said.text, more.pop("adoption", "verbatim")),
+        Turn("well" if any(outcomes) else None, outcomes),
+    )
+    return Conversation(f"{version}-{k}", turns, f"customer-{version}-{k}", policy_version=str(version), **more)
+
+
+def decided_by(test: Test, *talks: Sequence[Conversation]) -> tuple[str, str]:
+    test.arrive("all", *talks)
+    found = test.take()
+    decision = outcome_gate(found.look, found.guardrails)
+    return decision.verdict, decision.reasons[0]
+
+
+def test_more_successes_that_are_worth_less_are_no_better(tmp_path: Path) -> None:
+    """30 % buy for .3; 5 % buy and half leave an address, which weighs a tenth, for .1."""
+    test = Test(tmp_path, outcomes={"contact": 0.1, "purchase": 1.0})
+    usual = [ended(1, k, 0.0, float(k % 10 < 3)) for k in range(200)]
+    worse = [ended(2, k, float(k % 2), float(k % 20 == 0)) for k in range(200)]
+    assert decided_by(test, usual, worse)[0] == "reject" and "guardrail reward" in decided_by(test, usual, worse)[1]
+    better = [ended(2, k, float(k % 2), float(k % 10 < 6)) for k in range(200)]
+    assert decided_by(Test(tmp_path / "b", outcomes={"contact": 0.1, "purchase": 1.0}), usual, better)[0] == "promote"
+
+
+def test_of_costs_alone_it_is_a_success_to_have_none(tmp_path: Path) -> None:
+    test = Test(tmp_path, outcomes={"cost": 1.0}, data__outcome_low=-1.0, data__outcome_high=0.0)
+    dear = [ended(1, k, -float(k % 10 < 6)) for k in range(200)]
+    cheap = [ended(2, k, -float(k % 10 < 2)) for k in range(200)]
+    assert decided_by(test, dear, cheap)[0] == "promote"
+    assert success_above(test.config) < 0 < 1e-6 + success_above(test.config)
+
+
+def test_ratings_need_a_success_of_their_own(tmp_path: Path) -> None:
+    rated = {"outcomes": {"rating": 1.0}, "data__outcome_high": 5.0}
+    talks = [ended(1, k, 1.0 + k % 3) for k in range(200)], [ended(2, k, 3.0 + k % 3) for k in range(200)]
+    verdict, why = decided_by(Test(tmp_path / "a", **rated), *talks)
+    assert verdict == "reject" and "set abtest.success_above" in why
+    assert decided_by(Test(tmp_path / "b", **rated, abtest__success_above=3.5), *talks)[0] == "promote"
+
+
+def test_what_nobody_logs_of_either_arm_guards_nothing(tmp_path: Path) -> None:
+    usual = [ended(1, k, float(k % 10 < 3), adoption=None) for k in range(200)]
+    better = [ended(2, k, float(k % 10 < 6), adoption=None) for k in range(200)]
+    assert decided_by(Test(tmp_path / "a"), usual, better)[0] == "promote"
+    known = [ended(1, k, float(k % 10 < 3)) for k in range(200)]
+    verdict, why = decided_by(Test(tmp_path / "b"), known, better)
+    assert verdict == "reject" and "guardrail acceptance: cannot tell" in why, "it must not go away with its log"
+    assert decided_by(Test(tmp_path / "c", gate__guardrails__acceptance=None), known, better)[0] == "promote"
+
+
+def test_one_large_business_does_not_hide_a_gain(tmp_path: Path) -> None:
+    def of(version: int, won: int) -> list[Conversation]:
+        names = ["large" if k % 10 < 7 else f"b{k % 31}" for k in range(200)]
+        return [ended(version, k, float(k % 10 < won), business_id=name) for k, name in enumerate(names)]
+
+    assert decided_by(Test(tmp_path), of(1, 3), of(2, 6))[0] == "promote"
+
+
+def test_a_win_waits_for_guardrails_that_are_not_told_yet(tmp_path: Path) -> None:
+    """One in fifty messages of either policy holds a number: of a hundred that tells nothing, of a thousand it does."""
+
+    def said(version: int, count: int, won: int) -> list[Conversation]:
+        texts = ["call +49 30 1234567 now" if k % 50 == 25 else "which room is it" for k in range(count)]
+        return [talk(f"{version}-{k}", version, k % 10 < won, said=text) for k, text in enumerate(texts)]
+
+    test = Test(tmp_path / "a", abtest__conversations=3000, gate__guardrails__pii__margin=0.02)
+    test.arrive("first", said(1, 300, 3), said(2, 300, 6))
+    early = test.take()
+    assert early.look.verdict == "continue" and early.test is None
+    assert "better, and the test goes on to its end, for guardrails are not told yet: pii" in early.look.reasons[0]
+    test.tested = early.kept_in(test.tested)
+    whole = Test(tmp_path / "b", abtest__conversations=3000, gate__guardrails__pii__margin=0.02)
+    whole.tested = test.tested
+    whole.arrive("all", said(1, 1500, 3), said(2, 1500, 6))
+    found = whole.take()
+    assert found.look.verdict == "promote" and outcome_gate(found.look, found.guardrails).verdict == "promote"
+
+
+def test_harm_in_the_ramp_halts_the_test(tmp_path: Path) -> None:
+    def during(hours: float, said: str) -> looks.Finding:
+        test = Test(tmp_path / f"{hours}{len(said)}", abtest__ramp=[0.1], abtest__conversations=3000)
+        usual = [talk(f"c{k}", 1, k % 3 == 0, hour=k * 0.02, lasts=0.01) for k in range(int(hours / 0.02))]
+        new = [talk(f"n{k}", 2, False, hour=k * 0.1, lasts=0.01, said=said) for k in range(int(hours / 0.1))]
+        test.arrive("all", usual, new)
+        return test.take(START + timedelta(hours=hours))
+
+    assert during(10, "which room is it").look.verdict == "continue"
+    assert during(4, "write to jim.doe@example.org").look.verdict == "continue", "of forty"
+    found = during(10, "write to jim.doe@example.org").look
+    assert found.verdict == "halt" and "guardrail pii 1, champion 0: broken" in found.reasons[0]
+
+
+def test_the_anytime_design_needs_an_order(tmp_path: Path) -> None:
+    test = Test(tmp_path, abtest__design="anytime", source__kind="table", source__path="log.jsonl")
+    test.arrive("all", arm(1, 5, 20), arm(2, 5, 20))
+    with pytest.raises(ConfigError, match="in the order in which they began, and these have no timestamps"):
+        test.evidence()
 
 
 # --- evidence --------------------------------------------------------------------------------------------------------

@@ -123,6 +123,9 @@ def test_figures_come_from_a_rounds_record() -> None:
     record = {"kl": 0.3, "guardrails_held": True, "certificate_high": 0.1, "ab_test": {"gain_high": 0.2}}
     assert RoundFigures.of(record) == RoundFigures(0.3, True, 0.1, 0.2)
     assert RoundFigures.of({}) == RoundFigures(None, False), "a record of an older version counts for nothing"
+    none = {"successes": 0, "conversations": 900}
+    alike = {"gain_high": 0.002, "champion": none, "challenger": none}
+    assert RoundFigures.of({**record, "ab_test": alike}).ab_high is None, "nobody reports outcomes any more"
     assert RoundFigures.of({**record, "ab_test": None, "certificate_high": None}) == RoundFigures(0.3, True)
 
 

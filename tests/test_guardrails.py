@@ -173,6 +173,7 @@ def test_every_default_guardrail_names_a_measure() -> None:
         finished=np.ones(30, bool),
         log_ratio=np.zeros(30),
         adoption=["verbatim"] * 30,
+        reward=np.ones(30),
         calibration=Calibration([0.2], [0.2], [30], 0.01, 0.02),
     )
     results = guarded(GATE.guardrails, with_everything, with_everything, 0.05)

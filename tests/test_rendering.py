@@ -14,7 +14,7 @@ import pytest
 import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -241,6 +241,67 @@ def test_a_family_is_asked_for_an_answer_as_its_template_writes_one(
 
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     assert renderer.prompt(State(TALK, "too much", "a shop")).tokens == prompt
+
+
+def of_kind(kind: str, template: str) -> Renderer:
+    """A tokenizer of small pieces that marks words as that kind does, with a chat template."""
+    tokens, special = Tokenizer(models.BPE(unk_token="<unk>")), ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+    if kind == "byte-level":
+        tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokens.decoder = decoders.ByteLevel()
+    else:
+        if kind == "prepended":
+            tokens.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            tokens.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+        back = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokens.decoder = decoders.Sequence(back)
+    texts = ["Hello, which room is it?\n[INST] Customer: five hundred [/INST]\n Hello"] * 3
+    tokens.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = template
+    return Renderer(tokenizer, ROOMY, 64, "room")
+
+
+INSTRUCTED = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %} [INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ON_A_LINE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LINE_OF_ITS_OWN = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "prepended", "first", "always", "never"])
+@pytest.mark.parametrize("template", [INSTRUCTED, ON_A_LINE, LINE_OF_ITS_OWN])
+def test_a_response_has_the_tokens_of_the_whole_text(kind: str, template: str) -> None:
+    """Where a prompt ends and a word begins, tokenizers differ; a model says what it has read in whole texts."""
+    renderer = of_kind(kind, template)
+    assert renderer.template is not None
+    for said in ("Hello, which room", "five hundred", "room"):
+        whole = renderer.template.written([("user", "Customer: which room"), ("assistant", said)], asks=False)
+        tokens = tuple(renderer.tokenizer.encode(whole, add_special_tokens=False))
+        prompt, answer = (
+            renderer.prompt(State((), "which room")).tokens,
+            renderer.response(Suggestion(said, "suggested")),
+        )
+        assert (prompt + answer)[: len(tokens)] == tokens[: len(prompt + answer)], renderer.tokenizer.decode(answer)
+    assert len(renderer.encode(Conversation("c", (*HELLO, Turn(None)), "u"))[0]) == 1
+
+
+HELLO = tuple(Turn("which room", (), Suggestion(a, "suggested"), a, "verbatim") for a in ("Hello", "five hundred"))
 
 
 def test_a_chat_template_that_leaves_out_what_is_said_is_refused(bpe: PreTrainedTokenizerBase) -> None:

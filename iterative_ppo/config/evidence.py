@@ -56,6 +56,8 @@ class ABTestConfig(Frozen):
     """Planned looks of the group sequential design, equally far apart in matured conversations."""
     mde: float = Rate
     """The least gain worth finding, in outcome; a test ends early where it is ruled out."""
+    success_above: float | None
+    """R above which a conversation is a success; null: 0, and where outcomes are costs alone, no cost."""
     power: float = Rate
     """Probability of finding it, for the planner."""
     ramp: tuple[float, ...]

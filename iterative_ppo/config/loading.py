@@ -152,11 +152,14 @@ def _merge(
 ) -> dict[str, Any]:
     """`base` with `new` laid over it. The names of outcomes and personas are the user's own: replaced whole.
 
-    Guardrails and rules of the user's own stand beside the known ones.
+    Guardrails and rules of the user's own stand beside the known ones; null takes one away.
     """
     merged = dict(base)
     for key, value in new.items():
         path = (*at, str(key))
+        if at in NAMED and key in merged and value is None:
+            del merged[key]
+            continue
         if at in NAMED and key not in known and isinstance(value, Mapping):
             merged[key] = {**merged.get(key, {}), **value}
             continue

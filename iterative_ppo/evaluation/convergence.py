@@ -22,7 +22,7 @@ class RoundFigures:
     Attributes:
         kl: nats a response that the challenger moved. guardrails_held: in the offline gate.
         certificate_high: upper bound of the single-turn gain, where the logs could tell.
-        ab_high: upper bound of the gain with customers.
+        ab_high: upper bound of the gain with customers, where any outcome differed from another.
     """
 
     kl: float | None
@@ -33,11 +33,14 @@ class RoundFigures:
     @classmethod
     def of(cls, record: dict[str, Any]) -> RoundFigures:
         """From a round's record in the state of the nights."""
+        test = record.get("ab_test") or {}
+        arms = [test[arm] for arm in ("champion", "challenger") if arm in test]
+        won, all_of_them = (sum(arm[key] for arm in arms) for key in ("successes", "conversations"))
         return cls(
             record.get("kl"),
             bool(record.get("guardrails_held")),
             record.get("certificate_high"),
-            (record.get("ab_test") or {}).get("gain_high"),
+            test.get("gain_high") if not arms or 0 < won < all_of_them else None,
         )
 
     def counts(self, kl_budget: float) -> bool:

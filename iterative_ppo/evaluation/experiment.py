@@ -28,9 +28,9 @@ class Look:
     """What a look found.
 
     Verdicts: promote; continue; stop_futile (a gain of the MDE is ruled out); reject (the plan's end, not better);
-    halt (the test itself is at fault). `statistic` is z or the e-value, `bound` what it must reach; None where the
-    look spent nothing. Of the interval `low` to `high` of the gain each end holds at the test's one-sided level,
-    over all looks at once. Pairs are (champion, challenger).
+    halt (the test itself is at fault, or the challenger does harm). `statistic` is z or the e-value, `bound` what it
+    must reach; None where the look spent nothing. Of the interval `low` to `high` of the gain each end holds at the
+    test's one-sided level, over all looks at once. Pairs are (champion, challenger).
     """
 
     design: DesignName
@@ -198,7 +198,10 @@ def _nothing_to_compare(arms: tuple[np.ndarray, np.ndarray], codes: np.ndarray |
             return f"the {name}'s arm holds no matured conversation"
     outcome = np.concatenate(arms)
     if np.ptp(outcome) == 0:
-        return f"all {len(outcome)} matured outcomes are {outcome[0]:g}: nothing tells the arms apart"
+        return (
+            f"all {len(outcome)} matured outcomes are {outcome[0]:g}: nothing tells the arms apart; see whether "
+            "outcomes are reported still, and set abtest.success_above where all of them are above 0"
+        )
     if codes is not None and len(np.unique(codes)) < LEAST_BUSINESSES:
         return f"{len(np.unique(codes))} businesses have matured conversations, at least {LEAST_BUSINESSES} are needed"
     return None

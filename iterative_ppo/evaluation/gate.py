@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from iterative_ppo.evaluation.certificate import Certificate
@@ -24,7 +24,7 @@ class Decision:
     """A verdict and why; `reasons` speak of every check: failed ones first, then what cannot be told.
 
     test: an A/B test with customers may begin. promote, reject: what becomes of the challenger. continue: the A/B test
-    goes on. halt: it is at fault itself, and a person must look.
+    goes on. halt: it is at fault itself, or the challenger does harm, and a person must look.
     """
 
     verdict: Verdict
@@ -55,6 +55,30 @@ def outcome_gate(look: Look, guardrails: Sequence[NonInferiority] = ()) -> Decis
         return Decision(look.verdict, look.reasons)
     seen = "; ".join(reversed(look.reasons))
     return _decide([(_held(look.verdict == "promote"), seen), *map(_guardrail, guardrails)], "promote")
+
+
+def waiting(look: Look, earlier: Sequence[Look], guardrails: Sequence[NonInferiority]) -> Look:
+    """The look; where it wins before the plan's end but a guardrail cannot be told yet, the test goes on to that end.
+
+    The better a challenger is the sooner it wins, and the less is known then of all else. The guardrails are asked once
+    more at the end, and not before. One that is shown to be broken waits for nothing.
+    """
+    if look.verdict != "promote" or look.fraction >= 1:
+        return look
+    untold = [one.measure for one in guardrails if not one.holds and not one.broken]
+    if any(one.broken for one in guardrails) or not (untold or _won(earlier)):
+        return look
+    why = f"better, and the test goes on to its end, for guardrails are not told yet: {', '.join(untold) or 'some'}"
+    return replace(look, verdict="continue", reasons=(why, *look.reasons))
+
+
+def chances(look: Look, earlier: Sequence[Look]) -> int:
+    """How often the guardrails of a test may be asked that is as far as this look, which share their level."""
+    return 1 if look.fraction >= 1 and not _won(earlier) else 2
+
+
+def _won(looks: Sequence[Look]) -> bool:
+    return any(one.statistic is not None and one.bound is not None and one.statistic >= one.bound for one in looks)
 
 
 def _by_the_logs(evidence: OfflineEvidence) -> list[Check]:

@@ -7,7 +7,8 @@ which are paired by state, and the conversations of an A/B test's arms, which ar
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, quantile
 from iterative_ppo.mdp.returns import ACCEPTANCE
+from iterative_ppo.mdp.turn_table import last_rows
 from iterative_ppo.references import imported
 
 LEAST_UNITS = 10
@@ -35,6 +37,7 @@ class Said:
         abstained: (N,) bool. finished: (N,) bool, whether the end of sequence came.
         log_ratio: (N,) own log-prob less the champion's, nats; 0 for the champion itself.
         adoption: (N,) what staff did with it: a key of `returns.ACCEPTANCE`, or None.
+        reward: (N,) R of the conversation at its last response, NaN at the others.
         calibration: of Q, on conversations that it has not seen.
     """
 
@@ -45,24 +48,49 @@ class Said:
     finished: np.ndarray | None = None
     log_ratio: np.ndarray | None = None
     adoption: Sequence[str | None] | None = None
+    reward: np.ndarray | None = None
     calibration: Calibration | None = None
 
+    def of_units(self, units: Sequence[Hashable]) -> Said:
+        """Those of some units alone."""
+        rows = np.flatnonzero(np.isin(self.unit.astype(str), np.array(list(map(str, units)))))
+        known = {name: getattr(self, name) for name in _OF_RESPONSES}
+        chosen = {name: _rows(values, rows) for name, values in known.items() if values is not None}
+        return replace(self, **chosen)
+
     @classmethod
-    def of_turns(cls, frame: pd.DataFrame, unit: str = "conversation_id") -> Said:
-        """What a policy suggested in the conversations of a turn table, for an arm of an A/B test."""
+    def of_turns(cls, frame: pd.DataFrame, unit: str = "conversation_id", rewarded: bool = False) -> Said:
+        """What a policy suggested in the conversations of a turn table, for an arm of an A/B test.
+
+        Args:
+            rewarded: whether R is to be known too.
+        """
         rows = frame[frame["suggestion_status"].isin(["suggested", "abstained"])]
         texts = rows["suggestion"].fillna("").astype(str).tolist()
         adoption = rows["adoption"].astype(object).where(rows["adoption"].notna(), None).tolist()
         abstained = (rows["suggestion_status"] == "abstained").to_numpy(dtype=bool)
-        units = rows[unit].to_numpy(dtype=object)
-        return cls(units, texts, [text.split() for text in texts], abstained, adoption=adoption)
+        units, names = rows[unit].to_numpy(dtype=object), rows["conversation_id"]
+        worth = names.map(frame.groupby("conversation_id", sort=False)["outcome"].sum()).to_numpy(dtype=float)
+        return cls(
+            units,
+            texts,
+            [text.split() for text in texts],
+            abstained,
+            adoption=adoption if any(adoption) else None,
+            reward=np.where(last_rows(rows), worth, np.nan) if rewarded else None,
+        )
 
 
+def _rows(values: Any, rows: np.ndarray) -> Any:
+    return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+
+
+_OF_RESPONSES = tuple(field.name for field in fields(Said) if field.name != "calibration")
 Values = Callable[[Said], np.ndarray | None]
 """(N,) one number a response, NaN where the response does not count; None where its source cannot know."""
 LIMIT = ", limit"
 """Ends the name of a guardrail's limit, which stands in the champion's place."""
-CALIBRATION = "calibration"
+CALIBRATION, REWARD = "calibration", "reward"
 
 
 @dataclass(frozen=True)
@@ -88,6 +116,28 @@ def guarded(
     return tuple(found for name, rule in rules.items() for found in _guarded(name, rule, champion, challenger, alpha))
 
 
+def harm(
+    rules: Mapping[str, GuardrailConfig], champion: Said, challenger: Said, alpha: float, least: int = 50
+) -> str | None:
+    """The first guardrail of which it is shown that the challenger breaks it, in words; None where none is.
+
+    It may be asked at any time: the k-th look is at the first `least` 2^(k-1) units of the challenger, at a level of
+    alpha / (m k (k + 1)) for each of m guardrails, as the alarms have it. Quantiles are left to the test's end.
+    """
+    units = list(dict.fromkeys(challenger.unit.tolist()))
+    if len(units) < least:
+        return None
+    look = (len(units) // least).bit_length()
+    seen = challenger.of_units(units[: least * 2 ** (look - 1)])
+    means = {name: rule for name, rule in rules.items() if rule.function not in (CALIBRATION, REWARD)}
+    means = {name: rule for name, rule in means.items() if measure_of(name, rule.function).quantile is None}
+    level = alpha / (max(1, len(means)) * look * (look + 1))
+    for found in guarded(means, champion, seen, level):
+        if found.loss > found.margin and 1.0 - found.p_value < level:
+            return f"guardrail {found.measure} {found.challenger:.4g}, champion {found.champion:.4g}: broken"
+    return None
+
+
 def _guarded(
     name: str, rule: GuardrailConfig, champion: Said, challenger: Said, alpha: float
 ) -> Iterator[NonInferiority]:
@@ -97,8 +147,9 @@ def _guarded(
         return
     measure = measure_of(name, rule.function)
     usual, new = _values(name, measure, champion), _values(name, measure, challenger)
-    if usual is None or new is None:
+    if usual is None and new is None:
         return
+    usual, new = usual or NOTHING, new or NOTHING  # known of one of them alone, it cannot be compared
     margin = rule.margin * (abs(_statistic(measure, usual)) if measure.relative else 1.0)
     yield _compared(measure, Guardrail(name, rule.direction, margin, alpha), usual, new)
     if rule.limit is not None:
@@ -124,6 +175,9 @@ class Sample:
 
     values: np.ndarray
     unit: np.ndarray
+
+
+NOTHING = Sample(np.zeros(0), np.zeros(0, dtype=object))
 
 
 def _values(name: str, measure: Measure, said: Said) -> Sample | None:
@@ -225,7 +279,9 @@ MEASURES: dict[str, Measure] = {
     "compression": Measure(_compression),
     "abstained": Measure(lambda said: said.abstained.astype(float)),
     "acceptance": Measure(_acceptance),
+    "reward": Measure(lambda said: said.reward),
     "pii": Measure(lambda said: pii.by_pattern(said.texts)),
     "presidio": Measure(lambda said: pii.by_presidio(said.texts)),
 }
-"""Means over responses, unless said otherwise. kl: nats; lengths: characters; shares: in [0, 1]."""
+"""Means over responses, unless said otherwise. kl: nats; lengths: characters; reward: R a conversation, where that is
+more than a success; shares: in [0, 1]."""

@@ -16,6 +16,7 @@ from iterative_ppo.evaluation.ab_test import Arm, p_in_words
 
 Better = Literal["higher", "lower"]
 DRAWS = 2000
+SHOWN = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class NonInferiority:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: an unknown value is null."""
         return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(self).items()}
+
+    @property
+    def broken(self) -> bool:
+        """Whether a loss beyond the margin is shown, at a level of 5 %; what does not hold may just not be known."""
+        return bool(self.loss > self.margin and 1.0 - self.p_value < SHOWN)
 
     @property
     def reason(self) -> str:

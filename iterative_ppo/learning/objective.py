@@ -38,3 +38,15 @@ def outcome_range(config: Config) -> tuple[float, float]:
     ends = (config.data.outcome_low, config.data.outcome_high)
     worth = [[weight * end for end in ends] for weight in config.outcomes.values()]
     return sum(map(min, worth)), sum(map(max, worth))
+
+
+def success_above(config: Config) -> float:
+    """The R above which a conversation is a success: 0; of costs alone, where 0 is the best, just below it."""
+    if config.abtest.success_above is not None:
+        return config.abtest.success_above
+    return -1e-9 if outcome_range(config)[1] <= 0 else 0.0
+
+
+def more_than_success(config: Config) -> bool:
+    """Whether R says more than that a conversation succeeded: of several outcomes, or of some that cost."""
+    return len(config.outcomes) > 1 or outcome_range(config)[0] < 0

@@ -28,7 +28,8 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote
 class ChatTemplate:
     """What a chat template writes of a conversation.
 
-    `space` is what it writes between a prompt and an answer: a response begins with it, as the model's own do.
+    `opening` is what it writes between a user's message and the assistant's; `space` is the white space after what it
+    asks with, before an answer: a response begins with it, as the model's own do.
 
     Raises ModelError where the template fails on turns of user and assistant, or leaves out what the user says.
     """
@@ -37,7 +38,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._dated = _dated(tokenizer)
         self._parts = self._reads_parts()
-        self._thinks, self.space = self._openings()
+        self._thinks, self.opening, self.space = self._openings()
 
     def prompt(self, said: Sequence[Said]) -> str:
         """The text after which the assistant's message comes."""
@@ -96,19 +97,19 @@ class ChatTemplate:
                 return self._parts
         raise problem
 
-    def _openings(self) -> tuple[bool, str]:
-        """Whether it asks for thoughts, or a channel, before an answer; and the space before one.
+    def _openings(self) -> tuple[bool, str, str]:
+        """Whether it asks for thoughts, or a channel, before an answer; the opening; and the space before an answer.
 
         A response is the message itself. Where the template would ask for more, the prompt is what it writes before an
         answer that is there.
         """
-        before = self._before_answer(EXCHANGE)
-        if QUESTION not in before:
-            return False, ""
-        before = before.rpartition(QUESTION)[2]
-        opened = self.written(EXCHANGE[:1], asks=True).rpartition(QUESTION)[2]
-        thinks = opened.strip() != before.strip()
-        return thinks, "" if thinks or before != opened + " " else " "
+        opened, before = self.written(EXCHANGE[:1], asks=True), self._before_answer(EXCHANGE)
+        opened, (_, written, before) = opened.rpartition(QUESTION)[2], before.rpartition(QUESTION)
+        if not written:
+            return False, opened, ""
+        if opened.strip() != before.strip():
+            return True, before, ""
+        return False, opened, before.removeprefix(opened) if before.startswith(opened) else ""
 
     def _unfit(self, how: str) -> ModelError:
         advice = "mend it, or remove chat_template to have plain prompts"

@@ -109,7 +109,6 @@ class Renderer:
         self.ordinary = {i for token, i in vocabulary.items() if token not in special}
         self._cache: dict[str, tuple[int, ...]] = {}
         self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-        self._space = self.template.space if self.template else ""
         after = self.ids(self.template.after_answer) if self.template else ()
         self.eos: int = after[0] if after and after[0] not in self.ordinary else tokenizer.eos_token_id
         adds_first = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
@@ -148,7 +147,15 @@ class Renderer:
 
     def response(self, suggestion: Suggestion) -> tuple[int, ...]:
         """Token ids of an action, end of sequence included. An unlogged one has a stand-in, which never trains."""
-        return (*self.ids(self._space + self._spoken(suggestion)), self.eos)
+        return (*self._behind_a_prompt(self._spoken(suggestion)), self.eos)
+
+    def _behind_a_prompt(self, text: str) -> tuple[int, ...]:
+        """Token ids of a message where it stands: a first word has other tokens than one that follows."""
+        if self.template is None:
+            return self.ids(text)
+        opening, said = self.template.opening, self.template.space + text
+        before, whole = self.ids(opening), self.ids(opening + said)
+        return whole[len(before) :] if whole[: len(before)] == before else self.ids(said)
 
     def prompt(self, state: State) -> Prompt:
         """The prompt of a state, without its oldest turns where it would be too long.

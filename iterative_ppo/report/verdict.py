@@ -59,7 +59,7 @@ def _open_test(run: RunRecord, last: RoundRecord) -> Verdict:
     sentence = f"{policy[0].upper()}{policy[1:]} passed the offline checks and is being tested with customers"
     against = f" against {words.policy(last.champion)}" if last.champion else ""
     if run.ab and run.ab.verdict == "halt":
-        fault = f"The A/B test of {policy} is at fault, so nothing is decided by it: {run.ab.reasons[0]}."
+        fault = f"The A/B test of {policy} is halted, and nothing is decided by it: {run.ab.reasons[0]}."
         return Verdict("A/B test halted", "open", fault, f"A person ends it with `ippo abtest --stop`. {_so_far(run)}")
     detail = "It is looked at as planned; `ippo abtest` shows how far it has come."
     if run.phase == "approve":

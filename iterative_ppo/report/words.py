@@ -24,6 +24,7 @@ CHECKS = {
     "guardrail abstention": "Abstains no more than before",
     "guardrail pii": "Keeps personal data to itself",
     "guardrail acceptance": "Staff accept it",
+    "guardrail reward": "All outcomes together",
     "guardrail calibration": "Q keeps its promises",
     "guardrail": "Guardrail",
     "challenger": "What customers did",
@@ -39,6 +40,7 @@ GUARDRAILS = {
     "abstention": "Abstained",
     "pii": "Personal data",
     "acceptance": "Acceptance",
+    "reward": "Mean of all outcomes, weighted",
     "calibration": "Calibration error of Q",
 }
 
