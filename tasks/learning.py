@@ -17,6 +17,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.errors import SourceError, TrainingError, WorkerLost
 from iterative_ppo.evaluation.doubts import doubts
 from iterative_ppo.files import content_hash, fingerprint, read_json
+from iterative_ppo.learning.objective import success_above
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.returns import monte_carlo, rewards
@@ -231,7 +232,7 @@ def fit_q_stage(
                     job = replace(job, checkpoint=checkpoint.part("q", UPDATES))
                     with progress("fitting Q") as report:
                         q = do(job, draft, report)
-            metrics |= q.report | write_q_report(q, current, facts, draft)
+            metrics |= q.report | write_q_report(q, current, facts, draft, success_above(config))
         return metrics | origin_metrics(facts) | coverage_metrics(config, policy.path, policy.label, dataset)
 
     stage = run_stage(folder / "q", inputs, work)

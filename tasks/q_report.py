@@ -26,14 +26,16 @@ JUDGED = "isotonic"
 _LOG = logging.getLogger(__name__)
 
 
-def write_q_report(q: QModel, current: Round, frame: pd.DataFrame, folder: Path) -> dict[str, float]:
+def write_q_report(
+    q: QModel, current: Round, frame: pd.DataFrame, folder: Path, above: float = 0.0
+) -> dict[str, float]:
     """Write the reliability of Q into `folder`, and return its figures; it warns where they tell nothing.
 
     The calibration error is against the undiscounted outcome, of Q as a calibration maps it: Q by itself is about
     discounted returns, so that even a perfect one would promise too little. Its error against those stands beside it,
     named so, or in its place where the outcome cannot be forecast.
     """
-    metrics, bins = q_report(q, current, frame)
+    metrics, bins = q_report(q, current, frame, above)
     write_json(folder / CALIBRATION, bins)
     if each := outcome_report(q, current, frame):
         write_json(folder / OUTCOMES, each)
@@ -59,15 +61,20 @@ def judged(folder: Path) -> Calibration | None:
     return Calibration(**found) if found else None
 
 
-def q_report(q: QModel, current: Round, frame: pd.DataFrame) -> tuple[dict[str, float], dict[str, Any]]:
+def q_report(
+    q: QModel, current: Round, frame: pd.DataFrame, above: float = 0.0
+) -> tuple[dict[str, float], dict[str, Any]]:
     """R2, AUC and calibration of Q on the evidence part, beside a baseline that sees the state alone.
 
     R2 and calibration are about the returns that Q was fitted to, the AUC about the outcome in any case.
+
+    Args:
+        above: the R above which a conversation is a success.
     """
     values = q.evaluate(current.encoded)
     held = ~current.fit & np.isfinite(values.q)
     ids = frame["conversation_id"].to_numpy(dtype=str)[held]
-    won = _ending(frame, "outcome")[held] > 0
+    won = _ending(frame, "outcome")[held] > above
     metrics = {"held_out_turns": float(held.sum()), "held_out_conversations": float(len(np.unique(ids)))}
     metrics["held_out_successes"] = float(len(np.unique(ids[won])))
     if not held.any():

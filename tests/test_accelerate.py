@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -28,7 +31,7 @@ from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.rounds import round_of
 from iterative_ppo.learning.sequences import SequenceFile
-from iterative_ppo.learning.worker import _error, do
+from iterative_ppo.learning.worker import DIE_WITH_PARENT, _error, do
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.rendering import single
 from iterative_ppo.mdp.turn_table import to_frame
@@ -312,6 +315,33 @@ def test_a_sharded_student_learns_and_says_the_same(
         assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
     assert alone[1][-1]["loss"] < alone[1][0]["loss"]
     assert torch.allclose(weights(alone[0].model), weights(together[0].model), atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells a process that its parent died")
+def test_a_killed_run_leaves_nobody_that_trains_on(tmp_path: Path) -> None:
+    """Neither the launcher nor its workers: they would write beside the run that is started next."""
+    worker = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {DIE_WITH_PARENT + '; ' + worker!r}])"
+    run = (
+        "import subprocess, sys; from iterative_ppo.learning.worker import BOUND; "
+        f"subprocess.run([sys.executable, *BOUND, sys.executable, '-c', {launcher!r}])"
+    )
+    with subprocess.Popen([sys.executable, "-c", run], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        number = int(process.stdout.readline())
+        assert Path(f"/proc/{number}").exists()
+        process.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{number}").exists() and _alive(number) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{number}").exists() or not _alive(number)
+
+
+def _alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow

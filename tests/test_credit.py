@@ -23,7 +23,7 @@ from iterative_ppo.learning.credit.process_reward import Scored, fit
 from iterative_ppo.learning.credit.rewards import Turns, norm_itpo, token_rewards, turn_rewards
 from iterative_ppo.learning.credit.stability import Watch, kendall_tau, rank_stability
 from iterative_ppo.learning.improve.episodes import prompts_of
-from iterative_ppo.learning.jobs import stored_credit
+from iterative_ppo.learning.jobs import Crediting, stored_credit
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.objective import head_range
 from iterative_ppo.learning.optimization import optimizer_for, take_step
@@ -111,7 +111,8 @@ def test_turn_rewards_are_the_formulas_written_out(seed: int) -> None:
             spoken = [k for k in part if len(rows[k])]
             for k in spoken:
                 summed[k] = sum(beta * x for x in rows[k]) / (most + 1e-6)
-            mean = {k: summed[k] / len(rows[k]) * np.mean(lengths) / temperature for k in spoken}
+            sign = {k: -1.0 if outcome[turns.conversation[k]] < 0 else 1.0 for k in spoken}
+            mean = {k: sign[k] * summed[k] / len(rows[k]) * np.mean(lengths) / temperature for k in spoken}
             for k in spoken:
                 normed[k] = outcome[turns.conversation[k]] * np.exp(mean[k]) / sum(np.exp(x) for x in mean.values())
     config = config_of("itpo").credit.model_copy(update={"beta": beta, "temperature": temperature})
@@ -129,6 +130,27 @@ def test_normalised_turn_rewards_sum_to_the_outcome(scale: float) -> None:
         assert np.abs(found - outcome * turns.scored).max() < 1e-9
         ahead = discounted_returns(turns.sums(rewards), np.append(np.diff(turns.conversation) > 0, True), 1 - 1e-12)
         assert np.abs(ahead).max() <= 1.0 + 1e-9
+
+
+def test_what_cannot_be_told_of_credit_is_left_out_and_kept_from_no_file(
+    tiny_policy: LanguagePolicy, played: Round, tmp_path: Path
+) -> None:
+    """Conversations held out that all end alike have no rank correlation."""
+    config, held = config_of("itpo"), ~played.fit
+    alike = replace(played, reward=np.where(held, 0.0, played.reward))
+    job = Crediting(config, tmp_path, alike, ())
+    found = credited(tiny_policy, alike, (), config)
+    assert np.isnan(found.report["credit_kendall_tau"])
+    job.save(found, tmp_path)
+    assert "credit_kendall_tau" not in job.load(tmp_path).report and "credit_loss" in job.load(tmp_path).report
+
+
+def test_of_a_loss_those_turns_bear_the_most_that_helped_least() -> None:
+    turns = Turns(np.array([0, 3, 6]), np.zeros(2, int), np.zeros(2, int))
+    rewards = np.array([0.9, 0.9, 0.9, 0.1, 0.1, 0.1])
+    won, lost = (norm_itpo(rewards, turns, np.array([outcome]), 1.0) for outcome in (1.0, -1.0))
+    assert won.sum() == pytest.approx(1.0) and lost.sum() == pytest.approx(-1.0)
+    assert won[0] > won[1] and lost[0] > lost[1]
 
 
 def test_rank_stability_is_of_ranks_within_a_conversation() -> None:

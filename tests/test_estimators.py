@@ -341,6 +341,20 @@ def test_others_conversations_never_enter_on_policy_estimators(frames: dict[str,
         assert np.allclose(one.q, other.q) == (target in ON_POLICY), target
 
 
+def test_one_step_goes_on_over_what_was_not_logged(frames: dict[str, pd.DataFrame]) -> None:
+    """The second suggestion is never logged: V learns nothing of the states there, and must not be asked."""
+    frame = frames["policy"].copy()
+    gone = (frame["turn"] == 2) & frame["suggestion_status"].notna()
+    frame.loc[gone, ["suggestion", "suggestion_status"]] = [None, "missing"]
+    table, data = enumerated(frame, CHAIN.state_of, ACTIONS, POLICY, GAMMA)
+    states = np.unique(table.state[data.conversation >= 0][gone.to_numpy()])
+    blind = replace(data, logged=data.logged & ~np.isin(table.state, states))
+    estimator("one_step").fit(table, blind)
+    first = CHAIN.start > 0
+    exact = CHAIN.q_pi(POLICY, GAMMA)
+    assert np.abs(table.q[first] - exact[first]).max() < 0.06
+
+
 # --- what is refused, and what is reported ---------------------------------------------------------------------------
 
 
@@ -379,6 +393,15 @@ def test_the_effective_size_is_kishs_and_too_small_a_one_is_refused_with_the_fig
             checked(data, estimator(target), 5000.0, [1.0])
     for target in (*ON_POLICY, "one_step"):
         assert "fit_effective_size" not in checked(data, estimator(target), 5000.0, [1.0])
+
+
+def test_a_few_known_ratios_are_no_evidence_against_the_rest() -> None:
+    data = chain_data()
+    own = replace(data, log_ratio=np.zeros(len(data.last)))
+    few = replace(own, log_ratio=np.where(np.cumsum(data.logged) <= 40, 0.0, np.nan))
+    assert checked(few, estimator("fqe"), 100.0, [1.0])["fit_effective_size"] == pytest.approx(40, abs=1)
+    with pytest.raises(TrainingError, match=r"40\.0 of the policy's own"):
+        checked(few, estimator("retrace"), 100.0, [1.0])
 
 
 def test_a_log_of_nothing_that_the_policy_says_is_refused_and_not_taken_for_one_without_logprobs() -> None:

@@ -539,6 +539,18 @@ def test_every_turn_weighs_the_same_whatever_the_length_of_its_conversation(
     assert len(apart) == 6 and torch.allclose(apart.mean(0), gradients[-1], atol=1e-4)
 
 
+def test_an_action_that_is_never_sampled_trains_nothing(bandit: LanguagePolicy) -> None:
+    """It holds a token that the policy leaves out, so its ratio is no number; the others teach as without it."""
+    data = log_of(bandit, {"yes": 1.0, "no": -1.0})
+    never = int(bandit.banned[0])
+    rows = [*data.encoded.sequences, single(len(data.advantage), prompt(bandit), (never, bandit.renderer.eos), True)]
+    more = LoggedData(EncodedTable(rows, len(rows)), np.append(data.advantage, 0.0), np.append(data.behaviour, -3.0))
+    assert np.isneginf(bandit.score(more.encoded)[-1])
+    student, curve = improve_on_log(bandit, more, logged(), seed=0)
+    assert all(np.isfinite(entry["loss"]) for entry in curve)
+    assert probability(student, "yes") > 1.2 * probability(bandit, "yes")
+
+
 def test_actions_without_a_log_prob_train_nothing(bandit: LanguagePolicy) -> None:
     data = log_of(bandit, {"yes": 1.0, "no": -1.0, "maybe": 0.5})
     unknown = np.arange(len(data.advantage)) % 3 == 2

@@ -99,6 +99,19 @@ def ruled(frame: pd.DataFrame, **changes: Any) -> pd.DataFrame:
     return labels.judged(frame, config)
 
 
+def test_a_null_beside_a_reported_outcome_is_0() -> None:
+    """As a logger leaves rows until a sale comes: the sale must not be lost for the nulls before it."""
+    frame = pd.DataFrame({
+        "conversation_id": ["a", "a", "b", "b"],
+        "outcome_sold": [np.nan, 1.0, np.nan, np.nan],
+        "outcome_rated": [np.nan, np.nan, np.nan, np.nan],
+        "outcome_origin": pd.array([None, None, "reported", "reported"], dtype="string"),
+    })  # fmt: skip
+    found = as_reported(frame, {"sold": 1.0, "rated": 0.5})
+    assert found["outcome"].tolist()[:2] == [0.0, 1.0] and found["outcome_rated"].tolist()[:2] == [0.0, 0.0]
+    assert found["outcome"][2:].isna().all(), "a report that says nothing is one that validation has to see"
+
+
 def test_a_rule_labels_what_nobody_reported_and_nothing_else() -> None:
     frame = frame_of(
         talk("found", "hi", "it's a DEAL", None),

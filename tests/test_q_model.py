@@ -131,8 +131,8 @@ def test_values_and_losses_are_in_the_outcomes_units(loss: str, low: float, high
     logits, target = torch.tensor([-3.0, 0.0, 40.0]), torch.tensor([low, (low + high) / 2, high])
     p = torch.sigmoid(logits.double())
     if loss == "mse":
-        assert scale.value(logits[:, None]).tolist() == logits.tolist()
-        expected = (logits - target) ** 2
+        assert scale.value(logits[:, None]).tolist() == (low + (high - low) * logits).tolist()
+        expected = (logits - torch.tensor([0.0, 0.5, 1.0])) ** 2
     else:
         value = scale.value(logits[:, None])
         assert value.tolist() == pytest.approx((low + (high - low) * p).tolist(), abs=1e-6)
@@ -715,6 +715,8 @@ def test_members_are_fitted_to_bootstraps_of_conversations(
     assert counts.mean() == pytest.approx(1.0, abs=0.1) and counts.var() == pytest.approx(1.0, abs=0.15)
     assert abs(np.corrcoef(counts.T)[np.triu_indices(3, 1)]).max() < 0.2
     assert bootstrap_weights(last, UNIT, seed=0) is None
+    judged = bootstrap_weights(last, replace(UNIT, judges=2), seed=0)
+    assert judged is not None and (judged[:, 0] == 1.0).all() and (judged[:, 1:] == 0.0).any(), "judges cost nothing"
     config = config_with(**{"q.members": 2, "q.judges": 1})
     data = a_round(tiny_policy, scripted[:30])
     q = fit_q(tiny_policy, data, [], config)

@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from real_models import ADD_FIRST, ENDS, FAMILIES, SETTINGS, SIZES, build_tokenizer, save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from iterative_ppo.config import LoRAConfig, RuntimeConfig, load_config
 from iterative_ppo.errors import ConfigError, ModelError, StoreError, TrainingError
@@ -28,6 +36,7 @@ from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log
 from iterative_ppo.learning.improve.ppo import improve
 from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
+from iterative_ppo.learning.loading import save_tokenizer
 from iterative_ppo.learning.optimization import descend, optimizer_for, pieces
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.runtime import computing
@@ -396,6 +405,58 @@ def test_adapters_that_replace_whole_layers_are_refused(plain_llama: Path, tmp_p
     path = peft_directory(tmp_path, plain_llama, modules_to_save=["lm_head"])
     with pytest.raises(ModelError, match=rf"{path}: its adapters replace lm_head too .* merge them by peft"):
         LanguagePolicy.load(path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"init_lora_weights": "pissa"}, "were made by pissa, which changes the weights below them"),
+        ({"init_lora_weights": "olora"}, "were made by olora, which changes the weights below them"),
+        ({"lora_bias": True}, r"add a bias \(lora_bias\) to layers that have none"),
+    ],
+)
+def test_adapters_that_a_copy_would_not_be_are_refused(
+    plain_llama: Path, tmp_path: Path, how: dict[str, Any], said: str
+) -> None:
+    path = peft_directory(tmp_path, plain_llama, **how)
+    with pytest.raises(ModelError, match=rf"{path}: its adapters {said}.*merge them by peft"):
+        LanguagePolicy.load(path, SETTINGS)
+
+
+def test_adapters_of_another_kind_are_refused(plain_llama: Path, tmp_path: Path) -> None:
+    how = IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(plain_llama), how).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"its adapters are IA3, and only LoRA's can be trained on; merge them"):
+        LanguagePolicy.load(tmp_path, SETTINGS, lora=LORA)
+
+
+def test_adapters_without_a_tokenizer_have_their_bases(plain_llama: Path, tmp_path: Path) -> None:
+    path = peft_directory(tmp_path, plain_llama)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (path / file).unlink()
+    policy = LanguagePolicy.load(path, SETTINGS)
+    assert policy.renderer.ids("which room") == LanguagePolicy.load(plain_llama, SETTINGS).renderer.ids("which room")
+
+
+def test_a_saved_tokenizer_reads_as_the_one_that_it_was(talks: list[Conversation], tmp_path: Path) -> None:
+    """Llama's first tokenizers put a space before every piece of text; what transformers saves forgets that."""
+    path = save_model(tmp_path / "llama", "llama", messages(talks))
+    tokens = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokens.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    tokens.train_from_iterator(messages(talks), trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokens, **named).save_pretrained(path)
+    told = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(told | {"tokenizer_class": "LlamaTokenizer", "legacy": True})
+    )
+    before = AutoTokenizer.from_pretrained(path)
+    save_tokenizer(before, tmp_path / "saved")
+    after, text = AutoTokenizer.from_pretrained(tmp_path / "saved"), "which room</s>which room"
+    assert before.legacy and before.encode(text) == after.encode(text)
+    before.save_pretrained(tmp_path / "theirs")
+    assert before.encode(text) != AutoTokenizer.from_pretrained(tmp_path / "theirs").encode(text), "or this is in vain"
 
 
 def test_a_base_saved_as_adapters_changes_nothing(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from iterative_ppo.config.evidence import ABTestConfig, AlarmsConfig, GateConfig, NotifyConfig, RoundsConfig
 from iterative_ppo.config.learning import (
@@ -34,7 +34,7 @@ ON_POLICY = ("monte_carlo", "td_lambda", "sarsa")
 class Config(Frozen):
     """All of params.yaml."""
 
-    seed: int
+    seed: int = Field(ge=0, lt=2**31)
     outcomes: dict[str, float]
     gamma: float = Rate
     data: DataConfig

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 BEYOND = 0.05
 """Share of conversations that may be longer than Q has iterations."""
+WORSE = -0.1
+"""R2 on held-out conversations below which Q is worse than their mean by more than chance has it."""
 
 
 def doubts(figures: Mapping[str, float]) -> Iterator[str]:
@@ -23,6 +25,12 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
         yield (
             f"{what} the same in the conversations of all {turns:,} turns that Q was fitted to, so Q learnt at most "
             "how soon it comes; collect more conversations, or check how outcomes are labelled"
+        )
+    if (told := figures.get("r2", 0.0)) < WORSE:
+        yield (
+            f"Q is worse than the mean of held-out returns: its R2 there is {told:.2f}, so its praise means nothing; "
+            "collect more conversations or fit Q longer, and where data.outcome_low to data.outcome_high is far wider "
+            "than what an outcome has, log outcomes to one scale and give their worth in `outcomes`"
         )
     if (share := figures.get("fit_share_beyond_iterations", 0.0)) > BEYOND:
         yield (

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
+OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""First weights of adapters that peft takes out of the weights below them, each time that it loads them."""
 LINEAR = (torch.nn.Linear, Conv1D)
 
 
@@ -96,6 +98,8 @@ def check_loaded(model: PreTrainedModel, name: str) -> None:
     """Raise ModelError where what came with a directory of adapters cannot be copied or merged into the weights."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    for how in model.peft_config.values() if has_adapters(model) else ():
+        _check_kind(model, how, name)
     whole = sorted({_last(n) for n, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)})
     if whole:
         raise ModelError(
@@ -103,6 +107,21 @@ def check_loaded(model: PreTrainedModel, name: str) -> None:
             "is not kept here; merge them by peft's merge_and_unload, and name what that saves"
         )
     check_apart(model, name)
+
+
+def _check_kind(model: PreTrainedModel, how: Any, name: str) -> None:
+    from peft import LoraConfig
+
+    merge = "merge them by peft's merge_and_unload, and name what that saves"
+    if not isinstance(how, LoraConfig):
+        raise ModelError(f"{name}: its adapters are {how.peft_type.value}, and only LoRA's can be trained on; {merge}")
+    if isinstance(how.init_lora_weights, str) and how.init_lora_weights.startswith(OF_THE_BASE):
+        raise ModelError(
+            f"{name}: its adapters were made by {how.init_lora_weights}, which changes the weights below them as they "
+            f"are loaded, so that a copy would be another policy; {merge}"
+        )
+    if how.lora_bias and any(getattr(layer.get_base_layer(), "bias", None) is None for layer in _layers(model)):
+        raise ModelError(f"{name}: its adapters add a bias (lora_bias) to layers that have none; {merge}")
 
 
 def check_apart(model: PreTrainedModel, name: str) -> None:

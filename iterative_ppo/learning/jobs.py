@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -64,7 +65,7 @@ class Crediting:
         number = np.repeat(np.arange(len(rounds)), [len(r.last) for r in rounds])
         pd.DataFrame({"round": number, "reward": rewards}).to_parquet(folder / TURN_REWARDS, index=False)
         objective = OBJECTIVE.format(self.config.credit.assigner)
-        write_json(folder / CREDIT, {"objective": objective, "metrics": result.report})
+        write_json(folder / CREDIT, {"objective": objective, "metrics": _told(result.report)})
 
     def load(self, folder: Path) -> Credit:
         last = pd.read_parquet(folder / TURN_REWARDS)["round"].iloc[-1]
@@ -72,6 +73,11 @@ class Crediting:
             stored_credit(r, folder, self.config, k) for k, r in enumerate([self.current, *self.replay][: last + 1])
         )
         return Credit(current, tuple(replay), read_json(folder / CREDIT)["metrics"])
+
+
+def _told(report: Mapping[str, float]) -> dict[str, float]:
+    """The figures that could be told, as a rank correlation of conversations that ended alike cannot."""
+    return {name: value for name, value in report.items() if np.isfinite(value)}
 
 
 def stored_credit(data: Round, folder: Path, config: Config, number: int = 0) -> Round:
@@ -104,7 +110,7 @@ class Evaluation:
 
     def save(self, result: QModel, folder: Path) -> None:
         result.save(folder / "model")
-        write_json(folder / REPORT, result.report)
+        write_json(folder / REPORT, _told(result.report))
 
     def load(self, folder: Path) -> QModel:
         q = QModel.load(folder / "model", self.config.runtime.device)

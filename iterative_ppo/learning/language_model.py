@@ -157,7 +157,7 @@ class LanguagePolicy:
         else:
             self._plain_model().save_pretrained(path)
             base = {}
-        self.tokenizer.save_pretrained(path)
+        loading.save_tokenizer(self.tokenizer, path)
         self._generation().save_pretrained(path)
         write_json(path / SETTINGS, asdict(self.settings) | base)
 

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from iterative_ppo.errors import ModelError, StoreError
-from iterative_ppo.files import content_hash, fingerprint, read_json
+from iterative_ppo.files import content_hash, fingerprint, read_json, write_json
 from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
 from iterative_ppo.learning.sampling import CachedReader, right_padded
 
 ADAPTERS = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,7 +41,16 @@ def load_causal_lm(path: Path | str, dtype: torch.dtype) -> tuple[Any, PreTraine
     _check_base(Path(path))
     what = "a causal language model that can be loaded offline"
     model = with_weights(AutoModelForCausalLM, source, path, dtype, what)
-    return model, tried(lambda: AutoTokenizer.from_pretrained(source), path, what)
+    base = base_of(Path(path)) if there and not (Path(path) / TOKENIZER).exists() else None
+    return model, tried(lambda: AutoTokenizer.from_pretrained(base or source), path, what)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Save it so that it reads a text as it does now: transformers leaves out how Llama's first word begins."""
+    tokenizer.save_pretrained(path)
+    legacy = getattr(tokenizer, "legacy", None)
+    if legacy is not None:
+        write_json(path / TOKENIZER, read_json(path / TOKENIZER) | {"legacy": legacy})
 
 
 def with_weights(kind: Any, source: str, path: Path | str, dtype: torch.dtype, what: str) -> Any:

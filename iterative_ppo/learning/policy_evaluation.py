@@ -200,7 +200,8 @@ def checked(
         )
     if known.any():
         size = figures["fit_effective_size"] = effective_size(data.log_ratio[known])
-        if size < effective_size_floor:
+        worth = size if estimator.needs_ratios else size * rows.sum() / known.sum()  # the others are taken to be alike
+        if worth < effective_size_floor:
             raise SupportError(
                 f"{known.sum()} logged suggestions are worth {size:.1f} of the policy's own (effective sample size), "
                 f"fewer than q.effective_size_floor = {effective_size_floor:g}; collect conversations nearer to the "
@@ -235,9 +236,11 @@ def _alike(data: Transitions, rows: np.ndarray, weights: Sequence[float], by_tur
 
 
 def bootstrap_weights(last: np.ndarray, settings: QSettings, seed: int) -> np.ndarray | None:
-    """(N, H) Poisson(1) weights, one for each conversation and member; None for a single member, which sees all."""
+    """(N, H) Poisson(1) weights, one for each conversation and member, or judge; a single member sees all (None)."""
     members = settings.members + settings.judges
     if members == 1:
         return None
     drawn = np.random.default_rng(seed).poisson(1.0, (int(last.sum()), members))
+    if settings.members == 1:
+        drawn[:, 0] = 1
     return np.repeat(drawn[conversation_numbers(last)], len(settings.outcomes), axis=1).astype(np.float32)

@@ -15,7 +15,7 @@ MARGIN = 3
 
 @dataclass(frozen=True)
 class ValueScale:
-    """One output a head under bce (low + (high - low) sigmoid) and mse (itself); `bins` outputs under hl_gauss.
+    """One output a head, under bce low + (high - low) sigmoid, under mse the same without; `bins` under hl_gauss.
 
     hl_gauss (Farebrother et al. 2024, arXiv 2403.03950): the value is the mean of a histogram over the range, fitted by
     cross-entropy to a normal distribution around the target.
@@ -33,7 +33,7 @@ class ValueScale:
             centres = (edges[1:] + edges[:-1]) / 2
             return (outputs.softmax(dim=-1) * centres).sum(dim=-1)  # autocast would make a matrix product bfloat16
         raw = outputs[..., 0]
-        return raw if self.loss_name == "mse" else self.low + (self.high - self.low) * torch.sigmoid(raw)
+        return self.low + (self.high - self.low) * (raw if self.loss_name == "mse" else torch.sigmoid(raw))
 
     def loss(self, outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """(...) elementwise loss of (..., bins) outputs against (...) targets in the outcome's units.
@@ -43,10 +43,9 @@ class ValueScale:
         """
         if self.loss_name == "hl_gauss":
             return -(self._histogram(target) * outputs.log_softmax(dim=-1)).sum(dim=-1)
-        raw = outputs[..., 0]
+        raw, unit = outputs[..., 0], (target - self.low) / (self.high - self.low)
         if self.loss_name == "mse":
-            return (raw - target) ** 2
-        unit = (target - self.low) / (self.high - self.low)
+            return (raw - unit) ** 2
         return F.binary_cross_entropy_with_logits(raw, unit, reduction="none")
 
     def _edges(self, like: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,12 @@ def _command(config: RuntimeConfig, scratch: Path) -> list[str]:
     else:
         how = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     how += ["--num_processes", str(config.processes), "--main_process_port", "0"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *how, *module]
+    return [sys.executable, *BOUND, sys.executable, "-m", "accelerate.commands.launch", *how, *module]
+
+
+DIE_WITH_PARENT = "import ctypes, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9)"
+"""PR_SET_PDEATHSIG, SIGKILL: a run that was killed leaves nobody that trains on beside the next one."""
+BOUND = ("-c", f"{DIE_WITH_PARENT}; import os; os.execv(sys.argv[1], sys.argv[1:])")
 
 
 def _environment(config: RuntimeConfig) -> dict[str, str]:
@@ -103,6 +108,7 @@ def _error(scratch: Path, code: int, said: str) -> IterativePPOError:
 
 def work(scratch: Path) -> None:
     """What each process does."""
+    exec(DIE_WITH_PARENT)
     from accelerate import PartialState
 
     PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")

@@ -26,13 +26,13 @@ SIDES = {"customer": "customer_message", "business": "business_message"}
 def as_reported(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFrame:
     """Outcomes as reported, R under today's weights; a conversation that nobody reported on has none, which is 0.
 
-    Where an outcome is above 0 although no origin is named, somebody has reported it.
+    Where an outcome is above 0 although no origin is named, somebody has reported it; what is null beside it is 0.
     """
     named, labelled = frame[outcome_columns(outcomes)], frame[ORIGIN].notna()
     paid = named.fillna(0.0).ne(0.0).any(axis=1) & ~labelled
     reported = paid.groupby(frame["conversation_id"], dropna=False).transform("any").astype(bool)
     origin = frame[ORIGIN].mask(reported & ~labelled, REPORTED)
-    return weighted(frame.assign(**named.where(origin.notna(), named.fillna(0.0)), **{ORIGIN: origin}), outcomes)
+    return weighted(frame.assign(**named.where(labelled, named.fillna(0.0)), **{ORIGIN: origin}), outcomes)
 
 
 def by_rule(frame: pd.DataFrame, rules: Mapping[str, RuleConfig]) -> pd.DataFrame:

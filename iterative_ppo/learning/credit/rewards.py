@@ -103,7 +103,8 @@ def token_rewards(log_ratio: np.ndarray, turns: Turns, beta: float) -> np.ndarra
 def norm_itpo(rewards: np.ndarray, turns: Turns, outcome: np.ndarray, temperature: float) -> np.ndarray:
     """(N,) u_k = R softmax_k(mean_{t in k}(r_t) L / temperature): they sum to the conversation's outcome.
 
-    The softmax is over the turns of a conversation that have a logged suggestion, L their mean length in the batch.
+    Of an R below 0, which the paper does not have, those bear the most that helped least. The softmax is over the turns
+    of a conversation that have a logged suggestion, L their mean length in the batch.
 
     Args:
         rewards: (T,) token_rewards. outcome: (C,) R.
@@ -111,7 +112,7 @@ def norm_itpo(rewards: np.ndarray, turns: Turns, outcome: np.ndarray, temperatur
     spoken = turns.lengths > 0
     tokens, count = (np.bincount(turns.batch, x, turns.conversations) for x in (turns.lengths, spoken))
     usual = (tokens / np.maximum(count, 1))[turns.batch]
-    logit = turns.means(rewards) * usual / temperature
+    logit = turns.means(rewards) * usual / temperature * np.where(outcome < 0, -1.0, 1.0)[turns.conversation]
     most = np.full(turns.conversations, -np.inf)
     np.maximum.at(most, turns.conversation[spoken], logit[spoken])
     weight = np.zeros(len(logit))

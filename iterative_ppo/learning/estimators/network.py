@@ -197,7 +197,8 @@ class Network:
         with torch.no_grad():
             for block, solved in ((1, q_weights), (0, torch.from_numpy(self._value_weights(weights, v)))):
                 part = slice(block * heads, (block + 1) * heads)
-                self.q.head.weight[part], self.q.head.bias[part] = solved[:-1].T, solved[-1]
+                low, span = self.q.settings.low, self.q.settings.high - self.q.settings.low
+                self.q.head.weight[part], self.q.head.bias[part] = solved[:-1].T / span, (solved[-1] - low) / span
 
     def _value_weights(self, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
         moments = self.log.config.ridge * np.eye(len(weights))

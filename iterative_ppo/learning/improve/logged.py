@@ -82,7 +82,9 @@ def improve_on_log(
     def objective(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         spans = np.flatnonzero(batch.trains & usable[batch.row])
         log_prob, rows = student.response_log_probs(batch, spans), batch.row[spans]
-        old, gain = (torch.from_numpy(x[rows]).to(log_prob) for x in (data.behaviour, advantage))
+        said = torch.isfinite(log_prob.detach())  # what holds a token that is never sampled has no ratio
+        old, gain = (torch.from_numpy(x[rows]).to(log_prob)[said] for x in (data.behaviour, advantage))
+        log_prob = log_prob[said]
         value, outside = logged_objective(log_prob, old, gain, config.clip)
         # neighbours in length share a batch: over the usual number of turns, a turn weighs the same in each
         return -value.sum() / usual, {"clip_fraction": outside.sum() / usual}
