@@ -1017,7 +1017,7 @@ def test_a_token_that_is_never_written_needs_no_row(talks: list[Conversation], c
     assert np.allclose(policy.score(table_of(prompts, responses.tokens)), responses.logprobs, atol=2e-4)
     refused = [replace(SETTINGS, abstain="<image_soft_token>")]
     if chat:
-        with_template("{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}<image_soft_token>")(path)
+        with_template("<image_soft_token>{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}")(path)
         refused.append(SETTINGS)
     for settings in refused:
         with pytest.raises(ModelError, match=f"texts hold token ids up to {rows}, the model embeds {rows}"):
