@@ -37,6 +37,8 @@ log = logging.getLogger("iterative_ppo.looks")
 HOUR = pd.Timedelta(hours=1)
 DESIGN = ("design", "conversations", "challenger_share", "looks", "mde", "success_above", "ramp", "ramp_hours", "unit")
 PAIRED = "business_conversations"
+HARM_LEAST = {"conversation": 50, "business": 10}
+"""Units of the challenger's before anybody looks for harm."""
 WINDOWS = 2
 LEAST_HOURS = 24.0
 """Of traffic, before its pace is told: hours of a day differ."""
@@ -194,7 +196,8 @@ def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
     if seen.missing and look.verdict != "halt":
         look = replace(look, verdict="continue", reasons=(seen.missing,))
     if look.verdict == "continue":
-        broken = harm(config.gate.guardrails, *_arms(config, tested, seen.begun), config.gate.alpha)
+        arms, least = _arms(config, tested, seen.begun), HARM_LEAST[config.abtest.unit]
+        broken = harm(config.gate.guardrails, *arms, config.gate.alpha, least)
         look = replace(look, verdict="halt", reasons=(broken,)) if broken else look
     if look.verdict == "halt" or (look.verdict == "continue" and (seen.missing or look.statistic is None)):
         return Finding(look)

@@ -117,7 +117,7 @@ def guarded(
 
 
 def harm(
-    rules: Mapping[str, GuardrailConfig], champion: Said, challenger: Said, alpha: float, least: int = 50
+    rules: Mapping[str, GuardrailConfig], champion: Said, challenger: Said, alpha: float, least: int
 ) -> str | None:
     """The first guardrail of which it is shown that the challenger breaks it, in words; None where none is.
 
