@@ -21,6 +21,9 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
+FEW_SUCCESSES = 20
+
+
 def plan(
     base: Annotated[float, typer.Option(help="The champion's success rate, a share: .3.")],
     mde: Annotated[float | None, typer.Option(help="The least gain worth finding, a share: .03 is 3 points.")] = None,
@@ -56,6 +59,14 @@ def plan(
     (mine,) = (one for one in planned if one.design == test.design)
     enough = "enough" if test.conversations >= mine.most else f"too few; set abtest.conversations={mine.most}"
     typer.echo(f"configured: {test.design}, {test.conversations:,} conversations: {enough}")
+    share = min(test.challenger_share, 1 - test.challenger_share)
+    expected = min(base, 1 - base) * share * test.conversations
+    if test.design != "anytime" and expected < FEW_SUCCESSES:
+        typer.echo(
+            f"the smaller arm expects {expected:.1f} conversations of the rarer end; below {FEW_SUCCESSES} the normal "
+            f"distribution promotes more often than alpha says (.076 for .05 where 1.5 are expected): give that arm a "
+            "larger share, or set abtest.design to anytime"
+        )
 
 
 def abtest(
