@@ -304,6 +304,18 @@ def test_a_response_has_the_tokens_of_the_whole_text(kind: str, template: str) -
 HELLO = tuple(Turn("which room", (), Suggestion(a, "suggested"), a, "verbatim") for a in ("Hello", "five hundred"))
 
 
+def test_of_several_chat_templates_the_default_is_dated_too(bpe: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.deepcopy(bpe)
+    tokenizer.chat_template = {"default": "{{ strftime_now('%Y') }}" + CHAT, "tool_use": CHAT}
+    state = State((), "hello")
+    assert bpe.decode(list(Renderer(tokenizer, ROOMY, 64, ABSTAINS).prompt(state).tokens)).startswith(
+        "2026<|business|>"
+    )
+    tokenizer.chat_template = {"tool_use": CHAT}
+    with pytest.raises(ModelError, match="chat template fails .*no default"):
+        Renderer(tokenizer, ROOMY, 64, ABSTAINS)
+
+
 def test_a_chat_template_that_leaves_out_what_is_said_is_refused(bpe: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ModelError, match="chat template leaves out what the user says; mend it, or remove"):
         chatting(bpe, "{% for m in messages %}{{ m['role'] }}<|eos|>{% endfor %}")

@@ -118,6 +118,9 @@ class ChatTemplate:
 
 def _dated(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The template with a day of its own, as an argument, where it would write the day on which it is used."""
-    template: Any = tokenizer.get_chat_template() if "strftime_now" in str(tokenizer.chat_template) else ""
+    named: Any = tokenizer.chat_template
+    template = named.get("default", "") if isinstance(named, dict) else named
+    if "strftime_now" not in template:
+        return {}
     written = _CLOCK.sub(lambda found: repr(TODAY.strftime(found["format"])), template)
-    return {"chat_template": written} if written else {}
+    return {"chat_template": written}
