@@ -312,7 +312,7 @@ def test_of_several_chat_templates_the_default_is_dated_too(bpe: PreTrainedToken
         "2026<|business|>"
     )
     tokenizer.chat_template = {"tool_use": CHAT}
-    with pytest.raises(ModelError, match="chat template fails .*no default"):
+    with pytest.raises(ModelError, match=r"chat template fails .*no default"):
         Renderer(tokenizer, ROOMY, 64, ABSTAINS)
 
 
