@@ -20,6 +20,7 @@ import pandas as pd
 from iterative_ppo.config import Config
 from iterative_ppo.errors import ConfigError, StoreError, TurnTableError
 from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.clusters import equal_businesses
 from iterative_ppo.evaluation.designs import design_of
 from iterative_ppo.evaluation.experiment import LEAST_BUSINESSES, History, Look, comparable
 from iterative_ppo.evaluation.gate import chances, waiting
@@ -370,7 +371,7 @@ def _business(table: pd.DataFrame, config: Config) -> np.ndarray | None:
     business = table["business"]
     if config.abtest.unit != "business":
         sizes = business.value_counts().to_numpy(dtype=float)
-        if business.isna().any() or not len(sizes) or sizes.sum() ** 2 / (sizes**2).sum() < LEAST_BUSINESSES:
+        if business.isna().any() or equal_businesses(sizes) < LEAST_BUSINESSES:
             return None
     return business.to_numpy(dtype=object).astype(str)
 

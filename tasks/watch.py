@@ -107,11 +107,11 @@ def _in_order(frame: pd.DataFrame, label: str, until: pd.Timestamp) -> pd.DataFr
     return mine.iloc[order[: rank.notna().sum()]]
 
 
-def _measured(frame: pd.DataFrame | None, least: float) -> pd.DataFrame:
+def _measured(frame: pd.DataFrame | None, above: float) -> pd.DataFrame:
     if frame is None or frame.empty:
         return pd.DataFrame({name: np.zeros(0) for name in ("outcome", "acceptance", "abstention", "length")})
     return pd.DataFrame(
-        measure(frame, least), index=pd.Index(frame["conversation_id"].unique(), name="conversation_id")
+        measure(frame, above), index=pd.Index(frame["conversation_id"].unique(), name="conversation_id")
     )
 
 

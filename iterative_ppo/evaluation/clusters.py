@@ -50,6 +50,11 @@ def _summed(arm: Tally) -> Tally:
     return Tally(arm.count.sum(-1), arm.total.sum(-1), arm.squares.sum(-1))
 
 
+def equal_businesses(sizes: np.ndarray) -> float:
+    """How many businesses of equal size (G,) sizes are worth, (sum n)^2 / sum n^2 (Kish); 0 of none."""
+    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) else 0.0
+
+
 def by_business(business: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> Tally:
     """(G,) tallies of (N,) values by (N,) codes 0..G-1, over the (N,) bool `chosen` rows."""
     codes, values, businesses = business[chosen], values[chosen], int(business.max(initial=-1)) + 1

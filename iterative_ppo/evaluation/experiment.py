@@ -10,7 +10,7 @@ import numpy as np
 
 from iterative_ppo.config import ABTestConfig
 from iterative_ppo.errors import ConfigError, TurnTableError
-from iterative_ppo.evaluation.clusters import by_business, cluster_comparison
+from iterative_ppo.evaluation.clusters import by_business, cluster_comparison, equal_businesses
 from iterative_ppo.evaluation.comparison import Comparison, Tally
 from iterative_ppo.evaluation.sample_ratio import mismatch
 
@@ -210,8 +210,7 @@ def _nothing_to_compare(arms: tuple[np.ndarray, np.ndarray], codes: np.ndarray |
 def _too_few_businesses(codes: np.ndarray, challenger: np.ndarray) -> str | None:
     """Of assigned businesses, whose arms share none."""
     for name, arm in (("champion", codes[~challenger]), ("challenger", codes[challenger])):
-        sizes = np.bincount(arm)
-        worth = sizes.sum() ** 2 / (sizes**2).sum()
+        worth = equal_businesses(np.bincount(arm))
         if worth < LEAST_BUSINESSES / 2:
             return (
                 f"the {name}'s {len(arm)} conversations are those of {worth:.1f} businesses of equal size, at least "

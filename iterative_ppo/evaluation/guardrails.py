@@ -69,16 +69,20 @@ class Said:
         texts = rows["suggestion"].fillna("").astype(str).tolist()
         adoption = rows["adoption"].astype(object).where(rows["adoption"].notna(), None).tolist()
         abstained = (rows["suggestion_status"] == "abstained").to_numpy(dtype=bool)
-        units, names = rows[unit].to_numpy(dtype=object), rows["conversation_id"]
-        worth = names.map(frame.groupby("conversation_id", sort=False)["outcome"].sum()).to_numpy(dtype=float)
         return cls(
-            units,
+            rows[unit].to_numpy(dtype=object),
             texts,
             [text.split() for text in texts],
             abstained,
             adoption=adoption if any(adoption) else None,
-            reward=np.where(last_rows(rows), worth, np.nan) if rewarded else None,
+            reward=_worth(frame, rows) if rewarded else None,
         )
+
+
+def _worth(frame: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
+    """(N,) R of each conversation of the table at its last one of these rows, NaN at the others."""
+    total = frame.groupby("conversation_id", sort=False)["outcome"].sum()
+    return np.where(last_rows(rows), rows["conversation_id"].map(total).to_numpy(dtype=float), np.nan)
 
 
 def _rows(values: Any, rows: np.ndarray) -> Any:

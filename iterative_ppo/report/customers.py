@@ -16,11 +16,10 @@ from iterative_ppo.errors import StoreError, TurnTableError
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.evaluation.metrics import proportion_interval
 from iterative_ppo.mdp import turn_table
+from iterative_ppo.report.words import LOGGED
 
 ADOPTIONS = ("verbatim", "edited", "rejected", "none")
 CHAMPION, CHALLENGER = "champion", "challenger"
-LOGGED = "logged"
-"""How the policy versions of a log are named, which are none of ours."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Group:
 
     @property
     def of_log(self) -> bool:
+        """Whether its policy is a log's, which is none of ours."""
         return self.policy.split(" ")[0] == LOGGED
 
     @property
