@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 PROMPTS = "prompts.parquet"
+RANGES = {"outcome_low", "outcome_high", "outcome_ranges"}
 STARTING, CREDITING, FITTING, IMPROVING = "starting", "crediting", "fitting", "improving"
 IMPROVED_WITH: Any = {
     **dict.fromkeys(("seed", "gamma", "outcomes", "credit", "q", "improve"), True),
@@ -105,7 +106,7 @@ def initial_policy_stage(
         inputs["base"] = [content_hash(place), base_weights(place)]
     if config.q.corpus_epochs:
         inputs |= {"reward": config.improve.reward, "outcomes": list(config.outcomes.items())}
-        inputs["data"] = config.data.model_dump(include={"evidence_share", "split_by", "outcome_low", "outcome_high"})
+        inputs["data"] = config.data.model_dump(include={"evidence_share", "split_by", *RANGES})
     folder = round_folder(config, 0)
 
     def work(draft: Path) -> Mapping[str, float]:
@@ -197,7 +198,7 @@ def fit_q_stage(
         "reward": config.improve.reward,
         "gamma": config.gamma,
         "outcomes": config.outcomes,
-        "range": (config.data.outcome_low, config.data.outcome_high),
+        "range": config.data.model_dump(include=RANGES),
         "seed": config.seed,
         "policy": content_hash(policy.path),
         "md5": dataset.md5,

@@ -100,10 +100,11 @@ def outcome_report(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, 
     held = ~current.fit & np.isfinite(values.q[:, 0])
     ids = frame["conversation_id"].to_numpy(dtype=str)[held]
     found: dict[str, Any] = {}
-    ended, within = _ended(current, current.head_rewards), (q.settings.low, q.settings.high)
+    ended = _ended(current, current.head_rewards)
     for k, (name, weight) in enumerate(q.settings.outcomes.items()):
         if not held.any():
             break
+        within = q.settings.outcome_ranges[k]
         returns, won = current.outcome_returns[held, k], _ending(frame, outcome_columns([name])[0])[held] > 0
         discounted = _reliability(values.q[held, k], returns, ids, within)
         said = _forecasts(values.q[held, k], ended[held, k], ids, within)
@@ -147,7 +148,8 @@ def _forecasts(
 
 def value_range(q: QModel) -> tuple[float, float]:
     """Least and greatest weighted sum of what the heads can say."""
-    ends = [sorted((weight * q.settings.low, weight * q.settings.high)) for weight in q.settings.outcomes.values()]
+    weighted = zip(q.settings.outcomes.values(), q.settings.outcome_ranges, strict=True)
+    ends = [sorted((weight * low, weight * high)) for weight, (low, high) in weighted]
     return sum(low for low, _ in ends), sum(high for _, high in ends)
 
 

@@ -83,8 +83,9 @@ def turn_suite(config: Config) -> ExpectationSuite:
     def must(field: str, words: str) -> dict[str, Any]:
         return {"meta": {"field": field, "must": words}, "notes": f"{field}: must {words}"}
 
-    low, high, schema = config.data.outcome_low, config.data.outcome_high, turn_schema(config.outcomes)
-    named = outcome_columns(config.outcomes)  # R, their weighted sum, has its ends from them, but for rounding
+    schema = turn_schema(config.outcomes)
+    ranges = [config.data.range_of(name) for name in config.outcomes]  # R, their weighted sum, has its ends from them
+    named = zip(outcome_columns(config.outcomes), ranges, strict=True)
     sets = {"suggestion_status": SUGGESTION_STATUSES, "adoption": ADOPTIONS, "part": PARTS}
     expectations: list[Any] = [
         gxe.ExpectTableColumnsToMatchSet(column_set=schema.names, exact_match=False, **must("columns", "be complete")),
@@ -108,7 +109,7 @@ def turn_suite(config: Config) -> ExpectationSuite:
             gxe.ExpectColumnValuesToBeBetween(
                 column=c, min_value=low, max_value=high, **must(c, f"be from {low:g} to {high:g}")
             )
-            for c in named
+            for c, (low, high) in named
         ],
         gxe.ExpectColumnValuesToMatchRegex(
             column=ORIGIN, regex=ORIGINS, **must(ORIGIN, "be reported, rule or classifier:<version>")

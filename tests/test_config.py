@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from iterative_ppo.config import DEFAULTS, Config, load_config
 from iterative_ppo.errors import ConfigError
+from iterative_ppo.learning.objective import outcome_range
 
 
 def leaves(values: dict[str, Any], at: str = "") -> dict[str, Any]:
@@ -288,6 +289,21 @@ def test_the_range_of_outcomes_is_checked(tmp_path: Path) -> None:
     for low, high in ((1, 5), (-3, -1)):
         with pytest.raises(ConfigError, match=f"outcome_low {low} to outcome_high {high} leaves out 0"):
             load_config(overrides={"data.outcome_low": low, "data.outcome_high": high})
+
+
+def test_an_outcome_may_have_a_range_of_its_own() -> None:
+    several: dict[str, Any] = {"outcomes": {"revenue": 1.0, "contact": 5.0}}
+    config = load_config(overrides=several | {"data.outcome_ranges": {"revenue": [-50, 500]}})
+    assert [config.data.range_of(name) for name in config.outcomes] == [(-50.0, 500.0), (0.0, 1.0)]
+    assert outcome_range(config) == (-50.0, 505.0)
+    for ranges, message in (
+        ({"revenu": [0, 500]}, "no outcome is named 'revenu' .did you mean 'revenue'"),
+        ({"revenue": [500, 0]}, "outcome_ranges.revenue: the least, 500, must be below the greatest, 0"),
+        ({"revenue": [1, 500]}, "outcome_ranges.revenue 1 to 500 leaves out 0"),
+        ({"revenue": [1]}, "outcome_ranges.revenue"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(overrides=several | {"data.outcome_ranges": ranges})
 
 
 BROKEN = [

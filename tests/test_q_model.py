@@ -175,6 +175,22 @@ def test_values_are_float32_under_autocast_too(loss: str) -> None:
     assert torch.allclose(value, exact, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["bce", "mse", "hl_gauss"])
+def test_each_outcome_has_its_own_range_in_each_member(loss: str) -> None:
+    """The heads of two outcomes and two members say, and lose, what each would alone."""
+    settings = QSettings(loss, 0.0, 1.0, 0.9, {"revenue": 1.0, "contact": 5.0}, members=2)
+    settings = replace(settings, ranges={"revenue": (-50, 500)}, bins=51 if loss == "hl_gauss" else 1)
+    alone = [replace(settings, low=low, high=high, ranges={}, members=1).scale for low, high in ((-50, 500), (0, 1))]
+    alone = [replace(one, low=one.low[:1], high=one.high[:1]) for one in alone]
+    outputs = torch.randn(6, settings.heads, settings.bins, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([120.0, 0.25, 400.0, 1.0]).expand(6, -1)
+    value, loss_of = settings.scale.value(outputs), settings.scale.loss(outputs, target)
+    for head in range(settings.heads):
+        one, column = alone[head % 2], slice(head, head + 1)
+        assert torch.allclose(value[:, column], one.value(outputs[:, column]), atol=1e-4)
+        assert torch.allclose(loss_of[:, column], one.loss(outputs[:, column], target[:, column]), atol=1e-5)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -645,6 +661,32 @@ def test_weights_of_other_outcomes_are_refused(untrained_policy: LanguagePolicy,
         q.reweighted(names)
 
 
+@pytest.mark.parametrize(
+    "how_fitted", [{}, {"q.loss": "hl_gauss"}, {"q.loss": "mse"}, {"q.loss": "mse", "q.target": "lstd_q"}], ids=str
+)
+def test_an_outcome_in_cents_beside_others_is_learnt_as_in_units(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], tmp_path: Path, how_fitted: dict[str, Any]
+) -> None:
+    """With a range of its own a sale's worth takes nothing from what a contact's head can tell apart."""
+    talks = turn_table.conversations(three_outcomes(scripted[:30]))
+    dear = [
+        replace(t, turns=tuple(replace(x, outcomes=(100.0 * x.outcomes[0], *x.outcomes[1:])) for x in t.turns))
+        for t in talks
+    ]
+    cents: dict[str, Any] = {"outcomes": THREE | {"purchase": THREE["purchase"] / 100}}
+    cents |= {"data.outcome_ranges": {"purchase": [0.0, 100.0]}} | how_fitted
+    plain, own = config_with(outcomes=THREE, **how_fitted), config_with(**cents)
+    one = round_of(tiny_policy, three_outcomes(scripted[:30]), plain)
+    other = round_of(tiny_policy, to_frame(dear, THREE, 0.3), own)
+    fitted, again = fit_q(tiny_policy, one, [], plain), fit_q(tiny_policy, other, [], own)
+    values, theirs = fitted.outcome_values(one.encoded).q, again.outcome_values(one.encoded).q
+    assert np.nanmax(np.abs(values)) > 0.01
+    assert np.allclose(values, theirs / [100.0, 1.0, 1.0], atol=2e-4, equal_nan=True)
+    assert not again.settings.same_network(fitted.settings)
+    again.save(tmp_path)
+    assert QModel.load(tmp_path).settings == again.settings
+
+
 def test_one_head_may_learn_the_weighted_sum(tiny_policy: LanguagePolicy, scripted: list[Conversation]) -> None:
     config = config_with(outcomes=THREE, **{"q.outcome_heads": False})
     data = round_of(tiny_policy, three_outcomes(scripted[:20]), config)
@@ -817,7 +859,7 @@ def cut_weights(path: Path) -> None:
         pytest.param(lambda path: (path / "model.safetensors").unlink(), ModelError, id="no weights"),
         pytest.param(cut_weights, ModelError, id="weights cut short"),
         pytest.param(lambda path: (path / SETTINGS).unlink(), StoreError, id="no settings"),
-        pytest.param(settings_are('{"format": 3}'), StoreError, id="newer settings"),
+        pytest.param(settings_are('{"format": 4}'), StoreError, id="newer settings"),
         pytest.param(settings_are('{"format": "2"}'), StoreError, id="format is no number"),
         pytest.param(settings_are("[]"), StoreError, id="settings are a list"),
         pytest.param(settings_are("{"), StoreError, id="settings are no JSON"),

@@ -176,7 +176,7 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     assert list(doubts({"held_out_conversations": 9.0, "held_out_successes": 4.0, "fit_turns": 50.0})) == []
     assert list(doubts({"r2": -0.02})) == []
     (line,) = doubts({"r2": -188.0})
-    assert "its R2 there is -188.00" in line and "log outcomes to one scale" in line
+    assert "its R2 there is -188.00" in line and "data.outcome_ranges" in line
     assert list(doubts({"fit_share_beyond_iterations": 0.05, "fit_longest_conversation": 31.0})) == []
 
 

@@ -207,6 +207,22 @@ def test_the_best_and_the_worst_conversations_are_kept_however_their_sum_rounds(
     assert checked.bad.empty, checked.reasons
 
 
+def test_each_outcome_is_held_to_its_own_range(config: Config) -> None:
+    data = config.data.model_copy(update={"outcome_ranges": {"revenue": (0.0, 500.0)}})
+    both = config.model_copy(update={"outcomes": {"revenue": 1.0, "contact": 5.0}, "data": data})
+
+    def ends(name: str, *outcomes: float) -> Conversation:
+        talk = leaves(name)
+        return replace(talk, turns=(Turn("Hi", (0.0, 0.0), SAID, "Hm"), Turn("Done", outcomes)))
+
+    checked = validate(
+        table(both, ends("order", 480.0, 1.0), ends("contact", 0.0, 2.0), ends("more", 501.0, 0.0)), both
+    )
+    assert set(checked.good["conversation_id"]) == {"order"}
+    reasons = checked.bad.groupby("conversation_id")["reason"].first()
+    assert "contact: must be from 0 to 1" in reasons["contact"] and "revenue: must be from 0 to 500" in reasons["more"]
+
+
 @pytest.mark.parametrize("number", range(len(BREAKS)), ids=NAMES)
 def test_a_broken_conversation_says_row_field_and_reason(verdict: Verdict, number: int) -> None:
     one, frame, bad = BREAKS[number], verdict.frame, verdict.validation.bad

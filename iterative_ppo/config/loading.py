@@ -14,7 +14,7 @@ from iterative_ppo.errors import ConfigError, did_you_mean
 
 NAMED = (("gate", "guardrails"), ("labels", "rules"))
 """Sections in which users name entries of their own."""
-WHOLE = (("outcomes",), ("exploration", "personas"))
+WHOLE = (("outcomes",), ("data", "outcome_ranges"), ("exploration", "personas"))
 """Tables of users' own that are replaced whole."""
 MERGE = "tag:yaml.org,2002:merge"
 DEFAULTS = Path(__file__).resolve().parents[2] / "params.yaml"

@@ -27,6 +27,8 @@ class DataConfig(Frozen):
     """Least possible outcome."""
     outcome_high: float
     """Greatest possible outcome."""
+    outcome_ranges: dict[str, tuple[float, float]]
+    """Least and greatest of an outcome by its name, where they are others: an order's worth beside a yes or no."""
     quarantine_share: float = Share
     """A round stops when more than this share of conversations fails validation."""
     outcome_rate_bound: float = Share
@@ -36,12 +38,25 @@ class DataConfig(Frozen):
     def _range(self) -> DataConfig:
         if self.outcome_low >= self.outcome_high:
             raise ValueError("outcome_low must be below outcome_high")
-        if not self.outcome_low <= 0 <= self.outcome_high:
-            raise ValueError(
-                f"outcome_low {self.outcome_low:g} to outcome_high {self.outcome_high:g} leaves out 0, which is what a "
-                "conversation without an outcome has; count ratings from 0, or costs as negative numbers up to it"
-            )
+        _check_holds_nothing(f"outcome_low {self.outcome_low:g} to outcome_high {self.outcome_high:g}", self.range_of())
+        for name, (low, high) in self.outcome_ranges.items():
+            if low >= high:
+                raise ValueError(f"outcome_ranges.{name}: the least, {low:g}, must be below the greatest, {high:g}")
+            _check_holds_nothing(f"outcome_ranges.{name} {low:g} to {high:g}", (low, high))
         return self
+
+    def range_of(self, outcome: str | None = None) -> tuple[float, float]:
+        """Least and greatest of an outcome; of those that have no range of their own, without a name."""
+        return self.outcome_ranges.get(outcome or "", (self.outcome_low, self.outcome_high))
+
+
+def _check_holds_nothing(what: str, low_high: tuple[float, float]) -> None:
+    low, high = low_high
+    if not low <= 0 <= high:
+        raise ValueError(
+            f"{what} leaves out 0, which is what a conversation without an outcome has; count ratings from 0, or "
+            "costs as negative numbers up to it"
+        )
 
 
 class TrackingConfig(Frozen):

@@ -64,6 +64,10 @@ class Config(Frozen):
                 f"outcomes: {', '.join(self.outcomes)} all weigh 0, so no conversation would be better than another; "
                 "give one of them a weight"
             )
+        for name in self.data.outcome_ranges:
+            if name not in self.outcomes:
+                hint = did_you_mean(name, self.outcomes)
+                raise ValueError(f"data.outcome_ranges: no outcome is named {name!r}{hint}")
         if "origin" in self.outcomes:
             raise ValueError("outcomes: no outcome can be named 'origin'; that column says where labels come from")
         return self
@@ -72,10 +76,10 @@ class Config(Frozen):
     def _rules(self) -> Config:
         if self.labels.kind == "rule" and not self.labels.rules:
             raise ValueError("labels.kind rule: labels.rules names no rule; give one for an outcome")
-        low, high = self.data.outcome_low, self.data.outcome_high
         for name, rule in self.labels.rules.items():
             if name not in self.outcomes:
                 raise ValueError(f"labels.rules: no outcome is named {name!r}{did_you_mean(name, self.outcomes)}")
+            low, high = self.data.range_of(name)
             if not low <= rule.value <= high:
                 raise ValueError(f"labels.rules.{name}.value: {rule.value:g} is not from {low:g} to {high:g}")
         return self

@@ -30,7 +30,7 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
         yield (
             f"Q is worse than the mean of held-out returns: its R2 there is {told:.2f}, so its praise means nothing; "
             "collect more conversations or fit Q longer, and where data.outcome_low to data.outcome_high is far wider "
-            "than what an outcome has, log outcomes to one scale and give their worth in `outcomes`"
+            "than what an outcome has, give that one a range of its own in data.outcome_ranges"
         )
     if (share := figures.get("fit_share_beyond_iterations", 0.0)) > BEYOND:
         yield (

@@ -15,7 +15,7 @@ def head_weights(config: Config) -> dict[str, float]:
 
 
 def head_range(config: Config) -> tuple[float, float]:
-    """Least and greatest value of a head: of an outcome or the sum of all, of acceptance, or of credited returns.
+    """Least and greatest of a head without a range of its own: an outcome, their sum, acceptance, or credited returns.
 
     ITPO's are normalised so that what is to come of them is within 1 (credit/rewards.py:token_rewards), but without
     discount: with it, early rewards weigh more than later ones of the other sign that make up for them, and a return of
@@ -30,13 +30,18 @@ def head_range(config: Config) -> tuple[float, float]:
         return min(0.0, low), max(0.0, high)
     if not config.q.outcome_heads:
         return outcome_range(config)
-    return config.data.outcome_low, config.data.outcome_high
+    return config.data.range_of()
+
+
+def own_ranges(config: Config) -> dict[str, tuple[float, float]]:
+    """Least and greatest value of the heads that have a range of their own, by name: of named outcomes alone."""
+    named = config.improve.reward == "outcome" and config.credit.assigner == "outcome" and config.q.outcome_heads
+    return dict(config.data.outcome_ranges) if named else {}
 
 
 def outcome_range(config: Config) -> tuple[float, float]:
     """Least and greatest R, the weighted sum of the outcomes."""
-    ends = (config.data.outcome_low, config.data.outcome_high)
-    worth = [[weight * end for end in ends] for weight in config.outcomes.values()]
+    worth = [[weight * end for end in config.data.range_of(name)] for name, weight in config.outcomes.items()]
     return sum(map(min, worth)), sum(map(max, worth))
 
 

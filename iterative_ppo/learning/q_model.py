@@ -27,7 +27,7 @@ from iterative_ppo.learning.checkpoint import load_weights, weights_of
 from iterative_ppo.learning.forward import backbone, last_hidden
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
 from iterative_ppo.learning.loading import alike, holds, tried, with_weights
-from iterative_ppo.learning.objective import head_range, head_weights
+from iterative_ppo.learning.objective import head_range, head_weights, own_ranges
 from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.sharding import full
 from iterative_ppo.learning.value_head import value_class
@@ -36,8 +36,8 @@ from iterative_ppo.mdp.rendering import Encoded, single
 
 _LOG = logging.getLogger(__name__)
 SETTINGS = "q.json"
-FORMAT = 2
-"""Format 1 knew one head; what it wrote is read as such."""
+FORMAT = 3
+"""Format 1 knew one head, 2 one range for all of them; what they wrote is read as such."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class QSettings:
     """How the network's outputs become values.
 
     Attributes:
-        loss, low, high, bins: value_scale.ValueScale; the range is that of each named outcome.
+        loss, low, high, bins: value_scale.ValueScale; the range is that of each named outcome,
+            but of those that have one of their own in `ranges`.
         outcomes: weight of each named outcome in R, in the order of the heads.
         members: heads that improvement sees, each fitted to its own bootstrap. judges: further ones held back from it.
         pessimism: over members, Q is mean - pessimism * standard deviation, or their minimum ("min").
@@ -62,6 +63,7 @@ class QSettings:
     pessimism: float | str = 0.0
     value_head: bool = False
     bins: int = 1
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     format: int = FORMAT
 
     @classmethod
@@ -77,6 +79,7 @@ class QSettings:
             c.pessimism,
             c.target in ("lstd_q", "archer"),
             c.bins if c.loss == "hl_gauss" else 1,
+            own_ranges(config),
         )
 
     @property
@@ -86,16 +89,23 @@ class QSettings:
 
     @property
     def scale(self) -> ValueScale:
-        return ValueScale(self.loss, self.low, self.high, self.bins)
+        low, high = zip(*self.outcome_ranges * (self.members + self.judges), strict=True)
+        return ValueScale(self.loss, low, high, self.bins)
+
+    @property
+    def outcome_ranges(self) -> list[tuple[float, float]]:
+        """(K, 2) least and greatest of each outcome."""
+        return [self.ranges.get(name, (self.low, self.high)) for name in self.outcomes]
 
     def same_network(self, other: QSettings) -> bool:
         """Whether weights fitted under `other` are a start here: the same heads, whatever a single one is called."""
 
         def network(one: QSettings) -> QSettings:
-            return replace(one, outcomes={}, pessimism=0.0, gamma=0.0)
+            return replace(one, outcomes={}, pessimism=0.0, gamma=0.0, low=0.0, high=0.0, ranges={})
 
         names, others = list(self.outcomes), list(other.outcomes)
-        return network(self) == network(other) and (names == others or len(names) == len(others) == 1)
+        same = network(self) == network(other) and self.outcome_ranges == other.outcome_ranges
+        return same and (names == others or len(names) == len(others) == 1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,8 @@ class QModel:
         values = read_settings(path / SETTINGS, FORMAT)
         try:
             pad = values.pop("pad")
-            settings = QSettings(**values | {"format": FORMAT})
+            ranges = {name: tuple(ends) for name, ends in values.get("ranges", {}).items()}
+            settings = QSettings(**values | {"ranges": ranges, "format": FORMAT})
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path / SETTINGS}: not a Q's settings ({error})") from None
         config = tried(lambda: AutoConfig.from_pretrained(str(path)), path, "a saved Q-model")

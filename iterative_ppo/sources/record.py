@@ -102,9 +102,10 @@ def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tupl
         if column not in row.values:
             raise refused(row, column, "missing; write null where there is nothing")
     found = tuple(number(row, column) or 0.0 for column in columns)
-    for column, value in zip(columns, found, strict=True):
-        if not data.outcome_low <= value <= data.outcome_high:
-            raise refused(row, column, f"expected {data.outcome_low:g} to {data.outcome_high:g}, found {value:g}")
+    for name, column, value in zip(outcomes, columns, found, strict=True):
+        low, high = data.range_of(name)
+        if not low <= value <= high:
+            raise refused(row, column, f"expected {low:g} to {high:g}, found {value:g}")
     if len(columns) == 1:
         _check_outcome(row, columns[0], found[0], *outcomes.values())
     return found

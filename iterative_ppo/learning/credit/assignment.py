@@ -134,5 +134,5 @@ def _check(outcome: np.ndarray, rows: int, assigner: str, low_high: tuple[float,
     if outcome.min() < low - 1e-9 or outcome.max() > high + 1e-9:
         raise TrainingError(
             f"outcomes of the fit part go from {outcome.min():g} to {outcome.max():g}, expected {low:g} to {high:g}: "
-            "set data.outcome_low and data.outcome_high, which credit scales by"
+            "set data.outcome_low and data.outcome_high, or data.outcome_ranges, which credit scales by"
         )

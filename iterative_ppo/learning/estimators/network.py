@@ -192,13 +192,14 @@ class Network:
     def solve(self, weights: np.ndarray) -> None:
         """Q's heads take `weights`; V's are fitted by ridge regression to E_pi Q at prompts' ends, to Q between."""
         q_weights = torch.from_numpy(weights.astype(np.float32))
-        heads = self.q.settings.heads
+        heads, scale = self.q.settings.heads, self.q.settings.scale
         v = np.nan_to_num(self.log.mean_of_samples(lambda table: self._at_ends(table) @ weights, heads))
         with torch.no_grad():
             for block, solved in ((1, q_weights), (0, torch.from_numpy(self._value_weights(weights, v)))):
                 part = slice(block * heads, (block + 1) * heads)
-                low, span = self.q.settings.low, self.q.settings.high - self.q.settings.low
-                self.q.head.weight[part], self.q.head.bias[part] = solved[:-1].T / span, (solved[-1] - low) / span
+                low, span = solved.new_tensor(scale.low), solved.new_tensor(scale.span)
+                self.q.head.weight[part] = solved[:-1].T / span[:, None]
+                self.q.head.bias[part] = (solved[-1] - low) / span
 
     def _value_weights(self, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
         moments = self.log.config.ridge * np.eye(len(weights))
