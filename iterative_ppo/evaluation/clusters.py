@@ -12,38 +12,44 @@ from iterative_ppo.evaluation.comparison import Comparison, Tally
 def cluster_comparison(champion: Tally, challenger: Tally) -> Comparison:
     """Compare arms given by business, (..., G) each: the last axis is summed, its spread is the design effect.
 
-    The design effect is the variance of the score by business over that of independent conversations (the robust
-    score test of Guo et al. 2005, Statistics in Medicine 24, 3479), with G / (G - 1). About 1 + (m - 1) ICC where
-    businesses of m conversations are assigned whole; where conversations are assigned it can be below 1. The test takes
-    it about the common mean, the interval about each arm's own: about the common one a large gain is itself spread.
-    Businesses without an outcome yet are left out; where outcomes do not vary it is 1.
+    The design effect is the variance of the score by business (the robust score test of Guo et al. 2005, Statistics in
+    Medicine 24, 3479, with G / (G - 1)) over the same by conversation. About 1 + (m - 1) ICC where businesses of m
+    conversations are assigned whole; where conversations are assigned it can be below 1. The test takes it about the
+    common mean, the interval about each arm's own: about the common one a large gain is itself spread. Businesses
+    without an outcome yet are left out; where outcomes do not vary it is 1.
     """
     arms = Comparison(_summed(champion), _summed(challenger))
     mean = (arms.champion.total + arms.challenger.total) / (arms.champion.count + arms.challenger.count)
     return replace(
         arms,
-        design_effect=_effect(champion, challenger, arms, (mean, mean), arms.null_variance),
-        own_design_effect=_effect(
-            champion, challenger, arms, (arms.champion.mean, arms.challenger.mean), arms.own_variance
-        ),
+        design_effect=_effect(champion, challenger, arms, (mean, mean)),
+        own_design_effect=_effect(champion, challenger, arms, (arms.champion.mean, arms.challenger.mean)),
     )
 
 
 def _effect(
-    champion: Tally, challenger: Tally, arms: Comparison, about: tuple[np.ndarray, np.ndarray], variance: np.ndarray
+    champion: Tally, challenger: Tally, arms: Comparison, about: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Variance of the score by business, about these means, over that of the gain of independent conversations."""
+    """Variance of the score by business, about these means, over the same by conversation.
+
+    Both by one formula, for the variances that it multiplies are not raw: one is pooled over arms whose own may differ,
+    the other has pseudo-counts, which a ratio to it would take out again.
+    """
     count = arms.champion.count + arms.challenger.count
-    share = (arms.challenger.count / count)[..., None]
+    share = arms.challenger.count / count
     theirs, mine = (
         tally.total - mean[..., None] * tally.count for tally, mean in zip((champion, challenger), about, strict=True)
     )
-    score = (1 - share) * mine - share * theirs
+    score = (1 - share[..., None]) * mine - share[..., None] * theirs
     seen = (champion.count + challenger.count > 0).sum(-1)
     robust = (score**2).sum(-1) * seen / np.maximum(seen - 1, 1)
-    independent = variance * (arms.champion.count * arms.challenger.count / count) ** 2
-    varies = (independent > 1e-12) & (robust > 0)
-    return np.where(varies, robust / np.where(varies, independent, 1.0), 1.0)
+    spread, its = (
+        arm.squares - 2 * mean * arm.total + mean**2 * arm.count
+        for arm, mean in zip((arms.champion, arms.challenger), about, strict=True)
+    )
+    alone = ((1 - share) ** 2 * its + share**2 * spread) * count / np.maximum(count - 1, 1)
+    varies = (alone > 1e-9) & (robust > 0)
+    return np.where(varies, robust / np.where(varies, alone, 1.0), 1.0)
 
 
 def _summed(arm: Tally) -> Tally:
