@@ -25,8 +25,9 @@ from iterative_ppo.evaluation.gate import Decision, outcome_gate
 from iterative_ppo.files import write_json
 from iterative_ppo.learning.objective import success_above
 from tasks import approvals, experiments, looks, notify, registry, rounds, tracking, watch
-from tasks.datasets import Dataset, arm, arrived, closed, take_up, trained_on_before, turns_folder
+from tasks.datasets import Dataset, arm, arrived, closed, trained_on_before, turns_folder
 from tasks.gating import figures_of
+from tasks.inbox import take_up
 from tasks.learning import PolicyVersion, Prompts
 from tasks.rounds import Candidate, QVersion, RoundContext
 from tasks.state import Approval, Experiment, NightState, load_state, only_one, save_state

@@ -16,7 +16,8 @@ from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.files import write_json
 from iterative_ppo.mdp.turn_table import conversations
 from tasks import experiments, registry, rounds, tracking
-from tasks.datasets import Dataset, arrived, round_folder, take_up
+from tasks.datasets import Dataset, arrived, round_folder
+from tasks.inbox import take_up
 from tasks.learning import PolicyVersion
 from tasks.state import NightState, load_state, only_one, save_state
 from tasks.traffic import IMPORT, LOGGED, import_logs, name_of_log

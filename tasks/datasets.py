@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import time
 
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import Arm
-from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.labels import weighted
-from tasks import notify
 
-log = logging.getLogger("iterative_ppo.datasets")
 LOGGED = "logged"
-SETTLED_SECONDS = 3600
-"""A damaged file that was written to since may be somebody's unfinished one."""
 
 
 @dataclass(frozen=True)
@@ -56,70 +47,9 @@ def inbox(config: Config) -> Path:
     return config.data.root / "inbox"
 
 
-def take_up(config: Config, round_number: int) -> list[Path]:
-    """Move what lies in the inbox to the round that gathers it (a rename each, so nothing is lost or taken twice).
-
-    Another file under a name that was taken before gets its content's hash for a second name. One that was taken
-    already under another name or by an earlier round, to the letter, goes to quarantine instead; so does a damaged one,
-    with an alarm, once nobody can be writing it any more. Hidden files are somebody's unfinished ones, and stay.
-    """
-    target = round_folder(config, round_number) / "arrived"
-    for file in tables_in(inbox(config)):
-        damage = _damage(file)
-        if damage and time() - file.stat().st_mtime < SETTLED_SECONDS:
-            log.warning("inbox: %s; perhaps it is being written, so it stays until it is an hour old", damage)
-            continue
-        content = content_hash(file)
-        aside = config.data.root / "quarantine" / "inbox" / f"{file.stem}-{content}.parquet"
-        if damage:
-            place = aside
-        elif (taken := _taken_before(config, round_number, file, content)) is not None:
-            place = aside
-            log.warning("inbox: %s is %s once more; it is set aside as %s", file.name, taken, place)
-        else:
-            place = target / file.name
-            if place.exists() and content_hash(place) != content:
-                place = target / f"{file.stem}-{content}.parquet"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(place)
-        if damage:
-            said = f"{damage}; it is set aside as {aside}: deliver it again"
-            log.warning("inbox: %s", said)
-            notify.tell(config, "alarm", f"{file.name} arrived damaged", said)
-    return tables_in(target)
-
-
-def _damage(file: Path) -> str | None:
-    try:
-        turn_table.check_file(file)
-    except StoreError as error:
-        if getattr(error.__context__, "errno", None):  # the disk or a permission, not the file
-            raise
-        return " ".join(str(error).split())
-    return None
-
-
 def tables_in(folder: Path) -> list[Path]:
     """The files of a folder that a night takes for turn tables."""
     return sorted(file for file in folder.glob("*.parquet") if file.is_file() and not file.name.startswith("."))
-
-
-def _taken_before(config: Config, round_number: int, file: Path, content: str) -> Path | None:
-    """What was taken that is the same file, if any; not what has its name in this round, whose place it may take."""
-    size, own = file.stat().st_size, round_folder(config, round_number) / "arrived" / file.name
-    taken = (one for k in range(round_number + 1) for one in tables_in(round_folder(config, k) / "arrived"))
-    same = (one for one in taken if one != own and one.stat().st_size == size)
-    return next((one for one in same if content_hash(one) == content), None)
-
-
-def here_already(config: Config) -> set[str]:
-    """Ids of the conversations that lie in the inbox, or that a round has gathered."""
-    arrivals = (config.data.root / "rounds").glob("[0-9]*/arrived")
-    found: set[str] = set()
-    for file in (file for folder in (inbox(config), *arrivals) for file in tables_in(folder)):
-        with suppress(StoreError):  # somebody may be writing it; whoever takes it up says what is wrong with it
-            found |= turn_table.ids_in(file)
-    return found
 
 
 def arrived(config: Config, round_number: int) -> pd.DataFrame | None:

@@ -21,7 +21,8 @@ from iterative_ppo.files import content_hash, write_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from tasks.assignment import Assigned
-from tasks.datasets import LOGGED, here_already, inbox, write_once
+from tasks.datasets import LOGGED, inbox, write_once
+from tasks.inbox import here_already
 from tasks.learning import PolicyVersion
 from tasks.progress import progress
 from tasks.turn_checks import check_log_probs, check_parts

@@ -35,7 +35,8 @@ from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from tasks import experiments, looks, registry, rounds, tracking
 from tasks.assignment import assigned, share_in_force
 from tasks.audit import history as trail
-from tasks.datasets import arrived, inbox, round_folder, take_up, turns_folder, write_once
+from tasks.datasets import arrived, inbox, round_folder, turns_folder, write_once
+from tasks.inbox import take_up
 from tasks.state import Experiment, NightState, load_state, save_state
 from tasks.traffic import to_rows
 

@@ -24,7 +24,8 @@ from iterative_ppo.sources.craigslist import import_craigslist
 from iterative_ppo.sources.log import read_json
 from iterative_ppo.sources.star import import_star
 from iterative_ppo.sources.table import import_table
-from tasks.datasets import of_policy, take_up
+from tasks.datasets import of_policy
+from tasks.inbox import take_up
 from tasks.traffic import import_logs, read_logs
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

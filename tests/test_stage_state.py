@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.chain import Chain
-from iterative_ppo.errors import StoreError, TurnTableError
+from iterative_ppo.errors import StoreError
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.returns import monte_carlo, rewards
 from iterative_ppo.mdp.turn_table import to_frame
@@ -33,11 +33,11 @@ from tasks.datasets import (
     inbox,
     of_policy,
     round_folder,
-    take_up,
     trained_on_before,
     turns_folder,
     write_once,
 )
+from tasks.inbox import take_up
 from tasks.stage import RECORD, load_stage, made_with, run_stage
 from tasks.state import Approval, Experiment, NightState, load_state, only_one, save_state, state_file
 
@@ -462,13 +462,45 @@ def test_a_conversation_of_an_earlier_dataset_is_found(config: Config) -> None:
     assert trained_on_before(config, ids, 2) is None and trained_on_before(config, ["new"], 3) is None
 
 
-def test_a_conversation_that_arrives_in_two_files_is_an_error(config: Config) -> None:
-    frame = turn_table.read(deliver(config, "a", 0), config.outcomes)
-    first = frame[frame["conversation_id"] == frame["conversation_id"].iloc[0]]
-    write_once(inbox(config) / "b.parquet", first, config)
-    take_up(config, 0)
-    with pytest.raises(TurnTableError, match="is in both"):
-        arrived(config, 0)
+@pytest.mark.parametrize("nights", [1, 2, 3])
+def test_of_a_conversation_that_arrives_again_the_first_stands(
+    config: Config, caplog: pytest.LogCaptureFixture, nights: int
+) -> None:
+    """In the same night's files, in a later night's, and in a later round's: an export whose window overlaps."""
+    early = turn_table.read(deliver(config, "a", 0), config.outcomes)
+    ids = early["conversation_id"].unique()
+    if nights > 1:
+        take_up(config, 0)
+    late = turn_table.read(deliver(config, "b", 1), config.outcomes)
+    again = early[early["conversation_id"].isin(ids[:3])].assign(outcome=0.0)
+    write_once(inbox(config) / "b.parquet", pd.concat([late, again]), config)
+    gathering = int(nights == 3)
+    take_up(config, gathering)
+    assert "3 of the conversations of b.parquet are here already" in caplog.text
+    found = pd.concat([frame for k in range(2) if (frame := arrived(config, k)) is not None])
+    assert len(found) == len(early) + len(late) and found["conversation_id"].nunique() == 40
+    assert (
+        found[found["conversation_id"].isin(ids[:3])]["outcome"].sum()
+        == early[early["conversation_id"].isin(ids[:3])]["outcome"].sum()
+    )
+    (aside,) = (config.data.root / "quarantine" / "inbox").iterdir()
+    assert set(turn_table.read(aside, config.outcomes)["conversation_id"]) == set(ids[:3])
+    assert not list(inbox(config).iterdir())
+    write_once(inbox(config) / "c.parquet", again, config)
+    files = [file.name for file in take_up(config, gathering)]
+    assert "c.parquet" not in files and not list(inbox(config).iterdir()), "one of which nothing is new"
+
+
+def test_a_file_that_is_no_turn_table_holds_nothing_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(notify, "tell", lambda _, event, subject, body: told.append(body))
+    frame = turn_table.read(deliver(config, "good", 0), config.outcomes)
+    frame.drop(columns="adoption").to_parquet(inbox(config) / "old.parquet")
+    frame.assign(timestamp="yesterday").to_parquet(inbox(config) / "odd.parquet")
+    assert [file.name for file in take_up(config, 0)] == ["good.parquet"]
+    assert arrived(config, 0) is not None and not list(inbox(config).iterdir())
+    odd, old = told
+    assert "column 'timestamp': expected timestamp" in odd and "column 'adoption' is missing" in old
 
 
 def test_the_same_file_under_another_name_is_set_aside(config: Config, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,9 +27,7 @@ def cluster_comparison(champion: Tally, challenger: Tally) -> Comparison:
     )
 
 
-def _effect(
-    champion: Tally, challenger: Tally, arms: Comparison, about: tuple[np.ndarray, np.ndarray]
-) -> np.ndarray:
+def _effect(champion: Tally, challenger: Tally, arms: Comparison, about: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """Variance of the score by business, about these means, over the same by conversation.
 
     Both by one formula, for the variances that it multiplies are not raw: one is pooled over arms whose own may differ,

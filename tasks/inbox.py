@@ -1,0 +1,130 @@
+"""What arrives: whole Parquet files in the inbox, taken up by the next night, each conversation once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from time import time
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from iterative_ppo.config import Config
+from iterative_ppo.errors import StoreError, TurnTableError
+from iterative_ppo.files import content_hash, write_bytes
+from iterative_ppo.mdp import turn_table
+from tasks import notify
+from tasks.datasets import inbox, round_folder, tables_in
+
+log = logging.getLogger("iterative_ppo.inbox")
+SETTLED_SECONDS = 3600
+"""A damaged file that was written to since may be somebody's unfinished one."""
+
+
+def take_up(config: Config, round_number: int) -> list[Path]:
+    """Move what lies in the inbox to the round that gathers it (a rename each, so nothing is lost or taken twice).
+
+    Another file under a name that was taken before gets its content's hash for a second name. To quarantine go a file
+    that was taken already under another name or by an earlier round, to the letter; the conversations of any that are
+    here already, so that the first that came of each stands; one that is no turn table, with an alarm; and a damaged
+    one likewise, once nobody can be writing it any more. Hidden files are somebody's unfinished ones, and stay.
+    """
+    target = round_folder(config, round_number) / "arrived"
+    for file in tables_in(inbox(config)):
+        damage = _damage(file)
+        if damage and time() - file.stat().st_mtime < SETTLED_SECONDS:
+            log.warning("inbox: %s; perhaps it is being written, so it stays until it is an hour old", damage)
+            continue
+        content = content_hash(file)
+        aside = config.data.root / "quarantine" / "inbox" / f"{file.stem}-{content}.parquet"
+        if wrong := damage or _wrong(file, config):
+            _move(file, aside)
+            said = f"{wrong}; it is set aside as {aside}: deliver it again, mended"
+            log.warning("inbox: %s", said)
+            notify.tell(config, "alarm", f"{file.name} arrived damaged", said)
+        elif (taken := _taken_before(config, round_number, file, content)) is not None:
+            log.warning("inbox: %s is %s once more; it is set aside as %s", file.name, taken, aside)
+            _move(file, aside)
+        else:
+            _take(config, file, target, content, aside)
+    return tables_in(target)
+
+
+def here_already(config: Config) -> set[str]:
+    """Ids of the conversations that lie in the inbox, or that a round has gathered."""
+    return _ids([*tables_in(inbox(config)), *_gathered(config)])
+
+
+def _take(config: Config, file: Path, target: Path, content: str, aside: Path) -> None:
+    """Move a file to its round, but for the rows of conversations that are here already."""
+    place, repeated = target / file.name, set[str]()
+    if not place.exists() or content_hash(place) != content:
+        place = target / f"{file.stem}-{content}.parquet" if place.exists() else place
+        repeated = turn_table.ids_in(file) & _ids(_gathered(config))
+    if not repeated:
+        _move(file, place)
+        return
+    table = pq.read_table(file, partitioning=None)
+    known = pc.is_in(table["conversation_id"].cast(pa.string()), pa.array(sorted(repeated), pa.string()))
+    for rows, where in ((table.filter(pc.invert(known)), place), (table.filter(known), aside)):
+        if rows.num_rows:
+            sink = pa.BufferOutputStream()
+            pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+            write_bytes(where, sink.getvalue().to_pybytes())
+    file.unlink()
+    log.warning(
+        "inbox: %d of the conversations of %s are here already, the first is %r; they are set aside as %s, and "
+        "what came first of each stands: deliver a conversation once it is closed, and once",
+        len(repeated),
+        file.name,
+        min(repeated),
+        aside,
+    )
+
+
+def _move(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file.replace(place)
+
+
+def _damage(file: Path) -> str | None:
+    try:
+        turn_table.check_file(file)
+    except StoreError as error:
+        if getattr(error.__context__, "errno", None):  # the disk or a permission, not the file
+            raise
+        return " ".join(str(error).split())
+    return None
+
+
+def _wrong(file: Path, config: Config) -> str | None:
+    """What a file that is not damaged lacks for a turn table of these outcomes."""
+    try:
+        turn_table.read(file, config.outcomes)
+    except (TurnTableError, StoreError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _taken_before(config: Config, round_number: int, file: Path, content: str) -> Path | None:
+    """What was taken that is the same file, if any; not what has its name in this round, whose place it may take."""
+    size, own = file.stat().st_size, round_folder(config, round_number) / "arrived" / file.name
+    same = (one for one in _gathered(config) if one != own and one.stat().st_size == size)
+    return next((one for one in same if content_hash(one) == content), None)
+
+
+def _gathered(config: Config) -> list[Path]:
+    """What the rounds so far have taken up."""
+    arrivals = sorted((config.data.root / "rounds").glob("[0-9]*/arrived"))
+    return [file for folder in arrivals for file in tables_in(folder)]
+
+
+def _ids(files: Iterable[Path]) -> set[str]:
+    found: set[str] = set()
+    for file in files:
+        with suppress(StoreError):  # somebody may be writing it; whoever takes it up says what is wrong with it
+            found |= turn_table.ids_in(file)
+    return found
