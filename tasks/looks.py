@@ -167,6 +167,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     frame, faulty = _sound(frame, config, state)
     strangers = _strangers(frame, tested)
     table = _conversations(frame, tested, config)
+    table = table[~_of_earlier_tests(table, tested, state)]
     _check(table, config, state)
     times = _times(table, config, tested, now)
     due = times.hours <= times.now - times.maturity
@@ -255,6 +256,17 @@ def _conversations(frame: pd.DataFrame, tested: Experiment, config: Config) -> p
     in_time = table["start"].isna() | (table["end"] - table["start"] <= window)
     success = table["outcome"].where(in_time, 0.0) > success_above(config)
     return table.assign(challenger=(table["version"] == str(tested.challenger)).astype(bool), success=success)
+
+
+def _of_earlier_tests(table: pd.DataFrame, tested: Experiment, state: NightState) -> pd.Series:
+    """(C,) bool: conversations that began before the test did, and are here late, as those are that nobody won.
+
+    Without a time, those of today's champion as the challenger that it was.
+    """
+    began = pd.Timestamp(tested.started) if tested.started else pd.NaT
+    was_challenger = any(one.get("challenger") == tested.champion for one in state.rounds)
+    theirs = table["start"].isna() & (table["arm"] == "challenger").fillna(False) & ~table["challenger"]
+    return (table["start"] < began) | (theirs & was_challenger)
 
 
 def _of_either_arm(frame: pd.DataFrame, tested: Experiment) -> pd.Series:

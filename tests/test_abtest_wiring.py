@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,7 +263,7 @@ def test_the_ramps_safety_stages_are_no_evidence(tmp_path: Path) -> None:
     early = [talk("before", 1, True, -5.0)]
     test.arrive("all", early, arm(1, 9, 60, 0.0), arm(2, 9, 60, 0.5), [talk("new", 1, False, 1000.0)])
     seen = test.evidence()
-    assert seen.ramp == 1 + 48 + 48 and seen.arms == (12, 12) and seen.maturing == 1
+    assert seen.ramp == 48 + 48 and seen.arms == (12, 12) and seen.maturing == 1
     assert set(seen.turns["conversation_id"]) == {
         f"{v}-{f}-{k}" for v, f in ((1, 0.0), (2, 0.5)) for k in range(48, 60)
     }
@@ -296,6 +297,25 @@ def test_conversations_of_neither_arm_are_told_of(tmp_path: Path, caplog: pytest
     assert test.evidence().strangers == 1
     assert "1 conversations are of policy_version 10, neither 1 nor 2" in caplog.text
     assert "left out, for their policy_version is of neither arm: 1" in lines(standing(test.config, test.state, LATER))
+
+
+@pytest.mark.parametrize("first", [-30.0, None], ids=["timed", "timeless"])
+def test_late_conversations_of_the_test_that_the_champion_won_are_left_out(tmp_path: Path, first: float | None) -> None:
+    """Nobody won them, so they are here a window later, and their arm is the challenger's, which the champion was."""
+    test = Test(tmp_path)
+    hour = None if first is None else 1.0
+    test.arrive("new", arm(1, 20, 100, hour, arm="champion"), arm(2, 30, 100, hour, arm="challenger"))
+    before = test.evidence()
+    late = [replace(one, conversation_id=f"late-{k}") for k, one in enumerate(arm(1, 0, 7, first, arm="challenger"))]
+    test.arrive("late", late)
+    won = [*test.state.rounds, {"round": 1, "champion": 0, "challenger": 1}]
+    found = looks.evidence(test.config, test.state.advance(rounds=won), LATER)
+    assert found is not None
+    assert (found.arms, found.ramp, found.maturing) == (before.arms, 0, before.maturing)
+    assert not set(found.begun["conversation_id"]) & {one.conversation_id for one in late}
+    if first is None:  # where it never was one, somebody labels amiss
+        with pytest.raises(TurnTableError, match="labelled as of the challenger's arm"):
+            test.evidence()
 
 
 def test_one_date_in_the_future_does_not_set_the_clock(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import zip_longest
 from math import hypot
 from typing import Any
 
 from iterative_ppo.report import words
 from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group, Mean
-from iterative_ppo.report.plots import labelled_groups
+from iterative_ppo.report.plots import origin
 from iterative_ppo.report.q_record import CreditRecord, OutcomeRecord
 from iterative_ppo.report.record import RunRecord
 
@@ -66,12 +66,17 @@ def _q(name: str, outcome: OutcomeRecord) -> dict[str, str]:
 
 
 def _tests(run: RunRecord) -> list[tuple[str, Group, Group]]:
-    """Conversations of decided A/B tests, arm by arm: each champion's group is followed by its challenger's."""
-    return [
-        (origin, one, other)
-        for (origin, _, one), (where, _, other) in pairwise(labelled_groups(run))
-        if origin == where and (one.arm, other.arm) == (CHAMPION, CHALLENGER)
-    ]
+    """Conversations of A/B tests: where they come from, and the groups of the champion and of its challenger.
+
+    Others may be among them, that came late from the test before.
+    """
+    found = []
+    for one, after in zip_longest(run.rounds, run.rounds[1:]):
+        groups = {(group.arm, group.policy): group for group in (after.groups if after else run.tested)}
+        champion, challenger = groups.get((CHAMPION, one.champion)), groups.get((CHALLENGER, one.challenger))
+        if champion and challenger:
+            found.append((origin(one, after), champion, challenger))
+    return found
 
 
 def _compared(run: RunRecord, origin: str, champion: Group, challenger: Group) -> list[dict[str, str]]:
