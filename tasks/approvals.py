@@ -8,7 +8,7 @@ from typing import Any
 
 from iterative_ppo.errors import StoreError
 from tasks import registry
-from tasks.audit import ABANDONED, INTENT, append, history, locked
+from tasks.audit import ABANDONED, INTENT, append, history, locked, standing
 from tasks.state import Approval, Experiment, NightState
 from tasks.tracking import Tracking
 
@@ -52,7 +52,12 @@ def decline(state: NightState, reason: str, actor: str, data_root: Path) -> str:
 
 
 def approved(records: Sequence[Mapping[str, Any]], request: Approval) -> bool:
-    """Whether the move that was asked for is done; one that a kill cut off is going to be."""
+    """Whether the move that was asked for is done; one that a kill cut off is going to be.
+
+    A rollback is done, by whatever way, where its version is champion no more.
+    """
+    if request.kind == "rollback" and standing(records).champion != request.version:
+        return True
     abandoned = {record.get("id") for record in records if record.get("event") == ABANDONED}
     moves = [record for record in records if record.get("event") == INTENT and record["id"] not in abandoned]
     return any(move["evidence"].get("approval", {}).get("id") == request.id for move in moves)

@@ -83,10 +83,11 @@ class NightState(BaseModel):
     def gathering(self) -> int:
         """The round whose data are arriving now: the next one, once this one's dataset is frozen.
 
-        After the last one they are set apart from its A/B test's.
+        After the last one they are set apart from its A/B test's, where there was one.
         """
         phase = self.approval.resume if self.approval else self.phase
-        return self.round + {"train": 1, "test": 1, "finished": 2}.get(phase, 0)
+        tested = bool(self.rounds) and "decision" in self.rounds[-1]
+        return self.round + {"train": 1, "test": 1, "finished": 1 + tested}.get(phase, 0)
 
     def advance(self, **changes: Any) -> NightState:
         return self.model_copy(update=changes)

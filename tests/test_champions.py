@@ -186,12 +186,13 @@ def test_a_larger_budget_goes_on_after_a_round_that_was_not_tested(it: Night, to
     fell = {**ROUND, "offline": {"verdict": "reject", "reasons": ["failed: "]}}
     save_state(it.root, NightState(phase="finished", champion=1, rounds=[fell]))
     it.set(rounds__max_rounds=1)
+    it.arrive("served", champion_1=0.2)
     assert it.step().phase == "finished"
-    it.set(rounds__max_rounds=2)
+    it.set(rounds__max_rounds=2, simulator__conversations=SIZE + 1)
     state = it.step()
     assert (state.phase, state.round) == ("collect", 1)
-    it.arrive("served", champion_1=0.2)
-    assert it.step().phase == "train"
+    it.set(simulator__conversations=SIZE)
+    assert it.step().phase == "train", "what arrived meanwhile is the next round's"
 
 
 def test_a_rejection_is_recorded_and_told(it: Night, told: Told) -> None:
@@ -576,6 +577,23 @@ def test_with_approval_an_alarm_asks(serving: Night, told: Told) -> None:
     assert (state.phase, state.round, state.approval) == ("collect", 2, None)
 
 
+@pytest.mark.parametrize("by_alias", [False, True])
+def test_a_rollback_that_is_asked_for_may_be_done_by_hand(serving: Night, told: Told, by_alias: bool) -> None:
+    serving.set(gate__promotion="approve")
+    state = load_state(serving.root)
+    save_state(serving.root, state.advance(phase="collect", round=2, experiment=None, rounds=state.rounds[:1]))
+    serving.arrive("served", champion_2=0.1)
+    assert serving.step().phase == "approve"
+    if by_alias:
+        serving.move(1)
+    else:
+        registry.rollback(serving.store, {"reason": "a bad week"}, "me", serving.root)
+    state = serving.step()
+    assert (state.phase, state.approval, serving.champion) == ("collect", None, 1)
+    serving.arrive("again", champion_1=0.2)
+    assert serving.step().phase == "train"
+
+
 def test_a_declined_rollback_is_not_asked_for_again(serving: Night, told: Told) -> None:
     serving.set(gate__promotion="approve")
     serving.arrive("served", champion_2=0.1, challenger_3=1.0)
@@ -591,7 +609,8 @@ def test_a_declined_rollback_is_not_asked_for_again(serving: Night, told: Told) 
 
 def test_alarms_go_on_after_the_last_round(serving: Night, told: Told) -> None:
     serving.set(rounds__max_rounds=1)
-    finished = load_state(serving.root).advance(phase="finished", round=0, experiment=None)
+    state = load_state(serving.root)
+    finished = state.advance(phase="finished", round=0, experiment=None, rounds=state.rounds[:1])
     save_state(serving.root, finished)
     serving.arrive("served", champion_2=0.1)
     state = serving.step()

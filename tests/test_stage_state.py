@@ -222,7 +222,9 @@ def test_conversations_that_arrive_after_a_dataset_is_frozen_are_the_next_rounds
 
 
 def test_what_arrives_after_the_last_round_does_not_join_its_tests_conversations() -> None:
-    assert TESTING.advance(phase="finished").gathering == 4
+    tested = [{"round": 2, "decision": {"verdict": "promote"}}]
+    assert TESTING.advance(phase="finished", rounds=tested).gathering == 4
+    assert TESTING.advance(phase="finished", rounds=[{"round": 2}]).gathering == 3, "a log's, or one that fell before"
     waiting = Approval(id="a", kind="promote", version=5, reasons=(), evidence={}, resume="test")
     assert TESTING.advance(phase="approve", approval=waiting).gathering == TESTING.gathering
 
