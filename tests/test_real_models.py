@@ -756,19 +756,44 @@ def test_pieces_hold_every_turn_once(plain_llama: Path, talks: list[Conversation
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limit", ["INFERENCE_TOKENS", "LOGITS"])
 def test_a_response_does_not_depend_on_its_batch(
-    plain_llama: Path, talks: list[Conversation], monkeypatch: pytest.MonkeyPatch
+    plain_llama: Path, talks: list[Conversation], monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     """A prompt's place and the seed decide, so that any split of the work samples the same."""
     policy = LanguagePolicy.load(plain_llama, SETTINGS)
     prompts = prompts_of(policy, talks)
     together = policy.respond(prompts, 5)
-    monkeypatch.setattr("iterative_ppo.learning.language_model.INFERENCE_TOKENS", 1)
+    monkeypatch.setattr(f"iterative_ppo.learning.language_model.{limit}", 1)
     alone = policy.respond(prompts, 5)
     assert alone.tokens == together.tokens
     assert np.allclose(alone.logprobs, together.logprobs, atol=1e-4)
     assert policy.respond([prompts[0]] * 30, 5).tokens[:1] == together.tokens[:1]
     assert len(set(policy.respond([prompts[0]] * 30, 5).tokens)) > 25, "places are independent"
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_a_large_vocabulary_meets_some_positions_at_a_time(
+    plain_llama: Path, talks: list[Conversation], monkeypatch: pytest.MonkeyPatch, plain_head: bool
+) -> None:
+    """Logits of all of a rollout's tokens would be tens of GiB under a vocabulary of 150,000."""
+    policy = LanguagePolicy.load(plain_llama, SETTINGS)
+    policy.__dict__["abilities"] = replace(policy.abilities, plain_head=plain_head)
+    table, rows = encoded(policy, talks), len(policy.model.get_output_embeddings().weight)
+    expected, seen = policy.score(table), list[int]()
+    assert np.isfinite(expected).sum() > 5
+
+    def watched(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(len(logits))
+        return LanguagePolicy.log_distribution(policy, logits)
+
+    monkeypatch.setattr(policy, "log_distribution", watched)
+    monkeypatch.setattr("iterative_ppo.learning.language_model.LOGITS", 7 * rows)
+    assert np.allclose(policy.score(table), expected, atol=1e-4, equal_nan=True)
+    assert max(seen) == 7 and len(seen) > 5
+    seen.clear()
+    policy.respond(prompts_of(policy, talks), 0, samples=3)
+    assert max(seen) <= 7
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------

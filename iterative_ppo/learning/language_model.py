@@ -43,6 +43,11 @@ BASE = "base_weights"
 """Of a version that is adapters, beside its settings: the hash of the weights that they were trained on."""
 FORMAT = 1
 INFERENCE_TOKENS = 32_768
+LOGITS = 2**26
+"""Logits that are there at once where nothing is learnt: a quarter of a GiB, and a few times that until log-probs are.
+
+A vocabulary of 150,000 has no room for those of all responses of a rollout.
+"""
 
 
 @dataclass(frozen=True)
@@ -292,8 +297,9 @@ class LanguagePolicy:
         found: dict[int, list[Written]] = {}
         lengths = prompt_lengths(prompts).tolist()
         order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+        most = self.inference_tokens // samples, max(1, self._positions // samples)
         with self.active(), sharding.gathered(self.model):
-            for chosen in portions(distributed.share(order), lengths, INFERENCE_TOKENS // samples):
+            for chosen in portions(distributed.share(order), lengths, *most):
                 reader = self._reader([prompts[i] for i in chosen])
                 places = self._tensor(uniform[list(chosen)].reshape(-1, length))
                 written = write_responses(reader, self.log_distribution, places, self.renderer.eos, samples)
@@ -318,19 +324,36 @@ class LanguagePolicy:
     def token_log_probs(self, batch: Batch, spans: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the spans' response tokens, and which span each belongs to: both (N,), spans in order.
 
-        Only the hidden states that predict a response token meet the vocabulary.
+        Only the hidden states that predict a response token meet the vocabulary, some at a time where nothing is
+        learnt from them.
         """
         span, sequence, position = response_positions(batch, spans)
         device = self.model.device
         row, at = torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)
         tokens = batch.tokens.to(device)
+        said, size = tokens[row, at], len(row) if torch.is_grad_enabled() else self._positions
         with self.active() as model:
             if self.abilities.plain_head:
-                logits = vocabulary_logits(model, last_hidden(model, tokens)[row, at - 1])
+                hidden = last_hidden(model, tokens)[row, at - 1].split(max(1, size))
+                logits = (vocabulary_logits(model, part) for part in hidden)
             else:
-                logits = own_logits(model, tokens)[row, at - 1]
+                logits = iter(own_logits(model, tokens)[row, at - 1].split(max(1, size)))
+            found = [self._log_p(*pair) for pair in zip(logits, said.split(max(1, size)), strict=True)]
         index = torch.from_numpy(np.searchsorted(spans, span)).to(device)
-        return self.log_distribution(logits).gather(1, tokens[row, at][:, None])[:, 0], index
+        return torch.cat(found), index
+
+    def _log_p(self, logits: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+        return self.log_distribution(logits).gather(1, said[:, None])[:, 0]
+
+    @property
+    def inference_tokens(self) -> int:
+        """Padded tokens of a batch where nothing is learnt: fewer where a family's own code has logits of them all."""
+        return INFERENCE_TOKENS if self.abilities.plain_head else min(INFERENCE_TOKENS, self._positions)
+
+    @property
+    def _positions(self) -> int:
+        """Whose logits may be there at once."""
+        return max(1, LOGITS // _rows(self.model))
 
     def response_log_probs(self, batch: Batch, spans: np.ndarray) -> torch.Tensor:
         """(S,) log pi(a | s) of whole responses."""
@@ -341,7 +364,7 @@ class LanguagePolicy:
     def score(self, encoded: EncodedTable) -> np.ndarray:
         """(rows,) log pi(a_i | s_i) of all logged actions of a table; NaN where there is none."""
         result = np.full(encoded.rows, np.nan)
-        for batch in inference_batches(encoded.sequences, INFERENCE_TOKENS, self.pad):
+        for batch in inference_batches(encoded.sequences, self.inference_tokens, self.pad):
             spans = np.flatnonzero(batch.trains)
             if len(spans):
                 result[batch.row[spans]] = self.response_log_probs(batch, spans).cpu().numpy()

@@ -39,11 +39,18 @@ def prompt_lengths(prompts: Prompts) -> np.ndarray:
     return np.array([len(prompt) for prompt in prompts], dtype=np.int64)
 
 
-def portions(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
-    """Places in their order, longest first, in portions of at most about `tokens` padded tokens; one place at least."""
+def portions(
+    order: Sequence[int], lengths: Sequence[int], tokens: int, places: int | None = None
+) -> Iterator[Sequence[int]]:
+    """Places in their order, longest first, in portions of at most about `tokens` padded tokens; one place at least.
+
+    Args:
+        places: no more of them in a portion; None means as many as there is room for.
+    """
     begin = 0
     while begin < len(order):
-        size = max(1, tokens // max(1, lengths[order[begin]]))
+        room = tokens // max(1, lengths[order[begin]])
+        size = max(1, room if places is None else min(room, places))
         yield order[begin : begin + size]
         begin += size
 

@@ -17,7 +17,7 @@ from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning.batching import Batch, collate, inference_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.credit.rewards import Turns
-from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
+from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.policy_evaluation import Round
 from iterative_ppo.learning.sequences import Chosen
@@ -83,7 +83,7 @@ class Scored:
 @torch.inference_mode()
 def token_log_probs(policy: LanguagePolicy, sequences: Sequence[Encoded], turns: Turns) -> Ratios:
     """Log-probs of the logged suggestions' tokens."""
-    for batch in inference_batches(sequences, INFERENCE_TOKENS, policy.pad):
+    for batch in inference_batches(sequences, policy.inference_tokens, policy.pad):
         spans = np.flatnonzero(batch.trains)
         if len(spans):
             log_p, _ = policy.token_log_probs(batch, spans)

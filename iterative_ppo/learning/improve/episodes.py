@@ -17,7 +17,7 @@ from iterative_ppo.config import PPOConfig
 from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
 from iterative_ppo.learning import distributed, loading, runtime, sharding
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
-from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
+from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.sequences import Beginnings, Prompts, prompt_lengths
 from iterative_ppo.mdp.rendering import Encoded, single
@@ -149,7 +149,7 @@ def token_log_probs(policy: LanguagePolicy, table: EncodedTable) -> list[np.ndar
 @torch.inference_mode()
 def _token_log_probs(policy: LanguagePolicy, sequences: Sequence[Encoded]) -> list[np.ndarray]:
     found: dict[int, np.ndarray] = {}
-    for batch in inference_batches(sequences, INFERENCE_TOKENS, policy.pad):
+    for batch in inference_batches(sequences, policy.inference_tokens, policy.pad):
         spans = np.arange(len(batch.row))
         log_p, index = policy.token_log_probs(batch, spans)
         parts = np.split(log_p.cpu().numpy(), np.flatnonzero(np.diff(index.cpu().numpy())) + 1)
