@@ -16,7 +16,7 @@ from bandit import ByPrompt, Taste, build_bandit, distance, leans_to, likes, pro
 from iterative_ppo.config import Config, ImproveConfig, LoRAConfig, load_config
 from iterative_ppo.errors import ConfigError, ModelError, TrainingError
 from iterative_ppo.learning import distributed, runtime
-from iterative_ppo.learning.batching import EncodedTable
+from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.best_of_n import improve_by_best
 from iterative_ppo.learning.improve.episodes import token_log_probs
@@ -239,6 +239,36 @@ def test_checkpointed_gradients_are_the_same_where_attention_has_dropout(
         with runtime.computing(chosen):
             found.append(improve(dropping, graded(bandit), [prompt(bandit)], c, 0)[0])
     assert same(*map(parameters, found)) and not same(parameters(found[0]), parameters(bandit))
+
+
+@pytest.mark.parametrize("algorithm", GROUPED)
+def test_a_minibatch_goes_through_in_pieces_with_the_same_updates(
+    bandit: LanguagePolicy, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several prompts, whose padded tokens are counted wherever there is a gradient."""
+    prompts, taken, seen = [prompt(bandit), prompt(bandit)[:2]], LanguagePolicy.token_log_probs, list[int]()
+
+    def counting(policy: LanguagePolicy, batch: Batch, spans: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled():
+            seen.append(batch.tokens.numel())
+        return taken(policy, batch, spans)
+
+    monkeypatch.setattr(LanguagePolicy, "token_log_probs", counting)
+    found, most = [], []
+    for limit in (None, 64):
+        with runtime.computing(load_config(overrides={"runtime.micro_batch_tokens": limit}).runtime):
+            c = config(algorithm, episodes=256, kl_coefficient=0.1)
+            found.append(improve(bandit, graded(bandit), prompts, c, 0))
+        most.append(max(seen))
+        seen.clear()
+    assert most == [32 * 6, 8 * 6]
+    (one, curve), (other, again) = found
+    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(parameters(one), parameters(other), strict=True))
+    for entry, same_entry in zip(curve, again, strict=True):
+        clipped = same_entry.pop("clip_fraction"), entry.pop("clip_fraction")  # TRL's: a mean of the pieces' means
+        assert same_entry == pytest.approx(entry, rel=1e-3, abs=1e-4)
+        assert clipped[0] == pytest.approx(clipped[1], abs=0.01)
+    assert not same(parameters(one), parameters(bandit))
 
 
 # --- budgets, kills, adapters ----------------------------------------------------------------------------------------

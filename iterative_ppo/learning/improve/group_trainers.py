@@ -37,7 +37,7 @@ from iterative_ppo.learning.improve.episodes import (
 )
 from iterative_ppo.learning.improve.ppo import Run, adapted, begin, guarded, spent
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.sequences import Prompts
+from iterative_ppo.learning.sequences import Prompts, prompt_lengths
 from iterative_ppo.learning.supervised import finite, lent
 from iterative_ppo.learning.training import Curve, Progress
 from iterative_ppo.mdp.rendering import single
@@ -227,7 +227,9 @@ class PolicyHooks:
 
     def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*given, **named)  # type: ignore[misc]
-        distributed.sum_gradients(self.groups.run.student.trainable_parameters())
+        trainer: Any = self
+        if trainer._step % trainer.current_gradient_accumulation_steps == 0:  # all pieces of the minibatch are in
+            distributed.sum_gradients(self.groups.run.student.trainable_parameters())
         return loss
 
 
@@ -282,14 +284,16 @@ def _train(prompts: Prompts, groups: Groups, recorder: Recorder) -> None:
     c, rollout = config.ppo, config.group_rollout
     trainer_class, arguments_of = _trl(config.algorithm)
     steps = c.epochs * rollout // c.minibatch_size
+    longest = int(prompt_lengths(prompts).max()) + run.student.settings.max_response_tokens
+    pieces = _pieces(c.minibatch_size, longest, runtime.current().micro_batch_tokens)
     with distributed.unseen(), lent(run.student.model) as model, tempfile.TemporaryDirectory() as scratch:
         arguments = arguments_of(
             output_dir=scratch,
             num_generations=config.group.size,
             generation_batch_size=rollout,
             num_iterations=c.epochs,
-            per_device_train_batch_size=c.minibatch_size,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=c.minibatch_size // pieces,
+            gradient_accumulation_steps=pieces,
             max_steps=steps * (len(prompts) * config.group.size // rollout),
             max_completion_length=run.student.settings.max_response_tokens,
             learning_rate=c.learning_rate,
@@ -327,6 +331,12 @@ def _train(prompts: Prompts, groups: Groups, recorder: Recorder) -> None:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+
+
+def _pieces(responses: int, longest: int, tokens: int | None) -> int:
+    """In how many parts of one size a minibatch goes through: no process has more than `tokens` at once (None: all)."""
+    room = responses if tokens is None else distributed.size() * max(1, tokens // longest)
+    return next(count for count in range(1, responses + 1) if responses % count == 0 and responses // count <= room)
 
 
 def _trl(algorithm: str) -> tuple[Any, Any]:
