@@ -333,6 +333,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
         inputs["initial"] = content_hash(initial)
 
     def work(draft: Path) -> Mapping[str, float]:
+        from iterative_ppo.learning.improve.ppo import shown
         from iterative_ppo.learning.jobs import Improving, stored_credit
         from iterative_ppo.learning.rounds import LEFT_OUT
         from iterative_ppo.learning.runtime import computing
@@ -364,7 +365,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
                 left_out,
                 config.q.effective_size_floor,
             )
-        last = {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in curve[-1].items()}
+        last = {f"{name}_{k}": v for name, curve in result.curves.items() for k, v in shown(curve).items()}
         return figures | last | result.report
 
     stage = run_stage(folder / "improved", inputs, work)

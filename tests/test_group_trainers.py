@@ -340,6 +340,8 @@ def test_a_useless_q_is_an_error(bandit: LanguagePolicy, algorithm: str, reward:
 
 
 def test_a_q_that_knows_prompts_but_no_responses_is_an_error(bandit: LanguagePolicy) -> None:
+    with pytest.raises(TrainingError, match=r"one response alone, .* raise policy.temperature"):
+        improve(bandit.at(1e-3), graded(bandit), [prompt(bandit)], config("grpo"), 0)
     with pytest.raises(TrainingError, match="all responses to a prompt the same reward"):
         improve(bandit, ByPrompt(), [prompt(bandit), prompt(bandit, "no")], config("grpo"), 0)
 

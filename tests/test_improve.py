@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from iterative_ppo.config import BestOfNConfig, Config, LoggedConfig, PPOConfig, load_config
-from iterative_ppo.errors import ConfigError, ModelError, StoreError, TrainingError
+from iterative_ppo.errors import ConfigError, ModelError, NothingToLearn, StoreError, TrainingError
 from iterative_ppo.learning import rounds
 from iterative_ppo.learning.batching import Batch, EncodedTable, collate
 from iterative_ppo.learning.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ from iterative_ppo.learning.improve.episodes import (
     token_log_probs,
 )
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log, logged_objective, turn_advantages
-from iterative_ppo.learning.improve.ppo import _update, adapted, advance, begin, clipped, improve, surrogate
+from iterative_ppo.learning.improve.ppo import _update, adapted, advance, begin, clipped, improve, shown, surrogate
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import Objective, optimizer_for, take_step
 from iterative_ppo.learning.q_model import QModel, QSettings
@@ -293,6 +293,16 @@ def test_a_q_that_is_the_same_for_every_response_is_an_error(
 def test_a_reward_that_is_no_number_is_an_error(bandit: LanguagePolicy, value: float) -> None:
     with pytest.raises(TrainingError, match="not a number"):
         trained(bandit, ppo(), q=Taste(lambda tokens: value if len(tokens) == 2 else 0.0))
+
+
+@pytest.mark.parametrize("how", ["ppo", "best_of_n"])
+def test_a_policy_of_one_answer_is_not_blamed_on_q(bandit: LanguagePolicy, how: str) -> None:
+    prompts = [prompt(bandit), prompt(bandit, "no")]
+    with pytest.raises(TrainingError, match=r"one response alone, .* raise policy.temperature"):
+        if how == "ppo":
+            improve(bandit.at(1e-3), leans_to(bandit, "maybe"), prompts[:1], ppo(), 0)
+        else:
+            improve_by_best(bandit.at(1e-3), leans_to(bandit, "maybe"), prompts, best_of(), 0)
 
 
 @pytest.mark.parametrize("how", ["ppo", "best_of_n"])
@@ -682,6 +692,15 @@ def test_no_policy_iteration_follows_a_spent_budget(iterated: Callable[..., Any]
     assert made.report["policy_iterations"] == 1.0
 
 
+def test_a_budget_that_leaves_the_champion_as_it_is_rejects_the_round(
+    iterated: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    tight = {"improve.ppo.kl_budget": 1e-6, "improve.ppo.learning_rate": 0.01}
+    with pytest.raises(NothingToLearn, match=r"ppo gives what it began from: .* raise the budget; the round is reject"):
+        iterated(**tight, **{"improve.best_of_n.epochs": 0.0, "improve.logged.epochs": 0.0})
+    iterated(**tight, **{"improve.best_of_n.epochs": 0.0, "improve.logged.epochs": 1e-9})
+
+
 def test_without_samples_there_is_nothing_to_iterate(iterated: Callable[..., Any]) -> None:
     nothing = {"improve.best_of_n.epochs": 0.0, "improve.ppo.episodes": 0, "improve.logged.epochs": 1.0}
     assert iterated(**{"improve.policy_iterations": 2, **nothing}).report == {"policy_iterations": 1.0}
@@ -865,6 +884,7 @@ def test_what_the_budget_gives_is_within_it(bandit: LanguagePolicy, tmp_path: Pa
     given: Any = (bandit, leans_to(bandit, "maybe"), [prompt(bandit)], config, 0)
     student, curve = improve(*given)
     assert curve[-1]["kl_to_champion"] > 0.3, "it went too far"
+    assert shown(curve) is curve[-2] and shown(curve)["kl_to_champion"] <= 0.3, "its figures are those of what it gives"
     assert 0.0 < distance(student, bandit) < 0.4
 
     def killed(done: int, total: int) -> None:
@@ -877,6 +897,30 @@ def test_what_the_budget_gives_is_within_it(bandit: LanguagePolicy, tmp_path: Pa
     resumed, again = improve(*given, checkpoint=kept)
     assert again == curve
     assert all(torch.equal(p, o) for p, o in zip(parameters(resumed), parameters(student), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("episodes", "size", "sizes"),
+    [
+        (384, 128, [128, 128, 128]),
+        (385, 128, [129, 128, 128]),
+        (513, 512, [513]),
+        (900, 512, [450, 450]),
+        (10, 512, [10]),
+    ],
+)
+def test_no_rollout_is_a_handful(bandit: LanguagePolicy, episodes: int, size: int, sizes: list[int]) -> None:
+    """A budget or judges decide by what a rollout shows, the closing look of a guarded run among them."""
+    seen: list[int] = []
+
+    class Counting(Taste):
+        def running_values(self, sequences: list[Encoded]) -> list[np.ndarray]:
+            seen.append(len(sequences))
+            return super().running_values(sequences)
+
+    q = Counting(leans_to(bandit, "maybe").reward)
+    improve(bandit, q, [prompt(bandit)], ppo(episodes=episodes, rollout=size, kl_budget=50.0, epochs=1), 0)
+    assert seen == [*sizes, sizes[-1]] and sum(sizes) == episodes
 
 
 def test_patience_gives_what_the_judges_liked_best(bandit: LanguagePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -894,6 +938,7 @@ def test_patience_gives_what_the_judges_liked_best(bandit: LanguagePolicy, monke
     monkeypatch.setattr(QModel, "running_values", lambda self, s: leans_to(bandit, "maybe").running_values(s))
     student, curve = improve(bandit, q, [prompt(bandit)], ppo(episodes=2560, rollout=128, judge_patience=2), 0)
     assert [entry["judge"] for entry in curve] == pytest.approx([0.1, 0.3, 0.2, 0.2])
+    assert shown(curve) is curve[1]
     run = begin(bandit.trainable_copy(), q, ppo(episodes=2560, rollout=128), [128] * 20, 1.0, 0)
     advance(run, q, [prompt(bandit)], ppo(episodes=2560, rollout=128), 128, 1.0, 0, None)
     assert all(torch.equal(p, o) for p, o in zip(parameters(student), parameters(run.student), strict=True))

@@ -197,7 +197,7 @@ class BestOfNConfig(Frozen):
 class PPOConfig(Frozen):
     episodes: int = Field(ge=0)
     """Responses sampled against Q; 0 leaves PPO out."""
-    rollout: int = Count
+    rollout: int = Field(ge=2)
     """Responses between two looks at the policy: sampled together, then learnt from for `epochs`."""
     epochs: int = Count
     minibatch_size: int = Count
@@ -224,6 +224,8 @@ class PPOConfig(Frozen):
 
     @model_validator(mode="after")
     def _adaptable(self) -> PPOConfig:
+        if self.episodes == 1:
+            raise ValueError("episodes 1 is one response, which is no better than itself; 0 leaves PPO out")
         if self.kl_target is not None and not self.kl_coefficient:
             raise ValueError("kl_target adapts kl_coefficient by factors, and it is 0; set it above 0, such as 0.1")
         return self

@@ -298,6 +298,14 @@ class Passes:
                 sampled[0]["kl_to_champion"],
                 c.ppo.kl_budget,
             )
+        if sampled and sampled[0].get("kept") and ppo.shown(sampled) is sampled[0]:
+            said = (
+                f"{c.algorithm} gives what it began from: what it learnt went beyond improve.ppo.kl_budget at once, or "
+                "judges liked it less; lower improve.ppo.learning_rate, or raise the budget"
+            )
+            if self.number == 1 and not (logged or best):
+                raise NothingToLearn(f"{said}; the round is rejected")
+            _LOG.warning("%s", said)
         curves = {"logged": logged, "best_of_n": best, c.algorithm: sampled}
         if not any(curves.values()):
             raise NothingToLearn(

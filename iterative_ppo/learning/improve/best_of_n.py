@@ -19,7 +19,7 @@ from iterative_ppo.errors import ModelError, NothingToLearn, SameReward, Trainin
 from iterative_ppo.learning import distributed
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
-from iterative_ppo.learning.improve.episodes import NO_NUMBER, SAME_REWARD, RewardModel, check_prompts
+from iterative_ppo.learning.improve.episodes import NO_NUMBER, SAME_RESPONSE, SAME_REWARD, RewardModel, check_prompts
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.sequences import Answered, Prompts
@@ -109,7 +109,7 @@ def _choose(
     """
     rng = np.random.default_rng(seed)
     chosen: list[tuple[int, ...]] = []
-    spread, largest = 0.0, 0.0
+    spread, largest, various = 0.0, 0.0, False
     for number, begin in enumerate(range(0, len(prompts), PROMPTS)):
         kept = checkpoint and checkpoint.beside(f"chosen-{number}")
         block = kept and _kept_block(kept, rng)
@@ -121,18 +121,23 @@ def _choose(
                 progress(begin + len(block.responses), len(prompts))
         chosen += block.responses
         spread, largest = max(spread, block.spread), max(largest, block.largest)
+        various = various or block.various
     if spread <= 1e-6 * largest:
-        raise SameReward(SAME_REWARD)
+        raise SameReward(SAME_REWARD if various else SAME_RESPONSE)
     return chosen
 
 
 @dataclass(frozen=True)
 class Block:
-    """The chosen responses to some prompts; of all candidates, Q's widest range in a prompt and its largest size."""
+    """The chosen responses to some prompts; of all candidates, Q's widest range in a prompt and its largest size.
+
+    `various`: whether some prompt had two that differ.
+    """
 
     responses: list[tuple[int, ...]]
     spread: float
     largest: float
+    various: bool
 
 
 def _chosen_block(speakers: Speakers, q: RewardModel, prompts: Prompts, rng: np.random.Generator) -> Block:
@@ -145,7 +150,8 @@ def _chosen_block(speakers: Speakers, q: RewardModel, prompts: Prompts, rng: np.
     if not np.isfinite(worth).all():
         raise NothingToLearn(NO_NUMBER)
     liked = [answers[k * n + j] for k, j in enumerate(best(worth, finished))]
-    return Block(liked, float(np.ptp(worth, axis=1).max()), float(np.abs(worth).max()))
+    various = any(len(set(answers[k * n : (k + 1) * n])) > 1 for k in range(len(prompts)))
+    return Block(liked, float(np.ptp(worth, axis=1).max()), float(np.abs(worth).max()), various)
 
 
 def _keep(place: Checkpoint, block: Block, rng: np.random.Generator) -> None:
@@ -153,7 +159,8 @@ def _keep(place: Checkpoint, block: Block, rng: np.random.Generator) -> None:
         "tokens": torch.tensor([token for response in block.responses for token in response]),
         "lengths": torch.tensor([len(response) for response in block.responses]),
     }
-    place.save(tensors, {"spread": block.spread, "largest": block.largest, "generator": rng.bit_generator.state})
+    figures = {"spread": block.spread, "largest": block.largest, "various": block.various}
+    place.save(tensors, {**figures, "generator": rng.bit_generator.state})
 
 
 def _kept_block(place: Checkpoint, rng: np.random.Generator) -> Block | None:
@@ -165,4 +172,4 @@ def _kept_block(place: Checkpoint, rng: np.random.Generator) -> Block | None:
     with place.understood():
         rng.bit_generator.state = values["generator"]
         responses = [tuple(part.tolist()) for part in tensors["tokens"].split(tensors["lengths"].tolist())]
-        return Block(responses, float(values["spread"]), float(values["largest"]))
+        return Block(responses, float(values["spread"]), float(values["largest"]), bool(values["various"]))

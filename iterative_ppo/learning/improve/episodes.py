@@ -5,7 +5,7 @@ Token gamma is 1. The reward is Q(s, a) at the last token and -beta (log pi - lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
+from iterative_ppo.errors import ModelError, NothingToLearn, SameReward, TrainingError
 from iterative_ppo.learning import distributed, loading, runtime, sharding
 from iterative_ppo.learning.batching import EncodedTable, inference_batches
 from iterative_ppo.learning.language_model import LanguagePolicy
@@ -23,7 +23,17 @@ from iterative_ppo.learning.sequences import Beginnings, Prompts, prompt_lengths
 from iterative_ppo.mdp.rendering import Encoded, single
 
 SAME_REWARD = "Q gives all responses to a prompt the same reward: nothing to improve; the round is rejected"
+SAME_RESPONSE = (
+    "the policy gives each prompt one response alone, so Q has nothing to choose from; the round is rejected: raise "
+    "policy.temperature, or improve.best_of_n.temperature where that is low"
+)
 NO_NUMBER = "Q gave a reward that is not a number; the round is rejected"
+
+
+def nothing_differs(groups: Iterable[Sequence[Sequence[int]]]) -> SameReward:
+    """What to raise where no reward in any of these groups of responses differs: because of Q, or of the policy?"""
+    various = any(len(set(map(tuple, group))) > 1 for group in groups)
+    return SameReward(SAME_REWARD if various else SAME_RESPONSE)
 
 
 class RewardModel(Protocol):
@@ -96,6 +106,11 @@ class Episodes:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.advantage))
+
+    @property
+    def responses(self) -> list[tuple[int, ...]]:
+        """Their tokens."""
+        return [s.tokens[s.spans[0].start : s.spans[0].end] for s in self.table.sequences]
 
     def whitened(self) -> list[np.ndarray]:
         """Advantages with mean 0 and variance 1 over all response tokens."""

@@ -21,16 +21,16 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import ImproveConfig
-from iterative_ppo.errors import ConfigError, NothingToLearn, SameReward, TrainingError
+from iterative_ppo.errors import ConfigError, NothingToLearn, TrainingError
 from iterative_ppo.learning import distributed, runtime, sharding
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import (
     NO_NUMBER,
-    SAME_REWARD,
     RewardModel,
     check_prompts,
     kl_both_ways,
+    nothing_differs,
     response_rewards,
     token_log_probs,
     unrewarded,
@@ -138,7 +138,8 @@ class Groups:
         worth = np.array([value[-1] for value in values])
         spread = np.ptp(worth.reshape(-1, self.config.group.size), axis=1).max()
         if not self.run.curve and spread <= 1e-6 * np.abs(worth).max():
-            raise SameReward(SAME_REWARD)
+            size = self.config.group.size
+            raise nothing_differs(completion_ids[k : k + size] for k in range(0, len(completion_ids), size))
         self.run.curve.append(self._described(EncodedTable(sequences, len(sequences)), worth, finished))
         if not self.run.look(self.config.ppo):
             raise Spent

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import PPOConfig
-from iterative_ppo.errors import ConfigError, SameReward
+from iterative_ppo.errors import ConfigError
 from iterative_ppo.learning.batching import Batch, training_batches
 from iterative_ppo.learning.checkpoint import (
     Checkpoint,
@@ -26,11 +26,11 @@ from iterative_ppo.learning.checkpoint import (
 )
 from iterative_ppo.learning.improve.critic import LearnedCritic
 from iterative_ppo.learning.improve.episodes import (
-    SAME_REWARD,
     Episodes,
     RewardModel,
     check_prompts,
     judge_of,
+    nothing_differs,
     roll_out,
     unrewarded,
 )
@@ -78,8 +78,10 @@ class Run:
         """Whether to go on from the student that the last rollout showed; it is kept where it is the best so far."""
         within = config.kl_budget is None or self.curve[-1]["kl_to_champion"] <= config.kl_budget
         judged = [entry["judge"] for entry in self.curve] if config.judge_patience is not None else []
-        if guarded(config) and within and (not judged or judged[-1] == max(judged)):
-            self.kept = self.student.training_state()
+        if guarded(config):
+            best = within and (not judged or judged[-1] == max(judged))
+            self.curve[-1]["kept"] = float(best)
+            self.kept = self.student.training_state() if best else self.kept
         return not spent(self.curve, config)
 
     def result(self) -> LanguagePolicy:
@@ -163,9 +165,10 @@ def improve(
 
 
 def _rollouts(episodes: int, size: int) -> list[int]:
-    """Sizes of the rollouts: whole ones, then what is left."""
-    whole, rest = divmod(episodes, size)
-    return [size] * whole + [rest] * (rest > 0)
+    """Sizes of the rollouts, as near to `size` as alike ones come: what a few responses show decides nothing."""
+    count = max(1, round(episodes / size))
+    least, more = divmod(episodes, count)
+    return [least + 1] * more + [least] * (count - more)
 
 
 def begin(student: LanguagePolicy, q: RewardModel, config: PPOConfig, sizes: list[int], scale: float, seed: int) -> Run:
@@ -208,7 +211,7 @@ def advance(
     chosen = [prompts[i] for i in run.rng.integers(len(prompts), size=size)]
     episodes = roll_out(run.student, reference, q, chosen, config, scale, seed + 7919 * number, run.beta, run.critic)
     if number == 1 and min(np.ptp(episodes.q), episodes.spread) <= 1e-6 * np.abs(episodes.q).max():
-        raise SameReward(SAME_REWARD)
+        raise nothing_differs([episodes.responses])
     entry = _described(episodes, run, q, champion)
     run.curve.append(entry)
     goes_on = run.look(config) and learns
@@ -232,6 +235,16 @@ def spent(curve: Curve, config: PPOConfig) -> bool:
     if config.judge_patience is None or not judged:
         return False
     return len(judged) - 1 - int(np.argmax(judged)) >= config.judge_patience
+
+
+def shown(curve: Curve) -> dict[str, float]:
+    """The entry of the policy that a run gives: its last, of a guarded run the last that was the best so far.
+
+    Of several policy iterations it is the last one's.
+    """
+    last = [entry for entry in curve if entry.get("iteration") == curve[-1].get("iteration")]
+    kept = [entry for entry in last if entry.get("kept")]
+    return kept[-1] if kept else curve[-1]
 
 
 def _update(run: Run, episodes: Episodes, config: PPOConfig) -> dict[str, float]:
