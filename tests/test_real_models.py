@@ -338,6 +338,34 @@ def test_adapters_and_merged_weights_are_the_same_policy(
     assert Path(root) == plain_llama.resolve(), "however many rounds, one base"
 
 
+def test_a_small_step_of_adapters_outlives_bfloat16(
+    plain_llama: Path, talks: list[Conversation], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Merged, most of it is less than half a step of the weights' grid; apart, it is all there."""
+
+    def below(path: Path) -> dict[str, torch.Tensor]:
+        state = LanguagePolicy.load(path, SETTINGS, lora=LORA).model.state_dict()
+        return {name: value for name, value in state.items() if "base_layer.weight" in name}
+
+    with computing(runtime(precision="bfloat16")):
+        base = LanguagePolicy.load(plain_llama, SETTINGS, lora=LORA)
+        student, table = nudged(base, 0), encoded(base, talks)
+        with torch.no_grad():
+            for parameter in student.trainable_parameters():
+                parameter.mul_(0.01)
+        student.save(tmp_path / "auto", "auto")
+        assert not caplog.text
+        again = LanguagePolicy.load(tmp_path / "auto", lora=LORA)
+        assert np.array_equal(again.score(table), student.score(table), equal_nan=True)
+        student.save(tmp_path / "merged", "merged")
+        assert "auto keeps them apart" in caplog.text
+        before, after = below(plain_llama), below(tmp_path / "merged")
+    kept = float(np.mean([(before[name] != after[name]).float().mean() for name in before]))
+    assert before and kept < 0.5, kept
+    student.save(tmp_path / "float32", "auto")
+    assert (tmp_path / "float32" / "model.safetensors").exists(), "float32 has room for it in the weights"
+
+
 def peft_directory(path: Path, base: Path, targets: Sequence[str] = ("q_proj", "v_proj"), **how: Any) -> Path:
     """Adapters as peft itself saves them, trained a little, with the base's tokenizer."""
     plain = AutoModelForCausalLM.from_pretrained(base)

@@ -33,8 +33,11 @@ class PolicyConfig(Frozen):
     init: Literal["prompt", "sft"]
     """pi_0: the base model as it is, steered by its prompt (the paper's line 1), or fine-tuned on a corpus first."""
     lora: LoRAConfig
-    save: Literal["merged", "adapters"]
-    """What a version holds of a LoRA policy: full weights, or the adapters alone, which then need the base in place."""
+    save: Literal["auto", "merged", "adapters"]
+    """What a version holds of a LoRA policy: full weights, or the adapters alone, which then need the base in place.
+
+    auto: adapters under bfloat16, which rounds most of a small step away once it is part of a weight; else merged.
+    """
     architecture: Literal["gpt2", "llama"]
     hidden_size: int = Count
     layers: int = Count

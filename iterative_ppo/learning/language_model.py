@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,7 @@ from iterative_ppo.mdp.rendering import Renderer
 
 __all__ = ["INFERENCE_TOKENS", "SETTINGS", "LanguagePolicy", "PolicySettings", "Responses", "threads"]
 
+_LOG = python_logging.getLogger(__name__)
 logging.disable_progress_bar()  # a bar for each loaded shard would hide ours
 
 SETTINGS = "policy.json"
@@ -146,12 +148,21 @@ class LanguagePolicy:
         _ = policy.abilities  # now, so that a model that cannot serve is refused before anything is done with it
         return policy
 
-    def save(self, path: Path, weights: Literal["merged", "adapters"] = "merged") -> None:
+    def save(self, path: Path, weights: Literal["auto", "merged", "adapters"] = "merged") -> None:
         """Save weights (safetensors), tokenizer and settings into a directory that `load` reads.
 
         Args:
-            weights: of a LoRA policy, full weights, or its adapter alone, which needs the base where it is.
+            weights: of a LoRA policy, full weights, or its adapter alone, which needs the base where it is; auto is the
+                latter under bfloat16, of whose steps a small change of a weight is a fraction.
         """
+        rounds = self.lora is not None and runtime.current().bfloat16
+        if weights == "auto":
+            weights = "adapters" if rounds else "merged"
+        elif weights == "merged" and rounds:
+            _LOG.warning(
+                "policy.save merged: whoever computes in bfloat16, as here, rounds what is small of the adapters away; "
+                "auto keeps them apart"
+            )
         if weights == "adapters" and self.lora and self.adapter is None:
             self.trainable_copy().save(path, weights)
             return
