@@ -816,6 +816,52 @@ def test_table_names_the_conversations_that_a_stray_quote_swallows(
     assert f"found {len(swallowed) + 1} more lines in its quotes" in named[0].reason
 
 
+@pytest.mark.parametrize(
+    ("field", "closed"),
+    [
+        (r'"the \"which size\" offer"', True),
+        (r'"\"hi\""', True),
+        (r'"5\""', True),
+        (r'"say \"one, two\"' + "\n" + r'or \"three\""', True),
+        (r'"5\""', False),  # no other quote in the file
+    ],
+)
+def test_table_refuses_a_csv_whose_quotes_are_escaped_by_a_backslash(tmp_path: Path, field: str, closed: bool) -> None:
+    rows = [*csv_talk("t0"), *csv_talk("t1", field), *csv_talk("end", '"hi, you"' if closed else "hi")]
+    found = r"log\.csv, row 3 \(line 4\), field 'customer_message': expected quotes .* doubled, .* by a backslash; doub"
+    with pytest.raises(SourceError, match=found):
+        csv_log(tmp_path, *rows)
+
+
+def test_table_sets_text_after_a_closing_quote_aside(tmp_path: Path) -> None:
+    rows = [*csv_talk("t0"), *csv_talk("t1", '"hi" there'), *csv_talk("t2", '"one,\ntwo" "three"'), *csv_talk("end")]
+    log = csv_log(tmp_path, *rows)
+    assert [talk.conversation_id for talk in log.conversations] == ["t0", "end"]
+    assert [(aside.conversation_id, aside.row, aside.field) for aside in log.set_aside] == [
+        ("t1", 3, "customer_message"),
+        ("t2", 5, "customer_message"),
+    ]
+    assert {aside.kind for aside in log.set_aside} == {"customer_message: text after a closing quote"}
+    assert "expected a comma or the line's end, found ' there'; double the quotes" in log.set_aside[0].reason
+
+
+def test_table_keeps_no_part_of_a_conversation_whose_turn_a_quote_hides(tmp_path: Path) -> None:
+    header = "conversation_id,customer_message,suggestion,business_message,outcome,turn"
+    rows = ["a,hi,s,s,0,1", "a,hi,s,s,0,2", 'a,"hi" there, you",s,s,0,3', "b,hi,s,s,0,1", "b,,,,1,2"]
+    (tmp_path / "log.csv").write_text("\n".join([header, *rows]))
+    aside = the_bad(import_table(tmp_path / "log.csv", ONE, CONFIG.data))
+    assert (aside.conversation_id, aside.row, aside.field) == ("a", 3, "customer_message")
+
+
+def test_table_keeps_apostrophes_backslashes_and_quotes_as_they_are(tmp_path: Path) -> None:
+    told = ["it's 5'", '"C:\\"', '"say ""C:\\"" , you"', r'5\" by 6"', 'the "big" one', '""', '""""', r'"a\b, c"']
+    log = csv_log(tmp_path, *(line for k, words in enumerate(told) for line in csv_talk(f"t{k}", words)))
+    assert not log.set_aside
+    heard = [talk.turns[0].customer_message for talk in log.conversations]
+    assert heard[:5] == ["it's 5'", "C:\\", 'say "C:\\" , you', r'5\" by 6"', 'the "big" one']
+    assert heard[5:] == ["", '"', r"a\b, c"]
+
+
 def test_table_keeps_messages_of_several_lines_in_csv(tmp_path: Path) -> None:
     """With commas, quotes, numbers and all but a row of the log in them."""
     told = [
