@@ -862,6 +862,14 @@ def test_table_keeps_apostrophes_backslashes_and_quotes_as_they_are(tmp_path: Pa
     assert heard[5:] == ["", '"', r"a\b, c"]
 
 
+def test_table_reads_a_csv_record_of_any_length(tmp_path: Path) -> None:
+    rows = [*csv_talk("t0"), *csv_talk("t1", "é" * 1_500_000), *csv_talk("t2", f'"{"one, two" * 300_000}"')]
+    log = csv_log(tmp_path, *rows, *csv_talk("end"))
+    assert not log.set_aside
+    heard = [len(talk.turns[0].customer_message or "") for talk in log.conversations]
+    assert heard == [2, 1_500_000, 2_400_000, 2]
+
+
 def test_table_keeps_messages_of_several_lines_in_csv(tmp_path: Path) -> None:
     """With commas, quotes, numbers and all but a row of the log in them."""
     told = [

@@ -24,6 +24,9 @@ SUFFIXES = (".parquet", ".csv", ".jsonl")
 NEARLY = 0.85
 """Likeness from which an unknown column is taken for a misspelt one, not for a column of the team's own."""
 
+LARGEST_BLOCK = 2**31 - 1
+"""Of CSV that Arrow takes, in bytes; a record has to fit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -126,10 +129,11 @@ def _read_csv(file: Path, log: Rows) -> None:
         bad[row.number - 1] = row  # Arrow counts the header
         return "skip"
 
+    content = text.encode()
     try:
         table = arrow_csv.read_csv(
-            BytesIO(text.encode()),
-            arrow_csv.ReadOptions(use_threads=False),
+            BytesIO(content),
+            arrow_csv.ReadOptions(use_threads=False, block_size=min(len(content), LARGEST_BLOCK)),
             arrow_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
             arrow_csv.ConvertOptions(
                 column_types={name: pa.string() for name in header},
