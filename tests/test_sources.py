@@ -502,6 +502,51 @@ def test_table_keeps_what_is_logged(table: Callable[..., ImportedLog]) -> None:
     assert [turn.timestamp for turn in talk.turns] == [datetime(2025, 1, 31, hour, tzinfo=UTC) for hour in (10, 11)]
 
 
+def test_table_names_a_customer_alike_in_every_file(tmp_path: Path) -> None:
+    """pandas makes whole numbers beside nulls floats, and writes those with ".0"."""
+    ids = {"conversation_id": [1.0, 1.0], "customer_id": [7.0, None], "business_id": [2, 2], "policy_version": [3, 3]}
+    frame = pd.DataFrame([record(), paid()]).assign(**ids).astype(dict.fromkeys(ids, "float64"))
+    frame.to_parquet(tmp_path / "log.parquet")
+    frame.to_csv(tmp_path / "log.csv", index=False)
+    (tmp_path / "log.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in frame.replace({float("nan"): None}).to_dict("records"))
+    )
+    for name in ("log.parquet", "log.csv", "log.jsonl"):
+        talk = only(import_table(tmp_path / name, ONE, CONFIG.data))
+        assert (talk.conversation_id, talk.customer_id, talk.business_id, talk.policy_version) == ("1", "7", "2", "3")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("1.0", "1"),
+        ("-1.0", "-1"),
+        ("0.0", "0"),
+        ("007", "007"),
+        ("007.0", "007.0"),
+        ("1.10", "1.10"),
+        ("v1.0", "v1.0"),
+    ],
+)
+def test_table_keeps_ids_that_are_text(table: Callable[..., ImportedLog], given: str, name: str) -> None:
+    about = {"conversation_id": given, "customer_id": given, "context": given}
+    talk = only(table(record(**about), paid(**about)))
+    assert (talk.conversation_id, talk.customer_id, talk.context) == (name, name, given)
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0**60, True])
+def test_table_refuses_numbers_that_are_no_id(table: Callable[..., ImportedLog], value: Any) -> None:
+    aside = the_bad(table(*GOOD, record(customer_id=value), paid(customer_id=value)))
+    assert (aside.field, aside.row) == ("customer_id", 3)
+    assert "expected text or null" in aside.reason
+
+
+def test_table_sets_a_conversation_aside_whose_id_is_written_as_a_float(tmp_path: Path) -> None:
+    rows = ["1.0,1,hi,s,s,0", "1.0,2,hi,s,s,0", "1.0,3,hi,s", *csv_talk("2.0")]
+    aside = the_bad(csv_log(tmp_path, *rows))
+    assert aside.row == 3
+
+
 def test_table_keeps_the_logs_own_adoption(table: Callable[..., ImportedLog]) -> None:
     rows = [record(adoption="verbatim", business_message="hello  There!"), record(2, adoption="rejected")]
     rows += [record(3, suggestion=None, adoption="verbatim"), record(4, suggestion="", adoption="edited"), paid(5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -25,7 +26,11 @@ from iterative_ppo.sources.rows import Row
 
 REQUIRED = ("conversation_id", "turn", "customer_message", "suggestion", "business_message")
 OF_CONVERSATION = ("customer_id", "business_id", "context", "policy_version", "arm", "persona")
+IDS = ("conversation_id", "customer_id", "business_id", "policy_version")
 OPTIONAL = (*OF_CONVERSATION, "suggestion_status", "adoption", "behaviour_logprob", "timestamp", "outcome")
+
+EXACT = 2.0**53
+"""From here on a float stands for several whole numbers, so it is no id."""
 
 
 def turn_of(row: Row, outcomes: Mapping[str, float], data: DataConfig, goes_on: bool = False) -> Turn:
@@ -70,9 +75,20 @@ def text(row: Row, field: str) -> str | None:
 def identity(row: Row, field: str) -> str | None:
     """An id, which may be logged as a number, as text. Raises BadDialogueError for anything else."""
     value = row.values.get(field)
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
+        return str(int(value))
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return text(row, field)
+    found = text(row, field)
+    return whole(found) if found and field in IDS else found
+
+
+def whole(name: str) -> str:
+    """An id without the ".0" that pandas writes after whole numbers beside nulls.
+
+    It goes from text too: CSV has no numbers, and one customer with two names would be in both parts of the data.
+    """
+    return name.removesuffix(".0") if re.fullmatch(r"-?(0|[1-9]\d*)\.0", name) else name
 
 
 def number(row: Row, field: str) -> float | None:

@@ -22,6 +22,7 @@ from iterative_ppo.sources.record import (
     refused,
     reports,
     turn_of,
+    whole,
 )
 from iterative_ppo.sources.rows import Row, Rows, read_rows
 
@@ -91,7 +92,7 @@ def _one_each(unreadable: Iterable[SetAside]) -> list[SetAside]:
 
 def _talks(rows: Rows, outcomes: Mapping[str, float], data: DataConfig, log: ImportedLog) -> list[Talk]:
     """Each conversation's records and turns; those of which a record is bad, or unreadable, are set aside."""
-    spoilt = {aside.conversation_id for aside in rows.unreadable}
+    spoilt = {whole(aside.conversation_id) for aside in rows.unreadable if aside.conversation_id}
     good = []
     for name, records in _grouped(rows.rows, log).items():
         if name in spoilt:
