@@ -547,6 +547,30 @@ def test_table_sets_a_conversation_aside_whose_id_is_written_as_a_float(tmp_path
     assert aside.row == 3
 
 
+def test_table_takes_true_and_false_for_outcomes(tmp_path: Path) -> None:
+    rows = [*GOOD, record(conversation_id="lost"), ended(conversation_id="lost")]
+    rows = [{**row, "outcome": bool(row["outcome"])} for row in rows]
+    pd.DataFrame(rows).to_parquet(tmp_path / "log.parquet")
+    pd.DataFrame(rows).to_csv(tmp_path / "log.csv", index=False)
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("log.parquet", "log.csv", "log.jsonl"):
+        log = import_table(tmp_path / name, ONE, CONFIG.data)
+        assert not log.set_aside
+        assert [(talk.turns[-1].outcomes, talk.outcome_origin) for talk in log.conversations] == [
+            ((1.0,), "reported"),
+            ((0.0,), "reported"),
+        ]
+
+
+def test_table_takes_true_and_false_for_outcomes_alone(tmp_path: Path) -> None:
+    log = csv_log(tmp_path, *csv_talk("a"), "b,1,hi,s,s,FALSE", "b,2,,,,true ", "c,true,hi,s,s,0", "d,1,hi,s,s,maybe")
+    assert [talk.turns[-1].outcomes for talk in log.conversations] == [(1.0,), (1.0,)]
+    assert [(one.field, one.problem) for one in log.set_aside] == [
+        ("turn", "expected a number, found 'true'"),
+        ("outcome", "expected a number, found 'maybe'"),
+    ]
+
+
 def test_table_keeps_the_logs_own_adoption(table: Callable[..., ImportedLog]) -> None:
     rows = [record(adoption="verbatim", business_message="hello  There!"), record(2, adoption="rejected")]
     rows += [record(3, suggestion=None, adoption="verbatim"), record(4, suggestion="", adoption="edited"), paid(5)]

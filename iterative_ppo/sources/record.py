@@ -56,7 +56,7 @@ def turn_of(row: Row, outcomes: Mapping[str, float], data: DataConfig, goes_on: 
 
 def reports(row: Row, outcomes: Mapping[str, float]) -> bool:
     """Whether a record says an outcome, be it 0: null says nothing."""
-    return any(number(row, column) is not None for column in _outcome_columns(row, outcomes))
+    return any(_outcome(row, column) is not None for column in _outcome_columns(row, outcomes))
 
 
 def refused(row: Row, field: str | None, problem: str) -> BadDialogueError:
@@ -117,7 +117,7 @@ def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tupl
     for column in columns:
         if column not in row.values:
             raise refused(row, column, "missing; write null where there is nothing")
-    found = tuple(number(row, column) or 0.0 for column in columns)
+    found = tuple(_outcome(row, column) or 0.0 for column in columns)
     for name, column, value in zip(outcomes, columns, found, strict=True):
         low, high = data.range_of(name)
         if not low <= value <= high:
@@ -127,9 +127,16 @@ def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tupl
     return found
 
 
+def _outcome(row: Row, column: str) -> float | None:
+    """A number, which may be logged as true or false, or null. Raises BadDialogueError for anything else."""
+    value = row.values.get(column)
+    truth = {"true": 1.0, "false": 0.0}.get(value.strip().casefold()) if isinstance(value, str) else None
+    return number(row, column) if truth is None else truth
+
+
 def _check_outcome(row: Row, column: str, found: float, weight: float) -> None:
     """Column `outcome` beside that of the one outcome says the same, weighted or not."""
-    said = None if column == "outcome" else number(row, "outcome")
+    said = None if column == "outcome" else _outcome(row, "outcome")
     if said is not None and not any(math.isclose(said, value, abs_tol=1e-6) for value in (found, weight * found)):
         raise refused(row, "outcome", f"contradicts {column}: expected {found:g}, found {said:g}; leave one out")
 
