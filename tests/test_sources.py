@@ -657,6 +657,65 @@ def test_what_follows_an_outcome_is_told(tmp_path: Path) -> None:
     assert told(*more[:3])[1:] == ["1 conversation went on after the outcome; 1 later turn left out"]
 
 
+def flattened(tmp_path: Path, *outcomes: tuple[float, float], **settings: Any) -> Config:
+    """A log of conversations with the outcomes of their two rows."""
+    talks = [
+        (record(conversation_id=f"c{k}", outcome=a), paid(conversation_id=f"c{k}", outcome=b))
+        for k, (a, b) in enumerate(outcomes)
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(row) for talk in talks for row in talk))
+    overrides = {"source.kind": "table", "source.path": str(tmp_path / "log.jsonl"), "outcomes": {"sold": 1.0}}
+    return load_config(None, overrides | {"data.root": str(tmp_path / "data")} | settings)
+
+
+def test_a_log_is_refused_where_many_outcomes_are_out_of_range(tmp_path: Path) -> None:
+    config = flattened(tmp_path, *[(0, 0)] * 8, (0, 1.5), (0, 37.25))
+    found = (
+        r"log\.jsonl: 'outcome' of 2 of 10 conversations \(20\.0%, data\.quarantine_share allows 10\.0%\) is out of "
+        r"range: expected 0 to 1, found 1\.5 to 37\.25 there; set data\.outcome_low and data\.outcome_high, or for it "
+        r"alone data\.outcome_ranges: \{sold: \[LEAST, GREATEST\]\}; see .*quarantine"
+    )
+    with pytest.raises(SourceError, match=found):
+        read_logs(config)
+    (quarantined,) = (tmp_path / "data" / "quarantine").glob("*.json")
+    assert [one["outcome"] for one in json.loads(quarantined.read_text())] == [1.5, 37.25]
+    mended = flattened(tmp_path, (0, 0), (0, 37.25), **{"data.outcome_ranges": {"sold": [0, 50]}})
+    assert len(read_logs(mended).conversations) == 2
+
+
+def test_a_log_is_refused_where_many_outcomes_stand_before_the_end(tmp_path: Path) -> None:
+    config = flattened(tmp_path, *[(0, 0)] * 3, *[(1, 1)] * 2)
+    with pytest.raises(
+        SourceError, match=r"'outcome' of 2 of 5 .* stands before the end: .* last row .* write 0 or null"
+    ):
+        read_logs(config)
+    assert (
+        import_table(tmp_path / "log.jsonl", ONE, CONFIG.data)
+        .set_aside[0]
+        .reason.endswith(
+            "row 7, field 'outcome': stands before the end: expected in the last row, found 1 in the first of 2"
+        )
+    )
+
+
+def test_a_log_goes_on_with_a_warning_where_much_else_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(read_logs(flattened(tmp_path, *[(0, 0)] * 9, (0, 2))).conversations) == 9
+    assert not caplog.records
+    assert len(read_logs(flattened(tmp_path, (0, 0), ("x", 0))).conversations) == 1  # type: ignore[arg-type]
+    assert "1 of 2 conversations (50.0%, data.quarantine_share allows 10.0%) are set aside; see" in caplog.text
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+
+
+def test_conversations_that_are_still_open_are_not_amiss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = flattened(tmp_path)
+    rows = [record(timestamp=f"2025-01-0{day}", conversation_id=f"c{day}") for day in (1, 8, 9)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_logs(config).set_aside == {"open: not closed yet": 2}
+    assert not caplog.records
+
+
 def of_twelve(tmp_path: Path, **settings: Any) -> Config:
     """Of a log of three versions' conversations."""
     named = [{"conversation_id": f"c{k}", "policy_version": ("1", "v7", None)[k % 3]} for k in range(12)]

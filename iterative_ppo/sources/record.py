@@ -21,7 +21,7 @@ from iterative_ppo.mdp.conversation import (
     adoption_of,
 )
 from iterative_ppo.mdp.turn_table import outcome_columns
-from iterative_ppo.sources.log import BadDialogueError, encodable, short
+from iterative_ppo.sources.log import EARLY, BadDialogueError, encodable, short
 from iterative_ppo.sources.rows import Row
 
 REQUIRED = ("conversation_id", "turn", "customer_message", "suggestion", "business_message")
@@ -59,9 +59,16 @@ def reports(row: Row, outcomes: Mapping[str, float]) -> bool:
     return any(_outcome(row, column) is not None for column in _outcome_columns(row, outcomes))
 
 
-def refused(row: Row, field: str | None, problem: str) -> BadDialogueError:
-    """The error that sets aside the conversation of a record."""
-    return BadDialogueError(problem, field, row.number, row.file)
+def refused(row: Row, field: str | None, problem: str, outcome: float | None = None) -> BadDialogueError:
+    """The error that sets aside the conversation of a record, for its `outcome` where that is out of range or place."""
+    return BadDialogueError(problem, field, row.number, row.file, outcome)
+
+
+def too_early(row: Row, outcomes: Mapping[str, float], rows: int) -> BadDialogueError:
+    """The error where the first of a conversation's `rows` holds an outcome."""
+    values = {column: _outcome(row, column) for column in _outcome_columns(row, outcomes)}
+    column, found = next((column, value) for column, value in values.items() if value)
+    return refused(row, column, f"{EARLY}: expected in the last row, found {found:g} in the first of {rows}", found)
 
 
 def text(row: Row, field: str) -> str | None:
@@ -121,7 +128,7 @@ def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tupl
     for name, column, value in zip(outcomes, columns, found, strict=True):
         low, high = data.range_of(name)
         if not low <= value <= high:
-            raise refused(row, column, f"expected {low:g} to {high:g}, found {value:g}")
+            raise refused(row, column, f"expected {low:g} to {high:g}, found {value:g}", value)
     if len(columns) == 1:
         _check_outcome(row, columns[0], found[0], *outcomes.values())
     return found

@@ -21,6 +21,7 @@ from iterative_ppo.sources.record import (
     number,
     refused,
     reports,
+    too_early,
     turn_of,
     whole,
 )
@@ -64,6 +65,8 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     newest = max((time for time in times if time <= now), default=max(times, default=None))
     for records, turns in talks:
         try:
+            if any(turns[0].outcomes) and len(turns) > 1:
+                raise too_early(records[0], outcomes, len(turns))
             closed = _closed(records, turns, newest, timedelta(hours=data.outcome_window_hours))
             log.conversations.append(_conversation(records, turns, closed, outcomes))
         except BadDialogueError as bad:
