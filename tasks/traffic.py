@@ -293,10 +293,14 @@ def _check_share(log: ImportedLog, config: Config, quarantine: Path) -> None:
 def _out_of_range(config: Config, column: str, values: Sequence[float]) -> str:
     name = next(iter(config.outcomes)) if column == "outcome" else column.removeprefix(turn_table.OUTCOME_PREFIX)
     low, high = config.data.range_of(name)
-    return (
-        f"is out of range: expected {low:g} to {high:g}, found {min(values):g} to {max(values):g} there; set "
-        f"data.outcome_low and data.outcome_high, or for it alone data.outcome_ranges: {{{name}: [LEAST, GREATEST]}}"
-    )
+    found = f"expected {low:g} to {high:g}, found {min(values):g} to {max(values):g} there"
+    return f"is out of range: {found}; {ranges_to_set(name)}"
+
+
+def ranges_to_set(outcome: str) -> str:
+    """What to do about an outcome that is out of its range."""
+    own = f"{{{outcome}: [LEAST, GREATEST]}}"
+    return f"set data.outcome_low and data.outcome_high, or for it alone data.outcome_ranges: {own}"
 
 
 def for_cloning(config: Config, talks: Sequence[Conversation]) -> list[Conversation]:
