@@ -378,6 +378,20 @@ def test_a_classifier_is_registered_and_its_labels_name_its_version(place: tuple
     assert says[0][0] > 0.5 > says[1][0]
 
 
+def test_dvc_repro_labels_as_a_night_does(place: tuple[Path, Any]) -> None:
+    from flows.repro import folder, run_offline_stage
+
+    said = talks(300, 0.6)
+    context = context_of(place, *said, labels__kind="classifier")
+    path = rounds.label_outcomes.fn(context)
+    nightly = labels.labelled(context.config, 0, path)
+    write(frame_of(*said), folder(context.config) / "collected" / "turns.parquet", OUTCOMES)
+    run_offline_stage(context.config, "validate")
+    found = read(folder(context.config) / "validated" / "turns.parquet", OUTCOMES)
+    assert ends(found)["outcome"].equals(ends(nightly)["outcome"])
+    assert set(found[ORIGIN]) == {"reported", "classifier:0"}
+
+
 def test_no_classifier_is_trained_where_all_is_reported(place: tuple[Path, Any]) -> None:
     context = context_of(place, *talks(20, 1.0), labels__kind="classifier")
     path = rounds.label_outcomes.fn(context)
