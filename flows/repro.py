@@ -92,7 +92,7 @@ def _validate(config: Config) -> Stage:
         frame, metrics = labels.labelled_alone(turn_table.read(source, config.outcomes), config)
         checked = validation.validate(frame, config)
         turn_table.write(checked.good, draft / "turns.parquet", config.outcomes)
-        return metrics | {"quarantined": float(checked.bad["conversation_id"].nunique())}
+        return metrics | {"quarantined": float(checked.statistics["quarantined_conversations"])}
 
     inputs = {"from": content_hash(source), "labels": config.labels.model_dump(mode="json"), "seed": config.seed}
     return run_stage(folder(config) / "validated", inputs | _of_turns(config), work)

@@ -436,6 +436,16 @@ def test_the_rule_may_not_change_while_a_test_runs() -> None:
             looks.unchanged(config, began)
 
 
+def test_a_conversation_without_an_id_counts_as_quarantined(place: tuple[Path, Any], tmp_path: Path) -> None:
+    context = context_of(place, *talks(60, 1.0), talk("nameless", "hello", None, origin="reported"))
+    file = context.folder / "arrived" / "t.parquet"
+    frame = pd.read_parquet(file)
+    frame.assign(conversation_id=frame["conversation_id"].replace("nameless", None)).to_parquet(file)
+    labelled = labels.labels_stage(context.config, 0, context.folder, None).path
+    metrics = rounds._validated(context, {}, labelled, tmp_path)
+    assert metrics == {"conversations": 60.0, "quarantined": 1.0}
+
+
 def test_an_outcome_without_its_origin_is_quarantined(tmp_path: Path) -> None:
     frame = pd.concat([frame_of(talk(f"good{k}", "hi", None, origin="reported")) for k in range(30)])
     bad = frame_of(talk("bad", "hi", "yes", won=1.0), talk("odd", "hi", "yes", won=1.0, origin="guess"))
