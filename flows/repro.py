@@ -90,7 +90,8 @@ def _validate(config: Config) -> Stage:
 
     def work(draft: Path) -> dict[str, float]:
         frame, metrics = labels.labelled_alone(turn_table.read(source, config.outcomes), config)
-        checked = validation.validate(frame, config)
+        here = config.data.model_copy(update={"root": folder(config)})  # the nights' round 0 has its own quarantine
+        checked = validation.validate(frame, config.model_copy(update={"data": here}))
         turn_table.write(checked.good, draft / "turns.parquet", config.outcomes)
         return metrics | {"quarantined": float(checked.statistics["quarantined_conversations"])}
 

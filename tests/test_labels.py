@@ -386,7 +386,9 @@ def test_dvc_repro_labels_as_a_night_does(place: tuple[Path, Any]) -> None:
     path = rounds.label_outcomes.fn(context)
     nightly = labels.labelled(context.config, 0, path)
     write(frame_of(*said), folder(context.config) / "collected" / "turns.parquet", OUTCOMES)
+    (nights := context.config.data.root / "quarantine" / "round=0000").mkdir(parents=True)
     run_offline_stage(context.config, "validate")
+    assert nights.exists()
     found = read(folder(context.config) / "validated" / "turns.parquet", OUTCOMES)
     assert ends(found)["outcome"].equals(ends(nightly)["outcome"])
     assert set(found[ORIGIN]) == {"reported", "classifier:0"}
