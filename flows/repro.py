@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import ConfigError, did_you_mean
@@ -13,7 +14,16 @@ from tasks import gating, labels, learning, validation
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, Prompts
 from tasks.stage import Stage, load_stage, run_stage
-from tasks.traffic import LOGGED, first_corpus, for_cloning, read_logs, simulate, to_rows, version_of_environment
+from tasks.traffic import (
+    LOGGED,
+    first_corpus,
+    for_cloning,
+    name_of_log,
+    read_logs,
+    simulate,
+    to_rows,
+    version_of_environment,
+)
 
 PI_0 = 0
 
@@ -58,10 +68,11 @@ def _champion(config: Config) -> PolicyVersion:
 def _collect(config: Config) -> Stage:
     champion = _champion(config)
     inputs = {"policy": content_hash(champion.path), "simulator": config.simulator.model_dump(), "seed": config.seed}
+    inputs |= _of_turns(config)
     if config.source.simulated:
         inputs["environment"] = version_of_environment(config)
     elif config.source.path is not None:
-        inputs["log"] = content_hash(config.source.path)
+        inputs["log"] = name_of_log(config)
 
     def work(draft: Path) -> dict[str, float]:
         if config.source.simulated:
@@ -78,13 +89,18 @@ def _validate(config: Config) -> Stage:
     source = folder(config) / "collected" / "turns.parquet"
 
     def work(draft: Path) -> dict[str, float]:
-        checked = validation.validate(labels.judged(turn_table.read(source, config.outcomes), config), config)
+        frame, metrics = labels.labelled_alone(turn_table.read(source, config.outcomes), config)
+        here = config.data.model_copy(update={"root": folder(config)})  # the nights' round 0 has its own quarantine
+        checked = validation.validate(frame, config.model_copy(update={"data": here}))
         turn_table.write(checked.good, draft / "turns.parquet", config.outcomes)
-        return {"quarantined": float(checked.bad["conversation_id"].nunique())}
+        return metrics | {"quarantined": float(checked.statistics["quarantined_conversations"])}
 
-    return run_stage(
-        folder(config) / "validated", {"from": content_hash(source), "labels": labels.definition(config)}, work
-    )
+    inputs = {"from": content_hash(source), "labels": config.labels.model_dump(mode="json"), "seed": config.seed}
+    return run_stage(folder(config) / "validated", inputs | _of_turns(config), work)
+
+
+def _of_turns(config: Config) -> dict[str, Any]:
+    return {"data": config.data.model_dump(mode="json"), "outcomes": config.outcomes}
 
 
 def _dataset(config: Config) -> Dataset:

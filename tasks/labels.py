@@ -7,9 +7,9 @@ only guesses it, and a challenger trained on its guesses would be judged by the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -21,6 +21,9 @@ from iterative_ppo.mdp.turn_table import ORIGIN
 from tasks.datasets import arrived, datasets_before
 from tasks.stage import Stage, run_stage
 from tasks.turn_checks import sound
+
+if TYPE_CHECKING:
+    from iterative_ppo.learning.outcome_classifier import OutcomeClassifier
 
 TABLE, FACTS = "labels.parquet", "labels.json"
 
@@ -60,16 +63,32 @@ def classifier_stage(config: Config, round_number: int, folder: Path) -> Stage |
     }
 
     def work(draft: Path) -> Mapping[str, float]:
-        from iterative_ppo.learning.outcome_classifier import fit_outcome_classifier
-
-        now = sound(reported_now(config, round_number), config.outcomes)
-        tables = [now, *(dataset.read(config) for dataset in earlier)]
-        reported = pd.concat([table[table[ORIGIN].eq(REPORTED).fillna(False)] for table in tables], ignore_index=True)
-        classifier, metrics = fit_outcome_classifier(reported, config.outcomes, config.labels.classifier, config.seed)
+        now, before = reported_now(config, round_number), (dataset.read(config) for dataset in earlier)
+        classifier, metrics = _fitted([sound(now, config.outcomes), *before], config)
         classifier.save(draft / "model")
         return metrics
 
     return run_stage(folder / "outcome_classifier", inputs, work)
+
+
+def _fitted(tables: Iterable[pd.DataFrame], config: Config) -> tuple[OutcomeClassifier, dict[str, float]]:
+    from iterative_ppo.learning.outcome_classifier import fit_outcome_classifier
+
+    reported = pd.concat([table[table[ORIGIN].eq(REPORTED).fillna(False)] for table in tables], ignore_index=True)
+    return fit_outcome_classifier(reported, config.outcomes, config.labels.classifier, config.seed)
+
+
+def labelled_alone(frame: pd.DataFrame, config: Config) -> tuple[pd.DataFrame, dict[str, float]]:
+    """A table labelled as a night's is, by itself: its classifier is registered nowhere, so its version is 0.
+
+    The metrics are the classifier's, where there is one. Raises TrainingError where it cannot be fitted.
+    """
+    table = judged(frame, config)
+    unknown = unreported(table)
+    if config.labels.kind != CLASSIFIER or unknown.empty:
+        return table, {}
+    classifier, metrics = _fitted([sound(table, config.outcomes)], config)
+    return with_labels(table, classifier.labels(unknown), f"{CLASSIFIER}:0", config.outcomes), metrics
 
 
 def labels_stage(config: Config, round_number: int, folder: Path, classifier: tuple[int, Path] | None) -> Stage:

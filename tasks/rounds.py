@@ -155,7 +155,7 @@ def _validated(context: RoundContext, rates: dict[str, float], labelled: Path, d
     lineage.write_sources(context.config, context.folder / "arrived", draft)
     return {
         "conversations": float(checked.good["conversation_id"].nunique()),
-        "quarantined": float(checked.bad["conversation_id"].nunique()),
+        "quarantined": float(checked.statistics["quarantined_conversations"]),
     }
 
 

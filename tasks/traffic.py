@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from tasks.turn_checks import check_log_probs, check_parts
 
 if TYPE_CHECKING:
     from iterative_ppo.environments.rollout import Environment
+    from iterative_ppo.sources import ImportedLog
 
 
 EXPLORATION = "exploration"
@@ -157,6 +159,12 @@ def to_rows(config: Config, talks: Sequence[Conversation]) -> pd.DataFrame:
     return turn_table.to_frame(talks, config.outcomes, config.data.evidence_share, config.data.split_by)
 
 
+_LOG = logging.getLogger("iterative_ppo.traffic")
+EARLY_TOLD = (
+    "stands before the end: expected in the last row of its conversation, found in the first; write 0 or null in those "
+    "before the last, also where the export repeats it in each"
+)
+
 IMPORT = "import.json"
 """Of a round's folder: what its import came to, for the report."""
 
@@ -245,7 +253,8 @@ def _before_ours(version: str) -> str:
 def read_logs(config: Config) -> Imported:
     """The conversations of logs; what was set aside goes to quarantine.
 
-    Raises SourceError where nothing is left, and what the importer raises.
+    Raises SourceError where nothing is left, where more than `data.quarantine_share` of the closed conversations are
+    set aside for one outcome's range or place, and what the importer raises.
     """
     from iterative_ppo.sources import import_log
 
@@ -254,11 +263,45 @@ def read_logs(config: Config) -> Imported:
     quarantine = config.data.root / "quarantine" / f"{name}.json"
     if log.set_aside:
         write_json(quarantine, [{**asdict(one), "file": str(one.file)} for one in log.set_aside])
+    _check_share(log, config, quarantine)
     if not log.conversations:
         first = f"; the first problem: {log.set_aside[0].reason}" if log.set_aside else ""
         raise SourceError(f"{source}: no usable conversation; see {quarantine}{first}")
     talks = [talk if talk.policy_version else replace(talk, policy_version=LOGGED) for talk in log.conversations]
     return Imported(name, talks, Counter(one.kind for one in log.set_aside), quarantine)
+
+
+def _check_share(log: ImportedLog, config: Config, quarantine: Path) -> None:
+    """What is lost for its outcome is not lost at random, all who bought, say; of other problems there is a warning."""
+    bad = [one for one in log.set_aside if not one.still_open]
+    closed, allowed = len(log.conversations) + len(bad), config.data.quarantine_share
+
+    def of(count: int) -> str:
+        return f"{count} of {closed} conversations ({count / closed:.1%}, data.quarantine_share allows {allowed:.1%})"
+
+    found: dict[tuple[str, bool], list[float]] = {}
+    for one in bad:
+        if one.outcome is not None:
+            found.setdefault((str(one.field), one.early), []).append(one.outcome)
+    for (column, early), values in found.items():
+        if len(values) > allowed * closed:
+            told = EARLY_TOLD if early else _out_of_range(config, column, values)
+            raise SourceError(f"{config.source.path}: {column!r} of {of(len(values))} {told}; see {quarantine}")
+    if log.conversations and len(bad) > allowed * closed:
+        _LOG.warning("%s: %s are set aside; see %s", config.source.path, of(len(bad)), quarantine)
+
+
+def _out_of_range(config: Config, column: str, values: Sequence[float]) -> str:
+    name = next(iter(config.outcomes)) if column == "outcome" else column.removeprefix(turn_table.OUTCOME_PREFIX)
+    low, high = config.data.range_of(name)
+    found = f"expected {low:g} to {high:g}, found {min(values):g} to {max(values):g} there"
+    return f"is out of range: {found}; {ranges_to_set(name)}"
+
+
+def ranges_to_set(outcome: str) -> str:
+    """What to do about an outcome that is out of its range."""
+    own = f"{{{outcome}: [LEAST, GREATEST]}}"
+    return f"set data.outcome_low and data.outcome_high, or for it alone data.outcome_ranges: {own}"
 
 
 def for_cloning(config: Config, talks: Sequence[Conversation]) -> list[Conversation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Verdict(NamedTuple):
 def validate(
     frame: pd.DataFrame, config: Config, reference_rates: Mapping[str, float] = {}, round_number: int = 0
 ) -> Validation:
-    """Part good conversations from bad ones; write Data Docs and, where there are bad rows, the quarantine.
+    """Part good conversations from bad ones; write Data Docs and the quarantine, or remove it where no row is bad.
 
     Args:
         frame: (N, columns) a turn table.
@@ -71,6 +72,8 @@ def validate(
     folder = config.data.root / "quarantine" / name
     if len(bad):
         quarantine(bad, folder)
+    elif folder.exists():
+        shutil.rmtree(folder)  # of an earlier try
     facts = _statistics(rows, bad, found, verdicts)
     rates = _outcome_rates(good, config)["mean"]
     facts["outcome_rates"] = {str(version): float(rate) for version, rate in rates.items()}

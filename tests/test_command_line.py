@@ -117,8 +117,10 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     wild = [{**row, "conversation_id": f"wild{p}", "turn": 1, "outcome": 0.0, "behaviour_logprob": p} for p in (0.7, 2)]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(r) + "\n" for r in [*good, *bad, *wild]), encoding="utf-8")
-    done = ippo(tmp_path, "import", "table", str(log))
+    refused(ippo(tmp_path, "import", "table", str(log)), 3, "'outcome' of 1 of 4", "is out of range: expected 0 to 1")
+    done = ippo(tmp_path, "import", "table", str(log), "--set", "data.quarantine_share=0.5")
     assert done.returncode == 0, done.stderr
+    assert "3 of 4 conversations (75.0%, data.quarantine_share allows 50.0%) are set aside" in done.stderr
     assert "1 conversations, 1 transitions, 1 with a positive outcome" in done.stdout
     assert "set aside: 1 outcome" in done.stdout
     assert "set aside: 2 behaviour_logprob: expected at most 0 (a natural logarithm)" in done.stdout
@@ -127,8 +129,10 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     assert "outcome" in aside[0]["reason"]
     assert "row 4, field 'behaviour_logprob': expected at most 0" in aside[1]["reason"]
     assert aside[1]["reason"].endswith("found 0.7")
-    log.write_text("".join(json.dumps(r) + "\n" for r in bad), encoding="utf-8")
-    refused(ippo(tmp_path, "import", "table", str(log)), 3, "no usable conversation", "row 1, field 'outcome'")
+    log.write_text("".join(json.dumps(r) + "\n" for r in wild), encoding="utf-8")
+    refused(
+        ippo(tmp_path, "import", "table", str(log)), 3, "no usable conversation", "row 1, field 'behaviour_logprob'"
+    )
 
 
 @pytest.mark.parametrize("name", ["chats #3.jsonl", "2025-01-31", "[old] chats.jsonl", "null"])

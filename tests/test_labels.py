@@ -378,6 +378,22 @@ def test_a_classifier_is_registered_and_its_labels_name_its_version(place: tuple
     assert says[0][0] > 0.5 > says[1][0]
 
 
+def test_dvc_repro_labels_as_a_night_does(place: tuple[Path, Any]) -> None:
+    from flows.repro import folder, run_offline_stage
+
+    said = talks(300, 0.6)
+    context = context_of(place, *said, labels__kind="classifier")
+    path = rounds.label_outcomes.fn(context)
+    nightly = labels.labelled(context.config, 0, path)
+    write(frame_of(*said), folder(context.config) / "collected" / "turns.parquet", OUTCOMES)
+    (nights := context.config.data.root / "quarantine" / "round=0000").mkdir(parents=True)
+    run_offline_stage(context.config, "validate")
+    assert nights.exists()
+    found = read(folder(context.config) / "validated" / "turns.parquet", OUTCOMES)
+    assert ends(found)["outcome"].equals(ends(nightly)["outcome"])
+    assert set(found[ORIGIN]) == {"reported", "classifier:0"}
+
+
 def test_no_classifier_is_trained_where_all_is_reported(place: tuple[Path, Any]) -> None:
     context = context_of(place, *talks(20, 1.0), labels__kind="classifier")
     path = rounds.label_outcomes.fn(context)
@@ -420,6 +436,16 @@ def test_the_rule_may_not_change_while_a_test_runs() -> None:
     for config in (load_config(overrides=other), load_config()):
         with pytest.raises(ConfigError, match="labels: the A/B test 's' began with"):
             looks.unchanged(config, began)
+
+
+def test_a_conversation_without_an_id_counts_as_quarantined(place: tuple[Path, Any], tmp_path: Path) -> None:
+    context = context_of(place, *talks(60, 1.0), talk("nameless", "hello", None, origin="reported"))
+    file = context.folder / "arrived" / "t.parquet"
+    frame = pd.read_parquet(file)
+    frame.assign(conversation_id=frame["conversation_id"].replace("nameless", None)).to_parquet(file)
+    labelled = labels.labels_stage(context.config, 0, context.folder, None).path
+    metrics = rounds._validated(context, {}, labelled, tmp_path)
+    assert metrics == {"conversations": 60.0, "quarantined": 1.0}
 
 
 def test_an_outcome_without_its_origin_is_quarantined(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import yaml
 from gate_evidence import UNGUARDED
 from stores import stores
 
@@ -143,6 +145,46 @@ def test_the_stages_of_dvc_repro_are_of_the_source(source: str, log: Path, tmp_p
     theirs = import_table(log, config.outcomes, config.data).conversations
     collected = identities(config, folder(config) / "collected" / "turns.parquet")
     assert (collected == {talk.conversation_id for talk in theirs}) == (source == "table")
+
+
+def test_the_stages_of_dvc_repro_see_another_log_division_and_label(log: Path, tmp_path: Path) -> None:
+    """What a stage did before is not taken for what another setting, or a file outside of DVC, would make."""
+    from flows.repro import folder, run_offline_stage
+
+    mine, rows = tmp_path / "mine.jsonl", log.read_text().splitlines()[:-1]
+    mine.write_text("\n".join(rows))
+
+    def made(stage: str, result: str, **changes: Any) -> pd.DataFrame:
+        config = load_config(None, settings(tmp_path, mine, **changes))
+        (folder(config) / "policy" / "model").mkdir(parents=True, exist_ok=True)
+        run_offline_stage(config, stage)
+        return turn_table.read(folder(config) / result / "turns.parquet", config.outcomes)
+
+    first, other = (made("collect", "collected", **{"data.evidence_share": share}) for share in (0.3, 0.6))
+    assert (other["part"] == "evidence").sum() > (first["part"] == "evidence").sum()
+    unreported = [{**row, "outcome": row["outcome"] or None} for row in map(json.loads, rows)]
+    mine.write_text("\n".join(map(json.dumps, unreported)))
+    assert made("collect", "collected")["outcome_origin"].isna().any()
+    said = {"side": "customer", "pattern": "[a-z]", "first_turn": 1, "last_turn": None, "value": 1.0}
+    for labels, origins in (
+        ({}, {"reported"}),
+        ({"labels.rules": {"purchase": said}, "labels.kind": "rule"}, {"reported", "rule"}),
+    ):
+        assert set(made("validate", "validated", **labels)["outcome_origin"].dropna()) == origins
+    with pytest.raises(TrainingError, match=r"labels\.kind classifier: \d+ conversations have a reported outcome"):
+        made("validate", "validated", **{"labels.kind": "classifier"})
+
+
+def test_dvc_runs_each_stage_of_what_it_is_made_from() -> None:
+    root = Path(__file__).parents[1]
+    stages, known = (yaml.safe_load((root / name).read_text()) for name in ("dvc.yaml", "params.yaml"))
+    stages = stages["stages"]
+    for stage in stages.values():
+        assert {name.partition(".")[0] for name in stage["params"]} <= set(known)
+    assert {name for name, stage in stages.items() if stage.get("always_changed")} == {"initial-policy", "collect"}
+    assert stages["collect"]["outs"] == [{"data/repro/collected": {"persist": True}}]
+    assert {"data", "outcomes"} <= set(stages["initial-policy"]["params"])
+    assert {"data", "outcomes", "labels", "seed"} <= set(stages["validate"]["params"])
 
 
 def test_a_night_of_a_teams_own_does_not_begin_with_the_simulators_policy(

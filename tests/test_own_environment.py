@@ -22,7 +22,7 @@ from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.files import content_hash
 from iterative_ppo.mdp import turn_table
-from iterative_ppo.mdp.conversation import ABSTAIN, Suggestion, Turn
+from iterative_ppo.mdp.conversation import ABSTAIN, State, Suggestion, Turn
 from tasks.state import load_state
 from tasks.traffic import first_corpus
 from tasks.tryout import try_out
@@ -157,6 +157,22 @@ def closing_with(turn: Turn) -> Any:
             {"step": closing_with(Turn("Bye.", (0.0, 0.0)))},
             "20 of the first 20 .*customer_message: must be null in a terminal",
         ),
+        (
+            {"step": closing_with(Turn(None, (2.0, 0.0)))},
+            r"turn 2, outcome 'order': expected 0 to 1, found 2.0; set .*ranges: \{order: ",
+        ),
+        (
+            {"step": closing_with(Turn(None, (0.0, float("nan"))))},
+            "turn 2, outcome 'large': expected a number, found nan$",
+        ),
+        ({"step": closing_with(Turn(None, ("yes", 0.0)))}, "outcome 'order': expected a number, found 'yes'$"),  # type: ignore[arg-type]
+        ({"state": property(lambda self: None)}, "state of an open session: expected a State, found None$"),
+        (
+            {"state": property(lambda self: State(tuple(self.turns), 5))},  # type: ignore[arg-type]
+            "customer_message in the state of an open session: expected text, found 5$",
+        ),
+        ({"step": closing_with(Turn(5, (0.0, 0.0)))}, "column 'customer_message': expected string, .* 'int' object$"),  # type: ignore[arg-type]
+        ({"business_of": lambda self, k: 7}, "column 'business_id': expected string, .*int64$"),
         ({"step": closing_with(Turn(None, (0.0, 0.0), ABSTAIN))}, "suggestion_status: must be null"),
         ({"start": lambda self, conversations, seed: []}, r"start\(20, seed\) returned 0 sessions"),
         ({"script": lambda self: None}, "TypeError: .*takes 1 positional argument"),
@@ -191,6 +207,7 @@ def test_a_module_that_fails_is_told_with_its_line(tmp_path: Path, monkeypatch: 
 
 def test_a_sound_one_passes() -> None:
     try_out(config_of("flower_shop:Florist"))
+    try_out(config_of("flower_shop:Florist", **{"data.outcome_high": 2.0, "data.outcome_ranges": {"order": [0, 1]}}))
     try_out(config_of("flower_shop:Unscripted", **{"policy.init": "prompt", "policy.base_model": "somewhere"}))
 
 

@@ -503,6 +503,75 @@ def test_table_keeps_what_is_logged(table: Callable[..., ImportedLog]) -> None:
     assert [turn.timestamp for turn in talk.turns] == [datetime(2025, 1, 31, hour, tzinfo=UTC) for hour in (10, 11)]
 
 
+def test_table_names_a_customer_alike_in_every_file(tmp_path: Path) -> None:
+    """pandas makes whole numbers beside nulls floats, and writes those with ".0"."""
+    ids = {"conversation_id": [1.0, 1.0], "customer_id": [7.0, None], "business_id": [2, 2], "policy_version": [3, 3]}
+    frame = pd.DataFrame([record(), paid()]).assign(**ids).astype(dict.fromkeys(ids, "float64"))
+    frame.to_parquet(tmp_path / "log.parquet")
+    frame.to_csv(tmp_path / "log.csv", index=False)
+    (tmp_path / "log.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in frame.replace({float("nan"): None}).to_dict("records"))
+    )
+    for name in ("log.parquet", "log.csv", "log.jsonl"):
+        talk = only(import_table(tmp_path / name, ONE, CONFIG.data))
+        assert (talk.conversation_id, talk.customer_id, talk.business_id, talk.policy_version) == ("1", "7", "2", "3")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("1.0", "1"),
+        ("-1.0", "-1"),
+        ("0.0", "0"),
+        ("007", "007"),
+        ("007.0", "007.0"),
+        ("1.10", "1.10"),
+        ("v1.0", "v1.0"),
+    ],
+)
+def test_table_keeps_ids_that_are_text(table: Callable[..., ImportedLog], given: str, name: str) -> None:
+    about = {"conversation_id": given, "customer_id": given, "context": given}
+    talk = only(table(record(**about), paid(**about)))
+    assert (talk.conversation_id, talk.customer_id, talk.context) == (name, name, given)
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0**60, True])
+def test_table_refuses_numbers_that_are_no_id(table: Callable[..., ImportedLog], value: Any) -> None:
+    aside = the_bad(table(*GOOD, record(customer_id=value), paid(customer_id=value)))
+    assert (aside.field, aside.row) == ("customer_id", 3)
+    assert "expected text or null" in aside.reason
+
+
+def test_table_sets_a_conversation_aside_whose_id_is_written_as_a_float(tmp_path: Path) -> None:
+    rows = ["1.0,1,hi,s,s,0", "1.0,2,hi,s,s,0", "1.0,3,hi,s", *csv_talk("2.0")]
+    aside = the_bad(csv_log(tmp_path, *rows))
+    assert aside.row == 3
+
+
+def test_table_takes_true_and_false_for_outcomes(tmp_path: Path) -> None:
+    rows = [*GOOD, record(conversation_id="lost"), ended(conversation_id="lost")]
+    rows = [{**row, "outcome": bool(row["outcome"])} for row in rows]
+    pd.DataFrame(rows).to_parquet(tmp_path / "log.parquet")
+    pd.DataFrame(rows).to_csv(tmp_path / "log.csv", index=False)
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("log.parquet", "log.csv", "log.jsonl"):
+        log = import_table(tmp_path / name, ONE, CONFIG.data)
+        assert not log.set_aside
+        assert [(talk.turns[-1].outcomes, talk.outcome_origin) for talk in log.conversations] == [
+            ((1.0,), "reported"),
+            ((0.0,), "reported"),
+        ]
+
+
+def test_table_takes_true_and_false_for_outcomes_alone(tmp_path: Path) -> None:
+    log = csv_log(tmp_path, *csv_talk("a"), "b,1,hi,s,s,FALSE", "b,2,,,,true ", "c,true,hi,s,s,0", "d,1,hi,s,s,maybe")
+    assert [talk.turns[-1].outcomes for talk in log.conversations] == [(1.0,), (1.0,)]
+    assert [(one.field, one.problem) for one in log.set_aside] == [
+        ("turn", "expected a number, found 'true'"),
+        ("outcome", "expected a number, found 'maybe'"),
+    ]
+
+
 def test_table_keeps_the_logs_own_adoption(table: Callable[..., ImportedLog]) -> None:
     rows = [record(adoption="verbatim", business_message="hello  There!"), record(2, adoption="rejected")]
     rows += [record(3, suggestion=None, adoption="verbatim"), record(4, suggestion="", adoption="edited"), paid(5)]
@@ -587,6 +656,65 @@ def test_what_follows_an_outcome_is_told(tmp_path: Path) -> None:
     more = [row | {"conversation_id": name} for name in "ab" for row in (record(), paid(), record(3), ended(4))]
     assert told(*GOOD, *more)[1:] == ["2 conversations went on after the outcome; 4 later turns left out"]
     assert told(*more[:3])[1:] == ["1 conversation went on after the outcome; 1 later turn left out"]
+
+
+def flattened(tmp_path: Path, *outcomes: tuple[float, float], **settings: Any) -> Config:
+    """A log of conversations with the outcomes of their two rows."""
+    talks = [
+        (record(conversation_id=f"c{k}", outcome=a), paid(conversation_id=f"c{k}", outcome=b))
+        for k, (a, b) in enumerate(outcomes)
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(row) for talk in talks for row in talk))
+    overrides = {"source.kind": "table", "source.path": str(tmp_path / "log.jsonl"), "outcomes": {"sold": 1.0}}
+    return load_config(None, overrides | {"data.root": str(tmp_path / "data")} | settings)
+
+
+def test_a_log_is_refused_where_many_outcomes_are_out_of_range(tmp_path: Path) -> None:
+    config = flattened(tmp_path, *[(0, 0)] * 8, (0, 1.5), (0, 37.25))
+    found = (
+        r"log\.jsonl: 'outcome' of 2 of 10 conversations \(20\.0%, data\.quarantine_share allows 10\.0%\) is out of "
+        r"range: expected 0 to 1, found 1\.5 to 37\.25 there; set data\.outcome_low and data\.outcome_high, or for it "
+        r"alone data\.outcome_ranges: \{sold: \[LEAST, GREATEST\]\}; see .*quarantine"
+    )
+    with pytest.raises(SourceError, match=found):
+        read_logs(config)
+    (quarantined,) = (tmp_path / "data" / "quarantine").glob("*.json")
+    assert [one["outcome"] for one in json.loads(quarantined.read_text())] == [1.5, 37.25]
+    mended = flattened(tmp_path, (0, 0), (0, 37.25), **{"data.outcome_ranges": {"sold": [0, 50]}})
+    assert len(read_logs(mended).conversations) == 2
+
+
+def test_a_log_is_refused_where_many_outcomes_stand_before_the_end(tmp_path: Path) -> None:
+    config = flattened(tmp_path, *[(0, 0)] * 3, *[(1, 1)] * 2)
+    with pytest.raises(
+        SourceError, match=r"'outcome' of 2 of 5 .* stands before the end: .* last row .* write 0 or null"
+    ):
+        read_logs(config)
+    assert (
+        import_table(tmp_path / "log.jsonl", ONE, CONFIG.data)
+        .set_aside[0]
+        .reason.endswith(
+            "row 7, field 'outcome': stands before the end: expected in the last row, found 1 in the first of 2"
+        )
+    )
+
+
+def test_a_log_goes_on_with_a_warning_where_much_else_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(read_logs(flattened(tmp_path, *[(0, 0)] * 9, (0, 2))).conversations) == 9
+    assert not caplog.records
+    assert len(read_logs(flattened(tmp_path, (0, 0), ("x", 0))).conversations) == 1  # type: ignore[arg-type]
+    assert "1 of 2 conversations (50.0%, data.quarantine_share allows 10.0%) are set aside; see" in caplog.text
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+
+
+def test_conversations_that_are_still_open_are_not_amiss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = flattened(tmp_path)
+    rows = [record(timestamp=f"2025-01-0{day}", conversation_id=f"c{day}") for day in (1, 8, 9)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_logs(config).set_aside == {"open: not closed yet": 2}
+    assert not caplog.records
 
 
 def of_twelve(tmp_path: Path, **settings: Any) -> Config:
@@ -815,6 +943,60 @@ def test_table_names_the_conversations_that_a_stray_quote_swallows(
     assert {aside.kind for aside in named} == {"customer_message: a quote that is opened and not closed?"}
     assert "log.csv, row 4, field 'customer_message': a quote" in named[0].reason
     assert f"found {len(swallowed) + 1} more lines in its quotes" in named[0].reason
+
+
+@pytest.mark.parametrize(
+    ("field", "closed"),
+    [
+        (r'"the \"which size\" offer"', True),
+        (r'"\"hi\""', True),
+        (r'"5\""', True),
+        (r'"say \"one, two\"' + "\n" + r'or \"three\""', True),
+        (r'"5\""', False),  # no other quote in the file
+    ],
+)
+def test_table_refuses_a_csv_whose_quotes_are_escaped_by_a_backslash(tmp_path: Path, field: str, closed: bool) -> None:
+    rows = [*csv_talk("t0"), *csv_talk("t1", field), *csv_talk("end", '"hi, you"' if closed else "hi")]
+    found = r"log\.csv, row 3 \(line 4\), field 'customer_message': expected quotes .* doubled, .* by a backslash; doub"
+    with pytest.raises(SourceError, match=found):
+        csv_log(tmp_path, *rows)
+
+
+def test_table_sets_text_after_a_closing_quote_aside(tmp_path: Path) -> None:
+    rows = [*csv_talk("t0"), *csv_talk("t1", '"hi" there'), *csv_talk("t2", '"one,\ntwo" "three"'), *csv_talk("end")]
+    log = csv_log(tmp_path, *rows)
+    assert [talk.conversation_id for talk in log.conversations] == ["t0", "end"]
+    assert [(aside.conversation_id, aside.row, aside.field) for aside in log.set_aside] == [
+        ("t1", 3, "customer_message"),
+        ("t2", 5, "customer_message"),
+    ]
+    assert {aside.kind for aside in log.set_aside} == {"customer_message: text after a closing quote"}
+    assert "expected a comma or the line's end, found ' there'; double the quotes" in log.set_aside[0].reason
+
+
+def test_table_keeps_no_part_of_a_conversation_whose_turn_a_quote_hides(tmp_path: Path) -> None:
+    header = "conversation_id,customer_message,suggestion,business_message,outcome,turn"
+    rows = ["a,hi,s,s,0,1", "a,hi,s,s,0,2", 'a,"hi" there, you",s,s,0,3', "b,hi,s,s,0,1", "b,,,,1,2"]
+    (tmp_path / "log.csv").write_text("\n".join([header, *rows]))
+    aside = the_bad(import_table(tmp_path / "log.csv", ONE, CONFIG.data))
+    assert (aside.conversation_id, aside.row, aside.field) == ("a", 3, "customer_message")
+
+
+def test_table_keeps_apostrophes_backslashes_and_quotes_as_they_are(tmp_path: Path) -> None:
+    told = ["it's 5'", '"C:\\"', '"say ""C:\\"" , you"', r'5\" by 6"', 'the "big" one', '""', '""""', r'"a\b, c"']
+    log = csv_log(tmp_path, *(line for k, words in enumerate(told) for line in csv_talk(f"t{k}", words)))
+    assert not log.set_aside
+    heard = [talk.turns[0].customer_message for talk in log.conversations]
+    assert heard[:5] == ["it's 5'", "C:\\", 'say "C:\\" , you', r'5\" by 6"', 'the "big" one']
+    assert heard[5:] == ["", '"', r"a\b, c"]
+
+
+def test_table_reads_a_csv_record_of_any_length(tmp_path: Path) -> None:
+    rows = [*csv_talk("t0"), *csv_talk("t1", "é" * 1_500_000), *csv_talk("t2", f'"{"one, two" * 300_000}"')]
+    log = csv_log(tmp_path, *rows, *csv_talk("end"))
+    assert not log.set_aside
+    heard = [len(talk.turns[0].customer_message or "") for talk in log.conversations]
+    assert heard == [2, 1_500_000, 2_400_000, 2]
 
 
 def test_table_keeps_messages_of_several_lines_in_csv(tmp_path: Path) -> None:

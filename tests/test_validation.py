@@ -277,6 +277,17 @@ def test_rows_without_a_conversation_leave_with_those_they_are_missing_from(conf
     assert "row 6, turn 3, turn: must count 1, 2, 3" in bad["reason"][0]
 
 
+def test_the_quarantine_of_a_round_goes_where_it_is_validated_anew_without_bad_rows(
+    config: Config, tmp_path: Path
+) -> None:
+    here, frame = moved(config, tmp_path), table(config, buys("a"), leaves("b"))
+    folder = tmp_path / "quarantine" / "round=0007"
+    assert len(validate(frame.assign(adoption=frame["adoption"].where(frame.index > 0, "liked")), here, {}, 7).bad)
+    assert folder.exists()
+    assert validate(frame, here, {}, 7).bad.empty
+    assert not folder.exists()
+
+
 def test_data_docs_list_all_rounds_and_show_no_message(config: Config, tmp_path: Path) -> None:
     here = moved(config, tmp_path)
     for number in (3, 4):

@@ -30,7 +30,8 @@ class DataConfig(Frozen):
     outcome_ranges: dict[str, tuple[float, float]]
     """Least and greatest of an outcome by its name, where they are others: an order's worth beside a yes or no."""
     quarantine_share: float = Share
-    """A round stops when more than this share of conversations fails validation."""
+    """A round stops when more than this share of conversations fails validation, an import when an outcome's range or
+    place sets more than this share aside."""
     outcome_rate_bound: float = Share
     """A change of one policy version's outcome rate beyond this is warned of."""
 

@@ -15,6 +15,7 @@ from iterative_ppo.errors import SourceError
 from iterative_ppo.mdp.conversation import Adoption, Conversation, Suggestion, Turn
 
 OPEN = "open: "
+EARLY = "stands before the end"
 DATA = {
     ".csv",
     ".json",
@@ -49,11 +50,18 @@ class SetAside:
     field: str | None
     problem: str
     reason: str
+    outcome: float | None = None
+    """The outcome found, where that is what it is refused for."""
 
     @property
     def still_open(self) -> bool:
         """Whether nothing is wrong with it: it has no outcome yet, and a later import may take it."""
         return self.problem.startswith(OPEN)
+
+    @property
+    def early(self) -> bool:
+        """Whether an outcome stands in the first of its rows, so that nothing of it is left."""
+        return self.problem.startswith(EARLY)
 
     @property
     def kind(self) -> str:
@@ -76,10 +84,15 @@ class BadDialogueError(Exception):
     """One dialogue is unusable. Importers catch it and set that dialogue aside; it never reaches a caller."""
 
     def __init__(
-        self, problem: str, field: str | None = None, row: int | None = None, file: Path | None = None
+        self,
+        problem: str,
+        field: str | None = None,
+        row: int | None = None,
+        file: Path | None = None,
+        outcome: float | None = None,
     ) -> None:
         super().__init__(problem)
-        self.problem, self.field, self.row, self.file = problem, field, row, file
+        self.problem, self.field, self.row, self.file, self.outcome = problem, field, row, file, outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +129,7 @@ def set_aside(conversation_id: str | None, file: Path, bad: BadDialogueError) ->
     name = "" if bad.field is None else f", field {bad.field!r}"
     place = f"{file}{row}{name}"
     reason = f"{bad.problem} ({place})" if bad.problem.startswith(OPEN) else f"{place}: {bad.problem}"
-    return SetAside(conversation_id, file, bad.row, bad.field, bad.problem, reason)
+    return SetAside(conversation_id, file, bad.row, bad.field, bad.problem, reason, bad.outcome)
 
 
 def collect(dialogues: Iterable[RawDialogue], id_field: str, convert: Callable[[Any], Conversation]) -> ImportedLog:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -20,12 +21,16 @@ from iterative_ppo.mdp.conversation import (
     adoption_of,
 )
 from iterative_ppo.mdp.turn_table import outcome_columns
-from iterative_ppo.sources.log import BadDialogueError, encodable, short
+from iterative_ppo.sources.log import EARLY, BadDialogueError, encodable, short
 from iterative_ppo.sources.rows import Row
 
 REQUIRED = ("conversation_id", "turn", "customer_message", "suggestion", "business_message")
 OF_CONVERSATION = ("customer_id", "business_id", "context", "policy_version", "arm", "persona")
+IDS = ("conversation_id", "customer_id", "business_id", "policy_version")
 OPTIONAL = (*OF_CONVERSATION, "suggestion_status", "adoption", "behaviour_logprob", "timestamp", "outcome")
+
+EXACT = 2.0**53
+"""From here on a float stands for several whole numbers, so it is no id."""
 
 
 def turn_of(row: Row, outcomes: Mapping[str, float], data: DataConfig, goes_on: bool = False) -> Turn:
@@ -51,12 +56,19 @@ def turn_of(row: Row, outcomes: Mapping[str, float], data: DataConfig, goes_on: 
 
 def reports(row: Row, outcomes: Mapping[str, float]) -> bool:
     """Whether a record says an outcome, be it 0: null says nothing."""
-    return any(number(row, column) is not None for column in _outcome_columns(row, outcomes))
+    return any(_outcome(row, column) is not None for column in _outcome_columns(row, outcomes))
 
 
-def refused(row: Row, field: str | None, problem: str) -> BadDialogueError:
-    """The error that sets aside the conversation of a record."""
-    return BadDialogueError(problem, field, row.number, row.file)
+def refused(row: Row, field: str | None, problem: str, outcome: float | None = None) -> BadDialogueError:
+    """The error that sets aside the conversation of a record, for its `outcome` where that is out of range or place."""
+    return BadDialogueError(problem, field, row.number, row.file, outcome)
+
+
+def too_early(row: Row, outcomes: Mapping[str, float], rows: int) -> BadDialogueError:
+    """The error where the first of a conversation's `rows` holds an outcome."""
+    values = {column: _outcome(row, column) for column in _outcome_columns(row, outcomes)}
+    column, found = next((column, value) for column, value in values.items() if value)
+    return refused(row, column, f"{EARLY}: expected in the last row, found {found:g} in the first of {rows}", found)
 
 
 def text(row: Row, field: str) -> str | None:
@@ -70,9 +82,20 @@ def text(row: Row, field: str) -> str | None:
 def identity(row: Row, field: str) -> str | None:
     """An id, which may be logged as a number, as text. Raises BadDialogueError for anything else."""
     value = row.values.get(field)
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
+        return str(int(value))
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return text(row, field)
+    found = text(row, field)
+    return whole(found) if found and field in IDS else found
+
+
+def whole(name: str) -> str:
+    """An id without the ".0" that pandas writes after whole numbers beside nulls.
+
+    It goes from text too: CSV has no numbers, and one customer with two names would be in both parts of the data.
+    """
+    return name.removesuffix(".0") if re.fullmatch(r"-?(0|[1-9]\d*)\.0", name) else name
 
 
 def number(row: Row, field: str) -> float | None:
@@ -101,19 +124,26 @@ def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tupl
     for column in columns:
         if column not in row.values:
             raise refused(row, column, "missing; write null where there is nothing")
-    found = tuple(number(row, column) or 0.0 for column in columns)
+    found = tuple(_outcome(row, column) or 0.0 for column in columns)
     for name, column, value in zip(outcomes, columns, found, strict=True):
         low, high = data.range_of(name)
         if not low <= value <= high:
-            raise refused(row, column, f"expected {low:g} to {high:g}, found {value:g}")
+            raise refused(row, column, f"expected {low:g} to {high:g}, found {value:g}", value)
     if len(columns) == 1:
         _check_outcome(row, columns[0], found[0], *outcomes.values())
     return found
 
 
+def _outcome(row: Row, column: str) -> float | None:
+    """A number, which may be logged as true or false, or null. Raises BadDialogueError for anything else."""
+    value = row.values.get(column)
+    truth = {"true": 1.0, "false": 0.0}.get(value.strip().casefold()) if isinstance(value, str) else None
+    return number(row, column) if truth is None else truth
+
+
 def _check_outcome(row: Row, column: str, found: float, weight: float) -> None:
     """Column `outcome` beside that of the one outcome says the same, weighted or not."""
-    said = None if column == "outcome" else number(row, "outcome")
+    said = None if column == "outcome" else _outcome(row, "outcome")
     if said is not None and not any(math.isclose(said, value, abs_tol=1e-6) for value in (found, weight * found)):
         raise refused(row, "outcome", f"contradicts {column}: expected {found:g}, found {said:g}; leave one out")
 

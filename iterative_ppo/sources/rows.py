@@ -18,11 +18,14 @@ from pyarrow import csv as arrow_csv
 
 from iterative_ppo.errors import SourceError, did_you_mean
 from iterative_ppo.sources.log import BadDialogueError, SetAside, files_in, read_text, set_aside, short
-from iterative_ppo.sources.quotes import fields_of, long_records, swallowed
+from iterative_ppo.sources.quotes import fields_of, lost, suspects
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 NEARLY = 0.85
 """Likeness from which an unknown column is taken for a misspelt one, not for a column of the team's own."""
+
+LARGEST_BLOCK = 2**31 - 1
+"""Of CSV that Arrow takes, in bytes; a record has to fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +122,18 @@ def _read_csv(file: Path, log: Rows) -> None:
     _check_delimiter(file, header)
     if len(set(header)) < len(header):
         raise SourceError(f"{file}: two columns have the same name; found {header}")
-    long = long_records(file, text, header)
+    suspected = suspects(file, text, header)
     bad: dict[int, arrow_csv.InvalidRow] = {}
 
     def skip(row: arrow_csv.InvalidRow) -> str:
         bad[row.number - 1] = row  # Arrow counts the header
         return "skip"
 
+    content = text.encode()
     try:
         table = arrow_csv.read_csv(
-            BytesIO(text.encode()),
-            arrow_csv.ReadOptions(use_threads=False),
+            BytesIO(content),
+            arrow_csv.ReadOptions(use_threads=False, block_size=min(len(content), LARGEST_BLOCK)),
             arrow_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
             arrow_csv.ConvertOptions(
                 column_types={name: pa.string() for name in header},
@@ -140,11 +144,11 @@ def _read_csv(file: Path, log: Rows) -> None:
         )
     except pa.ArrowException as error:
         raise SourceError(f"{file}: expected CSV with a header, {_first_line(error)}") from None
-    lost = {number: swallowed(file, number, lines, header, number in bad) for number, lines in long.items()}
+    gone = {number: lost(file, number, record, header, number in bad) for number, record in suspected.items()}
     numbers = (number for number in count(1) if number not in bad)
     records = zip(numbers, table.to_pylist(), strict=False)
-    log.rows.extend(Row(file, number, record) for number, record in records if not lost.get(number))
-    log.unreadable.extend(chain.from_iterable(lost.values()))
+    log.rows.extend(Row(file, number, record) for number, record in records if not gone.get(number))
+    log.unreadable.extend(chain.from_iterable(gone.values()))
     log.unreadable.extend(_unreadable_csv(file, number, header, row) for number, row in bad.items())
 
 

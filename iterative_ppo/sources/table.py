@@ -21,7 +21,9 @@ from iterative_ppo.sources.record import (
     number,
     refused,
     reports,
+    too_early,
     turn_of,
+    whole,
 )
 from iterative_ppo.sources.rows import Row, Rows, read_rows
 
@@ -37,10 +39,10 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     Required columns: those in `record.REQUIRED` and `outcome_<name>` of each outcome (or just `outcome`, where there is
     one; where there are both, they must agree). Optional ones have the turn table's names. Defaults:
     `suggestion_status` by the suggestion (null missing, "" is abstained), `adoption` by similarity, `customer_id` the
-    conversation's id. Times are ISO 8601, in UTC where they do not say. An outcome of 0 in a conversation's last row is
-    a report of none; null reports nothing, and `labels` decides. In CSV, nothing between two commas is null and "" is
-    the empty text; some writers, pandas among them, do not tell the two apart, and then Parquet or JSON Lines is the
-    better choice.
+    conversation's id. Times are ISO 8601, in UTC where they do not say. Outcomes are numbers, true or false. A 0 in a
+    conversation's last row is a report of none; null reports nothing, and `labels` decides. In CSV, quotes within a
+    field are doubled, nothing between two commas is null and "" is the empty text; some writers, pandas among them, do
+    not tell the two apart, and then Parquet or JSON Lines is the better choice.
 
     A conversation ends where its outcome is not 0, and what follows is left out (`extra["dropped_turns"]` counts it);
     or with a row whose customer_message is null; or by a silence, up to the log's newest time that is not still to
@@ -63,6 +65,8 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     newest = max((time for time in times if time <= now), default=max(times, default=None))
     for records, turns in talks:
         try:
+            if any(turns[0].outcomes) and len(turns) > 1:
+                raise too_early(records[0], outcomes, len(turns))
             closed = _closed(records, turns, newest, timedelta(hours=data.outcome_window_hours))
             log.conversations.append(_conversation(records, turns, closed, outcomes))
         except BadDialogueError as bad:
@@ -91,7 +95,7 @@ def _one_each(unreadable: Iterable[SetAside]) -> list[SetAside]:
 
 def _talks(rows: Rows, outcomes: Mapping[str, float], data: DataConfig, log: ImportedLog) -> list[Talk]:
     """Each conversation's records and turns; those of which a record is bad, or unreadable, are set aside."""
-    spoilt = {aside.conversation_id for aside in rows.unreadable}
+    spoilt = {whole(aside.conversation_id) for aside in rows.unreadable if aside.conversation_id}
     good = []
     for name, records in _grouped(rows.rows, log).items():
         if name in spoilt:
