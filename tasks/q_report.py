@@ -14,7 +14,7 @@ from iterative_ppo.errors import TrainingError
 from iterative_ppo.evaluation.doubts import doubts
 from iterative_ppo.evaluation.metrics import Calibration, Method, auc, calibration, r_squared, recalibration
 from iterative_ppo.files import read_json, write_json
-from iterative_ppo.mdp.turn_table import conversation_numbers, outcome_columns
+from iterative_ppo.mdp.turn_table import conversation_numbers, last_rows, outcome_columns
 
 if TYPE_CHECKING:
     from iterative_ppo.learning.policy_evaluation import Round
@@ -179,5 +179,7 @@ def _unit(values: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
 
 
 def _ending(frame: pd.DataFrame, column: str) -> np.ndarray:
-    """(N,) the greatest value of a column in each row's conversation."""
-    return frame.groupby("conversation_id")[column].transform("max").to_numpy(dtype=float)
+    """(N,) a column's value at the end of each row's conversation."""
+    last = last_rows(frame)
+    ends: np.ndarray = frame[column].to_numpy(dtype=float)[last][conversation_numbers(last)]
+    return ends

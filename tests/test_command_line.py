@@ -119,7 +119,7 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     log.write_text("".join(json.dumps(r) + "\n" for r in [*good, *bad, *wild]), encoding="utf-8")
     done = ippo(tmp_path, "import", "table", str(log))
     assert done.returncode == 0, done.stderr
-    assert "1 conversations, 1 transitions, 1 with a positive outcome" in done.stdout
+    assert "1 conversation, 1 transition, 1 successful" in done.stdout
     assert "set aside: 1 outcome" in done.stdout
     assert "set aside: 2 behaviour_logprob: expected at most 0 (a natural logarithm)" in done.stdout
     aside = json.loads(next((tmp_path / "data" / "quarantine").glob("*.json")).read_text(encoding="utf-8"))
@@ -129,6 +129,11 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     assert aside[1]["reason"].endswith("found 0.7")
     log.write_text("".join(json.dumps(r) + "\n" for r in bad), encoding="utf-8")
     refused(ippo(tmp_path, "import", "table", str(log)), 3, "no usable conversation", "row 1, field 'outcome'")
+    calm = [{**r, "conversation_id": "calm", "outcome": 0.0} for r in good]
+    calm[1]["customer_message"] = None
+    log.write_text("".join(json.dumps(r) + "\n" for r in calm), encoding="utf-8")
+    done = ippo(tmp_path, "import", "table", str(log), "--set", "outcomes={escalated: -1.0}")
+    assert "1 conversation, 1 transition, 1 successful" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["chats #3.jsonl", "2025-01-31", "[old] chats.jsonl", "null"])

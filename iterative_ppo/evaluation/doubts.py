@@ -48,7 +48,7 @@ def _one_class(figures: Mapping[str, float]) -> Iterator[str]:
     if 0 < successes < conversations:
         yield from _one_class_of_an_outcome(figures, conversations)
         return
-    end = "reached a positive outcome" if successes else "ended without a positive outcome"
+    end = "succeeded" if successes else "failed"
     found = f"all {conversations:,} held-out conversations {end}" if conversations else "no conversation is held out"
     untold = (
         "the AUC of Q cannot"
@@ -74,13 +74,13 @@ def _too_few(figures: Mapping[str, float]) -> Iterator[str]:
     conversations, successes = _held_out(figures)
     if figures.get("forecast_untold") and 0 < successes < conversations:
         yield (
-            f"{successes:,} of {conversations:,} held-out conversations reached a positive outcome, too few "
+            f"{successes:,} of {conversations:,} held-out conversations succeeded, too few "
             "to hold Q against how they ended: five conversations, and outcomes that differ also without a fifth of "
             "them, are needed; collect more conversations, or raise data.evidence_share"
         )
 
 
 def _held_out(figures: Mapping[str, float]) -> tuple[int, int]:
-    """Conversations, and those with a positive outcome."""
+    """Conversations, and those that succeeded."""
     conversations, successes = (int(figures.get(f"held_out_{name}", 0)) for name in ("conversations", "successes"))
     return conversations, successes

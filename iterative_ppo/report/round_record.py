@@ -11,6 +11,7 @@ from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import Calibration
+from iterative_ppo.learning.objective import usual_success
 from iterative_ppo.mdp.labels import counts
 from iterative_ppo.report.customers import Group, groups, read_returns, read_turns
 from iterative_ppo.report.q_record import (
@@ -69,6 +70,8 @@ class RoundRecord:
     set_aside: Mapping[str, int] = field(default_factory=dict)
     """Conversations of a log that its import left out, by reason."""
     warnings: tuple[str, ...] = ()
+    success_above: float | None = None
+    """The R above which a conversation was a success."""
     groups: tuple[Group, ...] = ()
     origins: Mapping[str, int] = field(default_factory=dict)
     """Conversations by the origin of their outcome: reported, rule, classifier:<version>, or none."""
@@ -129,20 +132,30 @@ class RoundRecord:
         return bool(self.groups) and all(group.of_log for group in self.groups)
 
 
-def read_round(root: Path, number: int, row: Mapping[str, Any], state: Path) -> RoundRecord:
-    """A round below the run's `root`; `row` is what state.json, at `state`, says of it."""
+def read_round(root: Path, number: int, row: Mapping[str, Any], state: Path, outcomes: Numbers) -> RoundRecord:
+    """A round below the run's `root`; `row` is what state.json, at `state`, says of it.
+
+    Args:
+        outcomes: the run's, with their weights, for rounds that do not record what a success was.
+    """
     folder = root / "rounds" / f"{number:04d}"
     with shaped(state):
         named = {key: label(row.get(key)) for key in ("champion", "challenger", "data_md5")}
     verdicts = _verdicts(folder, row, state)
-    return RoundRecord(number, **{**named, **_data(root, folder), **_learning(folder), **_gating(folder), **verdicts})
+    return RoundRecord(
+        number, **{**named, **_data(root, folder, outcomes), **_learning(folder), **_gating(folder), **verdicts}
+    )
 
 
-def _data(root: Path, folder: Path) -> dict[str, Any]:
+def _data(root: Path, folder: Path, outcomes: Numbers) -> dict[str, Any]:
     frame = read_turns(root / "turns" / f"round={folder.name}")
-    found = groups(frame, read_returns(folder / "returns" / "returns.parquet")) if frame is not None else ()
+    validation = _validation(folder / "validated" / "validation.json")
+    above = validation.get("success_above")
+    above = usual_success(outcomes) if above is None else above
+    found = groups(frame, above, read_returns(folder / "returns" / "returns.parquet")) if frame is not None else ()
     return {
-        **_validation(folder / "validated" / "validation.json"),
+        **validation,
+        "success_above": above,
         "set_aside": _set_aside(folder / "import.json"),
         "conversations": sum(group.success.conversations for group in found) if found else None,
         "groups": found,
@@ -218,6 +231,7 @@ def _validation(path: Path) -> dict[str, Any]:
             "quarantined": int(values["quarantined_conversations"]),
             "quarantine_reasons": {str(reason): int(count) for reason, count in values.get("reasons", {}).items()},
             "warnings": tuple(map(str, values.get("warnings", []))),
+            "success_above": finite(values).get("success_above"),
         }
 
 
