@@ -32,7 +32,7 @@ from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion, Turn
 from iterative_ppo.mdp.returns import monte_carlo, rewards
 from iterative_ppo.mdp.turn_table import to_frame
-from iterative_ppo.report import words
+from iterative_ppo.report import plots, words
 from iterative_ppo.report.page import render, write_report
 from iterative_ppo.report.record import RunRecord
 from iterative_ppo.report.verdict import verdict
@@ -504,6 +504,30 @@ def test_a_run_that_is_not_finished_shows_what_there_is(make: Callable[[Fake], s
     assert expected in said
     assert "None" not in re.sub(r"Rejected None|Edited None", "", said)
     assert " nan" not in said.lower()
+
+
+def test_success_in_the_log_is_that_of_all_who_wrote_it(tmp_path: Path) -> None:
+    """Whoever wrote most of it; the plot draws the largest and says that there are others."""
+    fake = Fake(tmp_path / "data")
+    parts = {
+        "ann": Arm(0, 90),
+        "bob": Arm(41, 70),
+        "cy": Arm(26, 40),
+        "di": Arm(3, 10),
+        "ed": Arm(2, 5),
+        "flo": Arm(0, 4),
+        "gus": Arm(1, 3),
+    }
+    rows = [talk for name, arm in parts.items() for talk in talks(f"logged {name}", None, arm, 0)]
+    fake.learn(0, fake.data(0, rows))
+    fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
+    said = text_of(page(fake.root, tmp_path))
+    assert "In the log, 32.9% of conversations succeeded." in said
+    assert "Success in the log 32.9%" in said and "n = 222" in said
+    steps = plots.steps(RunRecord.read(fake.root))
+    assert [step.name for step in steps] == ["First data"] * 5 + ["First data\nand 1 other"]
+    drawn = {point.policy: point.arm for step in steps for point in step.points}
+    assert drawn == {f"logged {name}": parts[name] for name in ("ann", "bob", "cy", "di", "ed", "flo")}
 
 
 def test_a_running_test_is_not_looked_at(tmp_path: Path) -> None:

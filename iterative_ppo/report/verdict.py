@@ -131,7 +131,10 @@ def largest(groups: tuple[Group, ...], role: str) -> Group | None:
 
 
 def first(run: RunRecord) -> Arm | None:
-    """How the first policy did when the run began."""
+    """How the first policy did when the run began; where that was a log, how all who wrote it did together."""
+    if run.rounds and run.rounds[0].from_logs:
+        arms = [group.success for group in run.rounds[0].groups]
+        return Arm(sum(arm.successes for arm in arms), sum(arm.conversations for arm in arms))
     group = largest(run.rounds[0].groups, CHAMPION) if run.rounds else None
     return group.success if group else None
 
