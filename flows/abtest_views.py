@@ -14,6 +14,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.bounds import Bound, bounds
 from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.plan import PlannedDesign
 from tasks import approvals, experiments, looks
 from tasks.assignment import share_in_force
@@ -167,7 +168,7 @@ def guardrail_table(told: Mapping[str, Any]) -> Table:
     for one in told["guardrails"]:
         names = ("champion", "challenger", "loss_bound", "margin")
         values = ("unknown" if one[name] is None else f"{round(one[name], 6) + 0.0:.4g}" for name in names)
-        table.add_row(one["measure"], *values, "holds" if one["holds"] else "FAILS")
+        table.add_row(one["measure"], *values, NonInferiority.from_dict(one).found)
     return table
 
 

@@ -6,7 +6,8 @@ guardrail holds where a loss of the margin or more is refuted at one-sided alpha
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from iterative_ppo.errors import ConfigError, TurnTableError
 from iterative_ppo.evaluation.ab_test import Arm, p_in_words
 
 Better = Literal["higher", "lower"]
+Found = Literal["holds", "not told", "broken"]
 DRAWS = 2000
 SHOWN = 0.05
 
@@ -52,6 +54,18 @@ class NonInferiority:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: an unknown value is null."""
         return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NonInferiority:
+        """As `as_dict` wrote it. Raises KeyError where something is missing."""
+        known = {field.name: values[field.name] for field in fields(cls)}
+        numbers: dict[str, Any] = {name: float("nan") if value is None else value for name, value in known.items()}
+        return cls(**numbers)
+
+    @property
+    def found(self) -> Found:
+        """Whether it holds, is shown to be broken, or neither."""
+        return "holds" if self.holds else "broken" if self.broken else "not told"
 
     @property
     def broken(self) -> bool:

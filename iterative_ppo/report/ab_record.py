@@ -10,6 +10,7 @@ from typing import Any
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation.bounds import Bound, bounds
 from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.evaluation.non_inferiority import Found, NonInferiority
 from iterative_ppo.report.stored import finite, label, shaped
 
 
@@ -19,7 +20,7 @@ class Checked:
 
     measure: str
     values: Mapping[str, float]
-    holds: bool
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def _record(number: int, tested: Mapping[str, Any], running: bool, verdict: str,
         int(settings["abtest.conversations"]),
         tuple(bounds(design, int(settings["abtest.looks"]), float(settings["gate.alpha"]), taken)),
         tuple(look for look in taken if look.statistic is not None),
-        tuple(Checked(str(one["measure"]), finite(one), bool(one["holds"])) for one in tested.get("guardrails", [])),
+        tuple(
+            Checked(str(one["measure"]), finite(one), NonInferiority.from_dict(one).found)
+            for one in tested.get("guardrails", [])
+        ),
     )
 
 

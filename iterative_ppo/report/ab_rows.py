@@ -91,4 +91,4 @@ def _guardrail(found: Checked) -> dict[str, Any]:
     measure, limit, _ = found.measure.partition(LIMIT)
     if limit:
         values |= {"champion": "", "margin": f"limit {values['champion']}"}
-    return {"name": f"{words.GUARDRAILS.get(measure, measure)}{limit}", "holds": found.holds, **values}
+    return {"name": f"{words.GUARDRAILS.get(measure, measure)}{limit}", "found": found.found, **values}

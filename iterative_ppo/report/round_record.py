@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import Calibration
+from iterative_ppo.evaluation.non_inferiority import Found, NonInferiority
 from iterative_ppo.learning.objective import usual_success
 from iterative_ppo.mdp.labels import counts
 from iterative_ppo.report.customers import Group, groups, read_returns, read_turns
@@ -53,7 +54,7 @@ class Guarded:
     challenger: float | None
     champion: float | None
     margin: float | None
-    held: bool
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class RoundRecord:
     """Responses a state, of which the best of n was learnt."""
     evidence: Numbers = field(default_factory=dict)
     guardrails: Mapping[str, Guarded] = field(default_factory=dict)
-    """Of the offline gate, by name; one that a limit of its own has broken is not held."""
+    """Of the offline gate, by name, with what its own limit found where that is worse."""
     examples: tuple[Example, ...] = ()
     temperature: float | None = None
     offline: Decision | None = None
@@ -196,11 +197,11 @@ def _guardrails(path: Path) -> dict[str, Guarded]:
     with shaped(path):
         for one in values.get("guardrails", []):
             name, limit, _ = str(one["measure"]).partition(LIMIT)
-            held, value = bool(one["holds"]), finite(one)
+            told, value = NonInferiority.from_dict(one).found, finite(one)
             if limit:
-                found[name] = replace(found[name], held=found[name].held and held)
+                found[name] = replace(found[name], found=max(found[name].found, told, key=get_args(Found).index))
             else:
-                found[name] = Guarded(value.get("challenger"), value.get("champion"), value.get("margin"), held)
+                found[name] = Guarded(value.get("challenger"), value.get("champion"), value.get("margin"), told)
     return found
 
 

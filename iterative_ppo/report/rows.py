@@ -211,8 +211,8 @@ def guardrails(run: RunRecord) -> dict[str, Any] | None:
 
 def _cell(found: Guarded | None) -> dict[str, Any]:
     if found is None:
-        return {"text": words.NOTHING, "sub": "", "held": True}
-    return {"text": words.brief(found.challenger), "sub": words.brief(found.champion), "held": found.held}
+        return {"text": words.NOTHING, "sub": "", "found": "holds"}
+    return {"text": words.brief(found.challenger), "sub": words.brief(found.champion), "found": found.found}
 
 
 def _margin(found: Guarded | None) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from iterative_ppo.evaluation.ab_test import ABTest, p_in_words
-from iterative_ppo.evaluation.gate import UNTOLD
+from iterative_ppo.evaluation.gate import UNSHOWN, UNTOLD
 from iterative_ppo.learning.objective import WITHOUT_COST
 
 NOTHING = "–"
@@ -30,7 +30,7 @@ CHECKS = {
     "guardrail": "Guardrail",
     "challenger": "What customers did",
 }
-MARKS = {"failed": "failed", "passed": "passed", UNTOLD: "unknown"}
+MARKS = {"failed": "failed", "passed": "passed", UNSHOWN: "unknown", UNTOLD: "unknown"}
 GUARDRAILS = {
     "kl": "KL to the champion",
     "length": "Length, 95th percentile",
@@ -199,9 +199,10 @@ def reason(text: str) -> tuple[str, str, str]:
         mark, found = "", text
     checked = next((name for sign, name in CHECKS.items() if sign in found), "")
     found = found.removeprefix("certificate: ").removeprefix("off-policy gain of whole conversations: ")
-    if mark == UNTOLD:
-        found = f"Cannot tell from these logs: {found}"
-    return MARKS.get(mark, ""), checked, found.removeprefix("guardrail ")
+    found = found.removeprefix("guardrail ")
+    if mark in (UNSHOWN, UNTOLD):
+        found = f"{mark.capitalize()}: {found}"
+    return MARKS.get(mark, ""), checked, found
 
 
 def _signed(value: float, digits: int = 1) -> str:
