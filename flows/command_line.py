@@ -246,9 +246,14 @@ def _show_closing(test: dict[str, Any]) -> None:
 
     first, last = test["champion"], test["challenger"]
     before, after = first["successes"] / first["conversations"], last["successes"] / last["conversations"]
+    if test["first"] == test["last"]:
+        served = f"{after:.1%} success with {last['conversations']} fresh customers"
+        typer.echo(f"the first policy, version {test['last']}, serves as at the start: {served}")
+        return
+    interval = f"95% interval {test['gain_low']:+.1%} to {test['gain_high']:+.1%}"
     typer.echo(
         f"fresh customers, {last['conversations']} each: pi_0 {before:.1%}, champion {after:.1%}, "
-        f"gain {test['gain']:+.1%} ({test['gain_low']:+.1%} to {test['gain_high']:+.1%}), {p_in_words(test['p_value'])}"
+        f"gain {test['gain']:+.1%} ({interval}), {p_in_words(test['p_value'])}"
     )
 
 

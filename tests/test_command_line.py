@@ -21,6 +21,7 @@ import pytest
 from flows import command_line, environment
 from flows.suggesting import read_state
 from iterative_ppo.errors import SourceError, StoreError
+from iterative_ppo.evaluation.ab_test import Arm, ab_test
 
 
 def ippo(folder: Path, *arguments: str, stdin: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -266,6 +267,17 @@ def test_what_a_disk_or_a_server_did_is_one_line(
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1
+
+
+def test_a_first_policy_that_serves_still_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two samples of it differ by chance alone."""
+    test = ab_test(Arm(15, 200), Arm(9, 200), 0.05).as_dict()
+    command_line._show_closing({**test, "first": 1, "last": 1})
+    said = capsys.readouterr().out
+    assert said == "the first policy, version 1, serves as at the start: 4.5% success with 200 fresh customers\n"
+    command_line._show_closing({**test, "first": 1, "last": 2})
+    said = capsys.readouterr().out
+    assert "pi_0 7.5%, champion 4.5%, gain -3.0% (95% interval -8" in said
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
