@@ -12,6 +12,7 @@ from rich.table import Table
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import StoreError
+from iterative_ppo.evaluation.ab_test import level_of
 from iterative_ppo.evaluation.bounds import Bound, bounds
 from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.non_inferiority import NonInferiority
@@ -146,7 +147,8 @@ def _next(told: Mapping[str, Any]) -> str:
 def look_table(told: Mapping[str, Any]) -> Table:
     """A row a look, taken or planned."""
     statistic = "e-value" if told["design"] == "anytime" else "z"
-    table = Table("plan", "champion", "challenger", "gain", statistic, "bound", box=None, pad_edge=False)
+    gain = f"gain ({level_of(told['alpha'])} interval)"
+    table = Table("plan", "champion", "challenger", gain, statistic, "bound", box=None, pad_edge=False)
     taken = [look for look in told["looks"] if look["statistic"] is not None]
     for place, bound in enumerate(told["bounds"]):
         measured = _measured(taken[place]) if place < len(taken) else ("", "", "", "")

@@ -107,6 +107,7 @@ def test_a_running_test_shows_its_looks_and_what_is_ahead(tmp_path: Path) -> Non
         assert look.statistic and look.bound
         assert f"{look.statistic:.3g} {look.bound:.3g}" in said
     assert "24.0% of 250 28.0% of 250 +4.0 points" in said and "23.6% of 500 30.0% of 500 +6.4 points" in said
+    assert "Gain 90% interval" in said, "each end at alpha"
     assert html.count(">planned<") == 2
     assert "Length, 95th percentile 0.2 0.18" in said and "holds" in said and "broken" not in said
     assert html.count("<svg") == 1 and ">what was found<" in html and "matured conversations (% of 2,000)" in html
@@ -158,6 +159,8 @@ def test_a_broken_guardrail_rejects_a_better_challenger(tmp_path: Path) -> None:
     assert 'class="pill bad">rejected' in section(html)
     assert re.search(r'<li class="failed"><strong>Keeps to the usual length.</strong> length', section(html))
     assert re.search(r'<li class="passed"><strong>What customers did.</strong> challenger 32.0%', section(html))
+    assert re.search(r"challenger 32.0% of 750, champion 24.0% of 750: \+8.0% \(90% interval \+", section(html))
+    assert "A/B test 95% interval" in text_of(html)
     assert '<td class="broken">broken</td>' in html
 
 

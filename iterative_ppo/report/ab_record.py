@@ -40,6 +40,7 @@ class ABRecord:
     reasons: tuple[str, ...]
     design: str
     planned: int
+    alpha: float
     bounds: tuple[Bound, ...]
     looks: tuple[Look, ...]
     guardrails: tuple[Checked, ...]
@@ -73,6 +74,7 @@ def _record(number: int, tested: Mapping[str, Any], running: bool, verdict: str,
     settings = tested.get("settings", {})
     if "abtest.design" not in settings:
         return None
+    alpha = float(settings["gate.alpha"])
     design, taken = settings["abtest.design"], [_look(one) for one in tested.get("looks", [])]
     return ABRecord(
         number,
@@ -83,7 +85,8 @@ def _record(number: int, tested: Mapping[str, Any], running: bool, verdict: str,
         tuple(map(str, reasons)),
         design,
         int(settings["abtest.conversations"]),
-        tuple(bounds(design, int(settings["abtest.looks"]), float(settings["gate.alpha"]), taken)),
+        alpha,
+        tuple(bounds(design, int(settings["abtest.looks"]), alpha, taken)),
         tuple(look for look in taken if look.statistic is not None),
         tuple(
             Checked(str(one["measure"]), finite(one), NonInferiority.from_dict(one).found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from iterative_ppo.evaluation.ab_test import level_of
 from iterative_ppo.evaluation.bounds import Bound
 from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.guardrails import LIMIT
@@ -42,6 +43,7 @@ def ab_section(run: RunRecord) -> dict[str, Any] | None:
         "lead": _lead(test),
         "pill": {"tone": tone, "text": text},
         "reasons": [words.reason(reason) for reason in test.reasons],
+        "level": level_of(test.alpha),
         "statistic": "e-value" if test.design == "anytime" else "z",
         "looks": [_look(bound, look) for bound, look in zip(test.bounds, _padded(test), strict=True)],
         "guardrails": [_guardrail(one) for one in test.guardrails],

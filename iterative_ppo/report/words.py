@@ -139,7 +139,9 @@ def origin(name: str) -> str:
 
 def gain(test: ABTest) -> str:
     """A test's gain with its interval and p."""
-    return f"{points(test.gain)} ({points_span(test.gain_low, test.gain_high)}, {p_in_words(test.p_value)})"
+    return (
+        f"{points(test.gain)} (95% interval {points_span(test.gain_low, test.gain_high)}, {p_in_words(test.p_value)})"
+    )
 
 
 def succeeds(outcomes: Mapping[str, float], above: float) -> str:
