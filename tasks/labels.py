@@ -7,6 +7,7 @@ only guesses it, and a challenger trained on its guesses would be judged by the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from iterative_ppo.config import Config
+from iterative_ppo.evaluation.doubts import label_doubts
 from iterative_ppo.files import content_hash, read_json, write_json
 from iterative_ppo.mdp.conversation import REPORTED
 from iterative_ppo.mdp.labels import CLASSIFIER, RULE, as_reported, by_rule, counts, unreported, with_labels
@@ -22,6 +24,7 @@ from tasks.datasets import arrived, datasets_before
 from tasks.stage import Stage, run_stage
 from tasks.turn_checks import sound
 
+_LOG = logging.getLogger(__name__)
 TABLE, FACTS = "labels.parquet", "labels.json"
 
 
@@ -66,6 +69,8 @@ def classifier_stage(config: Config, round_number: int, folder: Path) -> Stage |
         tables = [now, *(dataset.read(config) for dataset in earlier)]
         reported = pd.concat([table[table[ORIGIN].eq(REPORTED).fillna(False)] for table in tables], ignore_index=True)
         classifier, metrics = fit_outcome_classifier(reported, config.outcomes, config.labels.classifier, config.seed)
+        for doubt in label_doubts(metrics):
+            _LOG.warning("%s", doubt)
         classifier.save(draft / "model")
         return metrics
 

@@ -40,6 +40,21 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
         )
 
 
+def label_doubts(figures: Mapping[str, float]) -> Iterator[str]:
+    """Of a classifier of outcomes on held-out conversations (outcome_classifier), by name."""
+    for key, alike in figures.items():
+        named = key.removesuffix("_cost_of_one_class")
+        if named == key or figures[f"{named}_cost"] < alike:
+            continue
+        cost, auc, recall = (figures[f"{named}_{figure}"] for figure in ("cost", "auc", "recall"))
+        yield (
+            f"the classifier of outcome {named.removeprefix('classifier_')!r} is no better than calling all "
+            f"{int(figures['classifier_held_out']):,} held-out conversations alike (cost {cost:.3f} each, AUC "
+            f"{auc:.2f}, recall {recall:.2f}), so its labels tell Q nothing; report more outcomes, or set labels.kind "
+            "to reported or rule"
+        )
+
+
 def _one_class(figures: Mapping[str, float]) -> Iterator[str]:
     """An evidence part of which all conversations end alike."""
     if "held_out_successes" not in figures:

@@ -76,6 +76,8 @@ class RoundRecord:
     groups: tuple[Group, ...] = ()
     origins: Mapping[str, int] = field(default_factory=dict)
     """Conversations by the origin of their outcome: reported, rule, classifier:<version>, or none."""
+    classifier: Numbers = field(default_factory=dict)
+    """Figures of the classifier that was fitted to say outcomes, on held-out conversations."""
     mean_return: float | None = None
     q: Numbers = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -160,6 +162,7 @@ def _data(root: Path, folder: Path, outcomes: Numbers) -> dict[str, Any]:
         "set_aside": _set_aside(folder / "import.json"),
         "conversations": sum(group.success.conversations for group in found) if found else None,
         "groups": found,
+        "classifier": numbers(folder / "outcome_classifier" / "stage.json", "metrics"),
         "origins": counts(frame) if frame is not None else {},
         "mean_return": numbers(folder / "returns" / "stage.json", "metrics").get("mean_return"),
     }
