@@ -68,7 +68,7 @@ def _one_class(figures: Mapping[str, float]) -> Iterator[str]:
     untold = (
         "the AUC of Q cannot"
         if "forecast_error_isotonic" in figures
-        else "neither the AUC of Q nor a calibration of it can"
+        else "neither the AUC of Q nor its worth as a forecast can"
     )
     yield f"{found}: {untold} be told; collect more conversations, or raise data.evidence_share"
 

@@ -40,7 +40,10 @@ class Guardrail:
 
 @dataclass(frozen=True)
 class NonInferiority:
-    """What a guardrail found: the arms' values, the loss with its one-sided upper bound, and whether it holds."""
+    """What a guardrail found: the arms' values, the loss with its one-sided upper bound, and whether it holds.
+
+    The p-value is NaN where no arm is tested: there the champion's value is the most that chance gives.
+    """
 
     measure: str
     champion: float
@@ -70,13 +73,15 @@ class NonInferiority:
     @property
     def broken(self) -> bool:
         """Whether a loss beyond the margin is shown, at a level of 5 %; what does not hold may just not be known."""
-        return bool(self.loss > self.margin and 1.0 - self.p_value < SHOWN)
+        return bool(self.loss > self.margin and (np.isnan(self.p_value) or 1.0 - self.p_value < SHOWN))
 
     @property
     def reason(self) -> str:
         """In plain words."""
         if np.isnan(self.loss):
             return f"{self.measure}: cannot tell, an arm holds too few values"
+        if np.isnan(self.p_value):
+            return f"{self.measure} {self.challenger:.4g}, chance {self.champion:.4g} (margin {self.margin:g})"
         return (
             f"{self.measure} {self.challenger:.4g}, champion {self.champion:.4g}: at most {self.loss_bound:.3g} worse "
             f"(margin {self.margin:g}, {p_in_words(self.p_value)})"
