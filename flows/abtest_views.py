@@ -12,8 +12,10 @@ from rich.table import Table
 
 from iterative_ppo.config import Config
 from iterative_ppo.errors import StoreError
+from iterative_ppo.evaluation.ab_test import level_of
 from iterative_ppo.evaluation.bounds import Bound, bounds
 from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.plan import PlannedDesign
 from tasks import approvals, experiments, looks
 from tasks.assignment import share_in_force
@@ -145,7 +147,8 @@ def _next(told: Mapping[str, Any]) -> str:
 def look_table(told: Mapping[str, Any]) -> Table:
     """A row a look, taken or planned."""
     statistic = "e-value" if told["design"] == "anytime" else "z"
-    table = Table("plan", "champion", "challenger", "gain", statistic, "bound", box=None, pad_edge=False)
+    gain = f"gain ({level_of(told['alpha'])} interval)"
+    table = Table("plan", "champion", "challenger", gain, statistic, "bound", box=None, pad_edge=False)
     taken = [look for look in told["looks"] if look["statistic"] is not None]
     for place, bound in enumerate(told["bounds"]):
         measured = _measured(taken[place]) if place < len(taken) else ("", "", "", "")
@@ -167,7 +170,7 @@ def guardrail_table(told: Mapping[str, Any]) -> Table:
     for one in told["guardrails"]:
         names = ("champion", "challenger", "loss_bound", "margin")
         values = ("unknown" if one[name] is None else f"{round(one[name], 6) + 0.0:.4g}" for name in names)
-        table.add_row(one["measure"], *values, "holds" if one["holds"] else "FAILS")
+        table.add_row(one["measure"], *values, NonInferiority.from_dict(one).found)
     return table
 
 

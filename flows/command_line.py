@@ -95,15 +95,17 @@ def import_(
 ) -> None:
     """Logs into the turn table's inbox; what is unusable goes to quarantine, each with its reason."""
     config, _, _ = configured(params, sets, source__kind=source, source__path=path)
+    from iterative_ppo.learning.objective import success_above
+    from iterative_ppo.report.words import count
     from tasks.traffic import import_logs
 
     file, log = import_logs(config)
     talks = log.conversations
     actions = [t for talk in talks for t in talk.turns if not t.terminal]
-    weights = config.outcomes.values()
-    rewarded = sum(sum(w * o for w, o in zip(weights, talk.turns[-1].outcomes, strict=True)) > 0 for talk in talks)
-    place = file or "nothing new"
-    typer.echo(f"{place}: {len(talks)} conversations, {len(actions)} transitions, {rewarded} with a positive outcome")
+    weights, above = config.outcomes.values(), success_above(config)
+    worth = [sum(w * o for w, o in zip(weights, talk.turns[-1].outcomes, strict=True)) for talk in talks]
+    found = (count(len(talks), "conversations"), count(len(actions), "transitions"))
+    typer.echo(f"{file or 'nothing new'}: {', '.join(found)}, {sum(r > above for r in worth):,} successful")
     for line in log.told():
         typer.echo(f"  {line}")
 
@@ -244,9 +246,14 @@ def _show_closing(test: dict[str, Any]) -> None:
 
     first, last = test["champion"], test["challenger"]
     before, after = first["successes"] / first["conversations"], last["successes"] / last["conversations"]
+    if test["first"] == test["last"]:
+        served = f"{after:.1%} success with {last['conversations']} fresh customers"
+        typer.echo(f"the first policy, version {test['last']}, serves as at the start: {served}")
+        return
+    interval = f"95% interval {test['gain_low']:+.1%} to {test['gain_high']:+.1%}"
     typer.echo(
         f"fresh customers, {last['conversations']} each: pi_0 {before:.1%}, champion {after:.1%}, "
-        f"gain {test['gain']:+.1%} ({test['gain_low']:+.1%} to {test['gain_high']:+.1%}), {p_in_words(test['p_value'])}"
+        f"gain {test['gain']:+.1%} ({interval}), {p_in_words(test['p_value'])}"
     )
 
 

@@ -22,11 +22,13 @@ from tasks.state import load_state
 from tasks.traffic import deliver, simulate, to_rows
 
 MAX_NIGHTS = 100
+FIRST = 1
+"""The version of pi_0."""
 
 
 @flow(name="simulated-rounds", flow_run_name="simulated rounds")
 def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Nights with simulated traffic until converged or out of budget. Returns the closing test.
+    """Nights with simulated traffic until converged or out of budget. Returns the closing test, and who is in it.
 
     None where `gate.promotion: approve` makes it wait for a person; begun again, it goes on from there.
 
@@ -40,7 +42,8 @@ def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] |
         if reason := _unlearnt(config, before):
             raise TrainingError(reason)
         if phase == "finished":
-            return closing_test(config).as_dict()
+            last = registry.champion(tracking.open_tracking(config))
+            return {**closing_test(config).as_dict(), "first": FIRST, "last": last}
         if phase == "approve":
             return None
         traffic(config)
@@ -78,7 +81,7 @@ def traffic(config: Config) -> None:
 def closing_test(config: Config) -> ABTest:
     """The last champion against pi_0, each with fresh customers of its own."""
     store = tracking.open_tracking(config)
-    last, first = registry.champion(store), 1
+    last, first = registry.champion(store), FIRST
     assert last is not None
     count, seed = config.rounds.final_conversations, 777_000 + config.seed
     stage = run_stage(

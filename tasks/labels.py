@@ -7,6 +7,7 @@ only guesses it, and a challenger trained on its guesses would be judged by the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from iterative_ppo.config import Config
+from iterative_ppo.evaluation.doubts import label_doubts
 from iterative_ppo.files import content_hash, read_json, write_json
 from iterative_ppo.mdp.conversation import REPORTED
 from iterative_ppo.mdp.labels import CLASSIFIER, RULE, as_reported, by_rule, counts, unreported, with_labels
@@ -25,6 +27,7 @@ from tasks.turn_checks import sound
 if TYPE_CHECKING:
     from iterative_ppo.learning.outcome_classifier import OutcomeClassifier
 
+_LOG = logging.getLogger(__name__)
 TABLE, FACTS = "labels.parquet", "labels.json"
 
 
@@ -65,6 +68,8 @@ def classifier_stage(config: Config, round_number: int, folder: Path) -> Stage |
     def work(draft: Path) -> Mapping[str, float]:
         now, before = reported_now(config, round_number), (dataset.read(config) for dataset in earlier)
         classifier, metrics = _fitted([sound(now, config.outcomes), *before], config)
+        for doubt in label_doubts(metrics):
+            _LOG.warning("%s", doubt)
         classifier.save(draft / "model")
         return metrics
 

@@ -14,15 +14,13 @@ from iterative_ppo.errors import TrainingError
 from iterative_ppo.evaluation.doubts import doubts
 from iterative_ppo.evaluation.metrics import Calibration, Method, auc, calibration, r_squared, recalibration
 from iterative_ppo.files import read_json, write_json
-from iterative_ppo.mdp.turn_table import conversation_numbers, outcome_columns
+from iterative_ppo.mdp.turn_table import conversation_numbers, last_rows, outcome_columns
 
 if TYPE_CHECKING:
     from iterative_ppo.learning.policy_evaluation import Round
     from iterative_ppo.learning.q_model import QModel
 
 CALIBRATION, OUTCOMES, FORECAST = "calibration.json", "outcomes.json", "forecast.json"
-JUDGED = "isotonic"
-"""The forecast that counts: as it is, Q knows of discounted returns alone, which are less than the outcome."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -31,9 +29,9 @@ def write_q_report(
 ) -> dict[str, float]:
     """Write the reliability of Q into `folder`, and return its figures; it warns where they tell nothing.
 
-    The calibration error is against the undiscounted outcome, of Q as a calibration maps it: Q by itself is about
-    discounted returns, so that even a perfect one would promise too little. Its error against those stands beside it,
-    named so, or in its place where the outcome cannot be forecast.
+    The calibration error is of Q as it is, against the discounted returns that it promises, which a perfect one meets
+    whatever the discount. As a forecast of the undiscounted outcome, as it is and mapped, it has errors of their own;
+    mapped onto those very outcomes almost anything is right on average, so that none of these judges it.
     """
     metrics, bins = q_report(q, current, frame, above)
     write_json(folder / CALIBRATION, bins)
@@ -47,8 +45,6 @@ def write_q_report(
         write_json(folder / FORECAST, {name: asdict(one) for name, one in said.items()})
         metrics |= {f"forecast_error_{name}": one.error for name, one in said.items()}
         metrics["forecast_error_by_chance_95"] = said["as_it_is"].chance_95
-        metrics |= {f"discounted_{name}": metrics[name] for name in _calibrated(said[JUDGED])}
-        metrics |= _calibrated(said[JUDGED])
     for doubt in doubts(q.report | metrics):
         _LOG.warning("%s", doubt)
     return metrics
@@ -56,8 +52,7 @@ def write_q_report(
 
 def judged(folder: Path) -> Calibration | None:
     """Q's calibration as its calibration error tells it, from the folder of its report; None where nothing is."""
-    whole = folder / FORECAST
-    found = read_json(whole)[JUDGED] if whole.exists() else read_json(folder / CALIBRATION)
+    found = read_json(folder / CALIBRATION)
     return Calibration(**found) if found else None
 
 
@@ -90,27 +85,20 @@ def q_report(
 
 
 def outcome_report(q: QModel, current: Round, frame: pd.DataFrame) -> dict[str, Any]:
-    """The same for the head of each named outcome, with its weight in R; empty where Q has one head.
-
-    Its calibration is that of the forecast which counts, against the undiscounted outcome, where there is one.
-    """
+    """The same for the head of each named outcome, with its weight in R; empty where Q has one head."""
     if current.outcome_returns is None:
         return {}
     values = q.outcome_values(current.encoded)
     held = ~current.fit & np.isfinite(values.q[:, 0])
     ids = frame["conversation_id"].to_numpy(dtype=str)[held]
     found: dict[str, Any] = {}
-    ended = _ended(current, current.head_rewards)
     for k, (name, weight) in enumerate(q.settings.outcomes.items()):
         if not held.any():
             break
         within = q.settings.outcome_ranges[k]
         returns, won = current.outcome_returns[held, k], _ending(frame, outcome_columns([name])[0])[held] > 0
-        discounted = _reliability(values.q[held, k], returns, ids, within)
-        said = _forecasts(values.q[held, k], ended[held, k], ids, within)
-        bins = said[JUDGED] if said else discounted
+        bins = _reliability(values.q[held, k], returns, ids, within)
         figures = _fit(values.q[held, k], values.v[held, k], returns, won, bins)
-        figures |= {f"discounted_{name}": error for name, error in _calibrated(discounted).items()} if said else {}
         figures["held_out_successes"] = float(len(np.unique(ids[won])))
         known = {key: value for key, value in figures.items() if np.isfinite(value)}
         found[name] = {"weight": weight, "metrics": known, "calibration": asdict(bins)}
@@ -159,12 +147,9 @@ def _fit(q: np.ndarray, v: np.ndarray, returns: np.ndarray, won: np.ndarray, bin
         "state_only_r2": r_squared(returns, v),
         "auc": auc(won, q),
         "state_only_auc": auc(won, v),
-        **_calibrated(bins),
+        "calibration_error": bins.error,
+        "calibration_error_by_chance_95": bins.chance_95,
     }
-
-
-def _calibrated(bins: Calibration) -> dict[str, float]:
-    return {"calibration_error": bins.error, "calibration_error_by_chance_95": bins.chance_95}
 
 
 def _reliability(
@@ -179,5 +164,7 @@ def _unit(values: np.ndarray, low_high: tuple[float, float]) -> np.ndarray:
 
 
 def _ending(frame: pd.DataFrame, column: str) -> np.ndarray:
-    """(N,) the greatest value of a column in each row's conversation."""
-    return frame.groupby("conversation_id")[column].transform("max").to_numpy(dtype=float)
+    """(N,) a column's value at the end of each row's conversation."""
+    last = last_rows(frame)
+    ends: np.ndarray = frame[column].to_numpy(dtype=float)[last][conversation_numbers(last)]
+    return ends

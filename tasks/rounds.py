@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 from iterative_ppo.config import Config
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.files import content_hash, write_json
+from iterative_ppo.learning.objective import success_above
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from tasks import labels, lineage, registry, tracking, validation, versioning
@@ -132,7 +133,8 @@ def freeze_dataset(context: RoundContext, rates: dict[str, float], labelled: Pat
             "labels": content_hash(labelled),
             "data": config.data.model_dump(),
             "outcomes": config.outcomes,
-        },
+        }
+        | ({} if (above := config.abtest.success_above) is None else {"success_above": above}),
         lambda draft: _validated(context, rates, labelled, draft),
     )
     target = turns_folder(config, number)
@@ -151,6 +153,7 @@ def _validated(context: RoundContext, rates: dict[str, float], labelled: Path, d
     check_parts(checked.good, context.config)
     turn_table.write(checked.good, draft / "turns.parquet", context.config.outcomes)
     facts = {"reasons": checked.reasons, "warnings": checked.warnings, **checked.statistics}
+    facts["success_above"] = success_above(context.config)
     write_json(draft / "validation.json", facts)
     lineage.write_sources(context.config, context.folder / "arrived", draft)
     return {

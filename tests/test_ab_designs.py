@@ -454,11 +454,23 @@ def test_a_plan_has_the_businesses_that_a_look_asks_for() -> None:
 
 @pytest.mark.parametrize(
     ("base", "daily", "message"),
-    [(0.97, None, "their sum below 1"), (0.0, None, "above 0"), (0.3, 0.0, "conversations a day")],
+    [
+        (0.97, None, "their sum below 1"),
+        (0.0, None, "above 0"),
+        (0.3, 0.0, "conversations a day"),
+        (0.3, math.nan, "conversations a day"),
+        (0.3, math.inf, "conversations a day"),
+    ],
 )
 def test_a_plan_that_cannot_be_is_refused(base: float, daily: float | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(config(mde=0.05), ALPHA, base, daily)
+
+
+@pytest.mark.parametrize(("alpha", "power"), [(0.5, 0.5), (0.6, 0.5), (0.05, 0.05), (0.3, 0.99)])
+def test_a_power_that_no_size_has_is_refused(alpha: float, power: float) -> None:
+    with pytest.raises(ConfigError, match=f"no size for alpha {alpha:g} and power {power:g}; expected an alpha such"):
+        plan(config(mde=0.05, power=power), alpha, 0.3)
 
 
 # --- error rates, a smaller version of `make bench-gate` -------------------------------------------------------------

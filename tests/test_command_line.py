@@ -21,6 +21,7 @@ import pytest
 from flows import command_line, environment
 from flows.suggesting import read_state
 from iterative_ppo.errors import SourceError, StoreError
+from iterative_ppo.evaluation.ab_test import Arm, ab_test
 
 
 def ippo(folder: Path, *arguments: str, stdin: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -121,7 +122,7 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     done = ippo(tmp_path, "import", "table", str(log), "--set", "data.quarantine_share=0.5")
     assert done.returncode == 0, done.stderr
     assert "3 of 4 conversations (75.0%, data.quarantine_share allows 50.0%) are set aside" in done.stderr
-    assert "1 conversations, 1 transitions, 1 with a positive outcome" in done.stdout
+    assert "1 conversation, 1 transition, 1 successful" in done.stdout
     assert "set aside: 1 outcome" in done.stdout
     assert "set aside: 2 behaviour_logprob: expected at most 0 (a natural logarithm)" in done.stdout
     aside = json.loads(next((tmp_path / "data" / "quarantine").glob("*.json")).read_text(encoding="utf-8"))
@@ -133,6 +134,11 @@ def test_import_keeps_the_good_and_says_what_it_set_aside(tmp_path: Path) -> Non
     refused(
         ippo(tmp_path, "import", "table", str(log)), 3, "no usable conversation", "row 1, field 'behaviour_logprob'"
     )
+    calm = [{**r, "conversation_id": "calm", "outcome": 0.0} for r in good]
+    calm[1]["customer_message"] = None
+    log.write_text("".join(json.dumps(r) + "\n" for r in calm), encoding="utf-8")
+    done = ippo(tmp_path, "import", "table", str(log), "--set", "outcomes={escalated: -1.0}")
+    assert "1 conversation, 1 transition, 1 successful" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["chats #3.jsonl", "2025-01-31", "[old] chats.jsonl", "null"])
@@ -265,6 +271,17 @@ def test_what_a_disk_or_a_server_did_is_one_line(
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1
+
+
+def test_a_first_policy_that_serves_still_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two samples of it differ by chance alone."""
+    test = ab_test(Arm(15, 200), Arm(9, 200), 0.05).as_dict()
+    command_line._show_closing({**test, "first": 1, "last": 1})
+    said = capsys.readouterr().out
+    assert said == "the first policy, version 1, serves as at the start: 4.5% success with 200 fresh customers\n"
+    command_line._show_closing({**test, "first": 1, "last": 2})
+    said = capsys.readouterr().out
+    assert "pi_0 7.5%, champion 4.5%, gain -3.0% (95% interval -8" in said
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

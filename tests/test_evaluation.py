@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ab_arms import decided
+from ab_arms import abtest, decided, history
 from gate_evidence import ACCEPTANCE, BROKEN, CERTIFICATE, ESTIMATE, GOOD, HELD
 from scipy.stats import chi2_contingency, norm
 
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation.ab_test import Arm, ab_test, assign
 from iterative_ppo.evaluation.evidence import paired_gain
-from iterative_ppo.evaluation.gate import offline_gate
+from iterative_ppo.evaluation.fixed_sample import FixedSample
+from iterative_ppo.evaluation.gate import offline_gate, outcome_gate
+from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import (
     Method,
     auc,
@@ -386,13 +388,26 @@ def test_good_evidence_lets_the_challenger_meet_customers() -> None:
             "off-policy gain of whole conversations: -0.0300",
         ),
         ({"guardrails": (BROKEN,)}, "guardrail acceptance 0.7, champion 0.8"),
-        ({"guardrails": (proportion(ACCEPTANCE, Arm(0, 0), Arm(1, 2)),)}, "acceptance: cannot tell"),
     ],
 )
 def test_each_failing_measure_rejects_and_is_told_first(changes: dict[str, Any], words: str) -> None:
     decision = offline_gate(replace(GOOD, **changes))
     assert decision.verdict == "reject" and kinds(decision.reasons) == ["failed"] + ["passed"] * 3
     assert words in decision.reasons[0]
+
+
+def test_a_guardrail_that_is_not_told_rejects_and_says_by_how_much_it_was_seen() -> None:
+    few = proportion(ACCEPTANCE, Arm(6, 9), Arm(5, 8))
+    limit = replace(few, measure=f"repetition{LIMIT}", champion=0.5, challenger=0.0, loss=math.nan, p_value=1.0)
+    offline = offline_gate(replace(GOOD, guardrails=(HELD, BROKEN, few)))
+    assert offline.verdict == "reject" and kinds(offline.reasons) == ["failed", "not told"] + ["passed"] * 4
+    assert offline.reasons[1].endswith("; 200 held-out states do not tell")
+    look = FixedSample(abtest(conversations=17), 0.05).look(history(Arm(1, 9), Arm(8, 8)))
+    decision = outcome_gate(look, (few, limit))
+    assert decision.verdict == "reject" and kinds(decision.reasons) == ["not told"] * 2 + ["passed"]
+    seen = "8 conversations of the challenger and 9 of the champion do not tell"
+    assert decision.reasons[0].startswith("not told: guardrail acceptance 0.625, champion 0.6667: at most")
+    assert decision.reasons[1] == f"not told: guardrail repetition 0 (limit 0.5); {seen}"
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation import pii
 from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams
 from iterative_ppo.evaluation.gate import offline_gate
-from iterative_ppo.evaluation.guardrails import MEASURES, Said, Sample, clustered_mean, guarded, measure_of
-from iterative_ppo.evaluation.metrics import Calibration
+from iterative_ppo.evaluation.guardrails import MEASURES, Said, Sample, calibrated, clustered_mean, guarded, measure_of
+from iterative_ppo.evaluation.metrics import Calibration, calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority
 from iterative_ppo.mdp.turn_table import to_frame
 
@@ -217,7 +217,36 @@ def test_calibration_is_judged_against_what_chance_gives_a_perfect_q() -> None:
             champion.abstained,
             calibration=Calibration([0.2], [0.3], [20], error, 0.03),
         )
-        assert found(champion, given, calibration=rule("calibration", 0.05))["calibration"].holds == holds
+        result = found(champion, given, calibration=rule("calibration", 0.05))["calibration"]
+        assert result.holds == holds and (result.found == "broken") == (error == 0.081)
+    off = calibrated(Guardrail("calibration", "lower", 0.05, 0.05), Calibration([0.2], [0.3], [20], 0.081, 0.03))
+    assert off.reason == "calibration 0.081, chance 0.03 (margin 0.05)", "no champion, and no p"
+
+
+@pytest.mark.parametrize(
+    ("told", "holds"),
+    [
+        (lambda q, rng: q, True),
+        (lambda q, rng: q**1.15, True),
+        (lambda q, rng: 1 - q, False),
+        (lambda q, rng: rng.random(len(q)), False),
+        (lambda q, rng: np.clip(3 * q, 0, 1), False),
+        (lambda q, rng: np.full(len(q), 0.9), False),
+    ],
+    ids=["perfect", "slightly off", "inverted", "noise", "three times", "constant"],
+)
+@pytest.mark.parametrize("gamma", [0.8, 1.0])
+def test_a_calibration_that_is_wrong_breaks_and_a_perfect_one_does_not(told: Any, holds: bool, gamma: float) -> None:
+    """Of 150 conversations, whatever the discount."""
+    rng, given = np.random.default_rng(0), Guardrail("calibration", "lower", 0.05, 0.05)
+    passed = 0
+    for _ in range(10):
+        chance, turns = rng.beta(2, 3, 150), rng.integers(2, 8, 150)
+        ids = np.repeat(np.arange(150), turns)
+        worth = gamma ** np.concatenate([np.arange(count)[::-1] for count in turns])
+        won = (rng.random(150) < chance)[ids]
+        passed += calibrated(given, calibration(told(worth * chance[ids], rng), worth * won, ids, draws=50)).holds
+    assert passed >= 9 if holds else passed == 0
 
 
 # --- a user's own ----------------------------------------------------------------------------------------------------

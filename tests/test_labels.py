@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from safetensors.numpy import load_file, save_file
 
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import ConfigError, StoreError, TrainingError
+from iterative_ppo.evaluation.doubts import label_doubts
+from iterative_ppo.files import read_json
 from iterative_ppo.learning.outcome_classifier import OutcomeClassifier, fit_outcome_classifier, least_costly
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from iterative_ppo.mdp.labels import as_reported, by_rule, counts, transcripts, unreported, with_labels
 from iterative_ppo.mdp.turn_table import ORIGIN, conform, read, to_frame, write
+from iterative_ppo.report.record import RunRecord
+from iterative_ppo.report.round_record import read_round
+from iterative_ppo.report.rows import round_row
 from iterative_ppo.sources.table import import_table
 from tasks import labels, looks, model_versions, registry, rounds
 from tasks.datasets import arrived, round_folder, write_once
@@ -392,6 +398,25 @@ def test_dvc_repro_labels_as_a_night_does(place: tuple[Path, Any]) -> None:
     found = read(folder(context.config) / "validated" / "turns.parquet", OUTCOMES)
     assert ends(found)["outcome"].equals(ends(nightly)["outcome"])
     assert set(found[ORIGIN]) == {"reported", "classifier:0"}
+
+
+def test_a_classifier_that_knows_nothing_is_doubted_when_it_is_fitted_and_in_the_report(
+    place: tuple[Path, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its words say nothing of how they end; one that tells them apart gives no cause for doubt."""
+    context = context_of(place, *talks(300, 0.6, noise=0.5), labels__kind="classifier")
+    with caplog.at_level(logging.WARNING, "tasks.labels"):
+        labelled = labels.labelled(context.config, 0, rounds.label_outcomes.fn(context))
+    assert "the classifier of outcome 'purchase' is no better than calling all" in caplog.text
+    write(labelled, context.config.data.root / "turns" / "round=0000" / "turns.parquet", OUTCOMES)
+    figures = read_json(context.folder / "outcome_classifier" / "stage.json")["metrics"]
+    assert figures["classifier_purchase_cost"] >= figures["classifier_purchase_cost_of_one_class"] > 0.3
+    facts = round_row(RunRecord(), read_round(context.config.data.root, 0, {}, Path("state.json"), OUTCOMES))["facts"]
+    said = f"AUC {figures['classifier_purchase_auc']:.3f}, recall {figures['classifier_purchase_recall']:.3f}"
+    (told,) = (fact for fact in facts if said in fact)
+    assert told.startswith("The classifier of “purchase” on ")
+    assert any("no better than calling all" in fact for fact in facts)
+    assert list(label_doubts(fitted()[1])) == []
 
 
 def test_no_classifier_is_trained_where_all_is_reported(place: tuple[Path, Any]) -> None:

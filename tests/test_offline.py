@@ -16,6 +16,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import ConfigError, SourceError, TrainingError
+from iterative_ppo.files import read_json
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.sources.table import import_table
 from tasks import registry, tracking
@@ -79,6 +80,8 @@ def test_an_offline_round_of_a_log(server: None, log: Path, tmp_path: Path) -> N
     assert (registry.challenger(store) == 2) == (verdict == "test")
     assert len(identities(config, turns_folder(config, 0))) == CONVERSATIONS
     assert 0.0 < record["distance"]["held_out_nats_a_token"] < 10.0
+    recorded = read_json(config.data.root / "rounds" / "0000" / "validated" / "validation.json")
+    assert recorded["success_above"] == 0.0, "which the report goes by"
     page = publish(config, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "1 set aside at import" in page
     assert "expected one JSON object a line" in page

@@ -17,9 +17,10 @@ import torch
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.doubts import doubts
-from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared, recalibrated
+from iterative_ppo.evaluation.metrics import Calibration, auc, calibration, r_squared
 from iterative_ppo.files import read_json, write_json
 from iterative_ppo.learning.language_model import LanguagePolicy
+from iterative_ppo.learning.objective import WITHOUT_COST
 from iterative_ppo.learning.policy_evaluation import Round, fit_q
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.learning.rounds import round_of
@@ -85,10 +86,8 @@ def test_each_outcome_is_judged_by_its_own_head_and_returns(fitted: Fitted) -> N
     assert figures["r2"] == pytest.approx(r_squared(truth, said)) and figures["auc"] == auc(ends[held] > 0, said)
     assert figures["state_only_r2"] == pytest.approx(r_squared(truth, heads.v[held, 1]))
     ids = fitted.frame["conversation_id"].to_numpy(str)[held]
-    mapped = recalibrated(said, ends[held], ids, "isotonic")
-    assert found["contact"]["calibration"]["error"] == pytest.approx(calibration(mapped, ends[held], ids).error)
+    assert found["contact"]["calibration"]["error"] == pytest.approx(calibration(said, truth, ids).error)
     assert figures["calibration_error"] == found["contact"]["calibration"]["error"]
-    assert figures["discounted_calibration_error"] == pytest.approx(calibration(said, truth, ids).error)
 
 
 def test_of_several_members_an_outcome_is_told_by_those_that_improvement_sees(fitted: Fitted) -> None:
@@ -134,20 +133,20 @@ def test_a_named_outcome_of_one_class_and_a_forecast_that_cannot_be_told_are_dou
     few = replace(fitted.data, fit=~(held & kept))
     won = frame.assign(outcome=np.where(frame["conversation_id"] == talks[0], 1.0, 0.0))
     metrics = write_q_report(fitted.q, few, won, tmp_path)
-    assert metrics["forecast_untold"] == 1 and "1 of 3 held-out conversations reached a positive" in caplog.text
+    assert metrics["forecast_untold"] == 1 and "1 of 3 held-out conversations succeeded, too few" in caplog.text
 
 
-def test_what_is_judged_is_the_calibrated_forecast_of_the_outcome_and_not_of_discounted_returns(
+def test_what_is_judged_is_what_q_promises_and_no_map_onto_the_outcomes_themselves(
     fitted: Fitted, tmp_path: Path
 ) -> None:
     metrics = write_q_report(fitted.q, fitted.data, fitted.frame, tmp_path)
-    said, bins = forecast(fitted.q, fitted.data, fitted.frame), read_json(tmp_path / "calibration.json")
-    assert judged(tmp_path) == said["isotonic"]
-    assert metrics["calibration_error"] == said["isotonic"].error
-    assert metrics["calibration_error_by_chance_95"] == said["isotonic"].chance_95
-    assert metrics["discounted_calibration_error"] == bins["error"] != said["isotonic"].error
-    (tmp_path / "forecast.json").unlink()
-    assert judged(tmp_path) == Calibration(**bins)
+    bins = Calibration(**read_json(tmp_path / "calibration.json"))
+    assert judged(tmp_path) == bins and metrics["calibration_error"] == bins.error
+    assert metrics["calibration_error_by_chance_95"] == bins.chance_95
+    assert metrics["forecast_error_isotonic"] == forecast(fitted.q, fitted.data, fitted.frame)["isotonic"].error
+    held = ~fitted.data.fit & np.isfinite(values := fitted.q.evaluate(fitted.data.encoded).q)
+    ids = fitted.frame["conversation_id"].to_numpy(str)[held]
+    assert bins.error == pytest.approx(calibration(values[held] / 1.5, fitted.data.returns[held] / 1.5, ids).error)
 
 
 def test_of_turns_that_are_paid_by_themselves_there_is_no_ending_to_forecast(fitted: Fitted, tmp_path: Path) -> None:
@@ -157,8 +156,21 @@ def test_of_turns_that_are_paid_by_themselves_there_is_no_ending_to_forecast(fit
     myopic = replace(at_once, outcome_returns=None, outcome_rewards=None)
     q = QModel.from_policy(fitted.q, replace(fitted.q.settings, outcomes={"acceptance": 1.0}), 0)
     metrics = write_q_report(q, myopic, fitted.frame, tmp_path)
-    assert not (tmp_path / "forecast.json").exists() and "discounted_calibration_error" not in metrics
+    assert not (tmp_path / "forecast.json").exists()
     assert metrics["calibration_error"] == read_json(tmp_path / "calibration.json")["error"]
+
+
+def test_of_costs_alone_a_success_is_a_conversation_without_any(fitted: Fitted, tmp_path: Path) -> None:
+    held = ~fitted.data.fit
+    ends = fitted.frame.groupby("conversation_id")["outcome_purchase"].transform("max").to_numpy(float)
+    last = turn_table.last_rows(fitted.frame)
+    frame = fitted.frame.assign(outcome=np.where(last, -ends, 0.0), outcome_purchase=np.where(last, ends, 0.0))
+    metrics, _ = q_report(fitted.q, fitted.data, frame, WITHOUT_COST)
+    without = frame["conversation_id"][held & (ends == 0)].nunique()
+    assert 0 < metrics["held_out_successes"] == without < metrics["held_out_conversations"]
+    values = fitted.q.evaluate(fitted.data.encoded).q
+    shown = held & np.isfinite(values)
+    assert metrics["auc"] == auc(ends[shown] == 0, values[shown])
 
 
 def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
@@ -170,7 +182,7 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     with caplog.at_level(logging.WARNING, "tasks.q_report"):
         metrics = write_q_report(fitted.q, lost, frame, tmp_path)
     conversations = frame["conversation_id"][held].nunique()
-    assert f"all {conversations} held-out conversations ended without a positive outcome" in caplog.text
+    assert f"all {conversations} held-out conversations failed" in caplog.text
     assert "raise data.evidence_share" in caplog.text
     assert np.isnan(metrics["auc"]) and not (tmp_path / "forecast.json").exists()
     assert list(doubts({"held_out_conversations": 9.0, "held_out_successes": 4.0, "fit_turns": 50.0})) == []
@@ -184,14 +196,14 @@ def test_an_evidence_part_that_ends_alike_is_told_with_its_figure(
     ("figures", "said"),
     [
         ({"held_out_conversations": 0.0, "held_out_successes": 0.0}, "no conversation is held out"),
-        ({"held_out_conversations": 7.0, "held_out_successes": 7.0}, "all 7 held-out conversations reached a positive"),
+        ({"held_out_conversations": 7.0, "held_out_successes": 7.0}, "all 7 held-out conversations succeeded"),
         (
             {"held_out_conversations": 7.0, "held_out_successes": 7.0, "forecast_error_isotonic": 0.1},
-            "all 7 held-out conversations reached a positive outcome: the AUC of Q cannot be told",
+            "all 7 held-out conversations succeeded: the AUC of Q cannot be told",
         ),
         (
             {"held_out_conversations": 70.0, "held_out_successes": 1.0, "forecast_untold": 1.0},
-            "1 of 70 held-out conversations reached a positive outcome, too few to hold Q against",
+            "1 of 70 held-out conversations succeeded, too few to hold Q against",
         ),
         (
             {"held_out_conversations": 70.0, "held_out_successes": 30.0, "held_out_successes_contact": 70.0},

@@ -27,11 +27,12 @@ from iterative_ppo.evaluation.gate import offline_gate
 from iterative_ppo.evaluation.metrics import proportion_interval
 from iterative_ppo.evaluation.non_inferiority import Guardrail, mean
 from iterative_ppo.files import write_json
+from iterative_ppo.learning.objective import WITHOUT_COST
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion, Turn
 from iterative_ppo.mdp.returns import monte_carlo, rewards
 from iterative_ppo.mdp.turn_table import to_frame
-from iterative_ppo.report import words
+from iterative_ppo.report import plots, words
 from iterative_ppo.report.page import render, write_report
 from iterative_ppo.report.record import RunRecord
 from iterative_ppo.report.verdict import verdict
@@ -82,16 +83,23 @@ class Fake:
     def stage(self, path: Path, metrics: dict[str, float], **inputs: Any) -> None:
         write_json(path / "stage.json", {"key": "k", "inputs": inputs, "metrics": metrics, "content": "c"})
 
-    def data(self, number: int, rows: list[Conversation], quarantined: int = 0) -> pd.DataFrame:
+    def data(
+        self,
+        number: int,
+        rows: list[Conversation],
+        quarantined: int = 0,
+        outcomes: dict[str, float] = OUTCOMES,
+        **recorded: float,
+    ) -> pd.DataFrame:
         """Arrived, validated, frozen turns, and their returns."""
-        frame = to_frame(rows, OUTCOMES, CONFIG.data.evidence_share)
-        turn_table.write(frame, self.root / "turns" / f"round={number:04d}" / "turns.parquet", OUTCOMES)
+        frame = to_frame(rows, outcomes, CONFIG.data.evidence_share)
+        turn_table.write(frame, self.root / "turns" / f"round={number:04d}" / "turns.parquet", outcomes)
         reasons = {"customer_message: must be a text": quarantined} if quarantined else {}
-        facts = {"quarantined_conversations": quarantined, "conversations": len(rows), "warnings": []}
+        facts = {"quarantined_conversations": quarantined, "conversations": len(rows), "warnings": [], **recorded}
         validated = self.folder(number) / "validated"
         write_json(validated / "validation.json", {"reasons": reasons, **facts})
         self.stage(validated, {"conversations": len(rows)}, data=json.loads(CONFIG.data.model_dump_json()))
-        return turn_table.read(self.root / "turns" / f"round={number:04d}", OUTCOMES)
+        return turn_table.read(self.root / "turns" / f"round={number:04d}", outcomes)
 
     def learn(self, number: int, frame: pd.DataFrame, q: float = 0.3) -> None:
         folder = self.folder(number)
@@ -498,6 +506,30 @@ def test_a_run_that_is_not_finished_shows_what_there_is(make: Callable[[Fake], s
     assert " nan" not in said.lower()
 
 
+def test_success_in_the_log_is_that_of_all_who_wrote_it(tmp_path: Path) -> None:
+    """Whoever wrote most of it; the plot draws the largest and says that there are others."""
+    fake = Fake(tmp_path / "data")
+    parts = {
+        "ann": Arm(0, 90),
+        "bob": Arm(41, 70),
+        "cy": Arm(26, 40),
+        "di": Arm(3, 10),
+        "ed": Arm(2, 5),
+        "flo": Arm(0, 4),
+        "gus": Arm(1, 3),
+    }
+    rows = [talk for name, arm in parts.items() for talk in talks(f"logged {name}", None, arm, 0)]
+    fake.learn(0, fake.data(0, rows))
+    fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
+    said = text_of(page(fake.root, tmp_path))
+    assert "In the log, 32.9% of conversations succeeded." in said
+    assert "Success in the log 32.9%" in said and "n = 222" in said
+    steps = plots.steps(RunRecord.read(fake.root))
+    assert [step.name for step in steps] == ["First data"] * 5 + ["First data\nand 1 other"]
+    drawn = {point.policy: point.arm for step in steps for point in step.points}
+    assert drawn == {f"logged {name}": parts[name] for name in ("ann", "bob", "cy", "di", "ed", "flo")}
+
+
 def test_a_running_test_is_not_looked_at(tmp_path: Path) -> None:
     running_test(fake := Fake(tmp_path / "data"))
     assert RunRecord.read(fake.root).tested == ()
@@ -629,18 +661,49 @@ def test_state_of_a_newer_version_and_a_missing_folder_are_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "expected"),
+    ("outcomes", "above", "expected"),
     [
-        ({"purchase": 1.0}, "sells in"),
-        ({"sold": 1.0}, "sells in"),
-        ({"success": 1.0}, "succeeds in"),
-        ({"signed up": 1.0}, "reaches “signed up” in"),
-        ({"purchase": 1.0, "rating": 0.2}, "reaches an outcome in"),
-        ({}, "reaches an outcome in"),
+        ({"purchase": 1.0}, 0.0, "sells in"),
+        ({"sold": 1.0}, 0.0, "sells in"),
+        ({"success": 1.0}, 0.0, "succeeds in"),
+        ({"signed up": 1.0}, 0.0, "reaches “signed up” in"),
+        ({"purchase": 1.0, "rating": 0.2}, 0.0, "reaches an outcome in"),
+        ({}, 0.0, "reaches an outcome in"),
+        ({"escalated": -1.0}, WITHOUT_COST, "ends without “escalated” in"),
+        ({"sale": -1.0, "refund": -2.0}, WITHOUT_COST, "ends without “refund” or “sale” in"),
+        ({"purchase": 1.0, "escalated": -0.5}, 0.0, "gains more than it costs in"),
+        ({"rating": 1.0}, 0.5, "succeeds (R above 0.5) in"),
+        ({"escalated": -1.0}, -0.5, "succeeds (R above −0.5) in"),
     ],
 )
-def test_success_has_the_outcomes_name(outcomes: dict[str, float], expected: str) -> None:
-    assert words.succeeds(outcomes) == expected
+def test_success_has_the_outcomes_name(outcomes: dict[str, float], above: float, expected: str) -> None:
+    assert words.succeeds(outcomes, above) == expected
+
+
+@pytest.mark.parametrize("recorded", [{}, {"success_above": WITHOUT_COST}], ids=["before", "recorded"])
+def test_where_outcomes_are_costs_success_is_to_end_without(tmp_path: Path, recorded: dict[str, float]) -> None:
+    """36 of 100 conversations escalate, whether or not the round recorded what a success was."""
+    fake, cost = Fake(tmp_path / "data"), {"escalated": -1.0}
+    fake.learn(0, fake.data(0, talks("logged", None, Arm(36, 100), 0), outcomes=cost, **recorded))
+    fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
+    said = text_of(page(fake.root, tmp_path))
+    assert "In the log, 64.0% of conversations ended without “escalated”." in said
+    assert "only an A/B test can tell whether it ends without “escalated” more often" in said
+    assert "Success in the log 64.0%" in said and "One that ended without “escalated”." in said
+    fake.state("collect", 1, [row(0, 1, fake.gate(0), ab_test(Arm(650, 1000), Arm(800, 1000), 0.05))])
+    ended = "the assistant ends without “escalated” in 80.0% of conversations; in the log it was 64.0%."
+    assert ended in text_of(page(fake.root, tmp_path))
+
+
+def test_a_threshold_of_its_own_is_that_of_the_round(tmp_path: Path) -> None:
+    fake, rated = Fake(tmp_path / "data"), {"rating": 0.5}
+    fake.learn(0, fake.data(0, talks("logged", None, Arm(36, 100), 0), outcomes=rated, success_above=0.4))
+    fake.state("test", 0, [row(0, 1, fake.gate(0))], {"salt": "round-0000", "champion": 1, "challenger": 2})
+    said = text_of(page(fake.root, tmp_path))
+    assert "whether it succeeds (R above 0.4) more often. In the log, 36.0% of conversations succeeded." in said
+    assert "One whose R, the weighted sum of its outcomes, is above 0.4." in said
+    fake.data(0, talks("logged", None, Arm(36, 100), 0), outcomes=rated, success_above=0.5)
+    assert "In the log, 0.0% of conversations succeeded." in text_of(page(fake.root, tmp_path))
 
 
 def test_numbers_are_written_as_readers_expect() -> None:

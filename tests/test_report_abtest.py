@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from ab_arms import abtest, history
 from test_report import NOW, Fake, page, row, talks, text_of
 
+from flows.abtest_views import guardrail_table
 from iterative_ppo.config import load_config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import Arm
@@ -19,7 +20,8 @@ from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.gate import outcome_gate
 from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.inference import inference
-from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, proportion
+from iterative_ppo.evaluation.non_inferiority import Found, Guardrail, NonInferiority, proportion
+from iterative_ppo.files import read_json, write_json
 from iterative_ppo.report.page import render
 from iterative_ppo.report.record import RunRecord
 
@@ -105,6 +107,7 @@ def test_a_running_test_shows_its_looks_and_what_is_ahead(tmp_path: Path) -> Non
         assert look.statistic and look.bound
         assert f"{look.statistic:.3g} {look.bound:.3g}" in said
     assert "24.0% of 250 28.0% of 250 +4.0 points" in said and "23.6% of 500 30.0% of 500 +6.4 points" in said
+    assert "Gain 90% interval" in said, "each end at alpha"
     assert html.count(">planned<") == 2
     assert "Length, 95th percentile 0.2 0.18" in said and "holds" in said and "broken" not in said
     assert html.count("<svg") == 1 and ">what was found<" in html and "matured conversations (% of 2,000)" in html
@@ -156,7 +159,30 @@ def test_a_broken_guardrail_rejects_a_better_challenger(tmp_path: Path) -> None:
     assert 'class="pill bad">rejected' in section(html)
     assert re.search(r'<li class="failed"><strong>Keeps to the usual length.</strong> length', section(html))
     assert re.search(r'<li class="passed"><strong>What customers did.</strong> challenger 32.0%', section(html))
+    assert re.search(r"challenger 32.0% of 750, champion 24.0% of 750: \+8.0% \(90% interval \+", section(html))
+    assert "A/B test 95% interval" in text_of(html)
     assert '<td class="broken">broken</td>' in html
+
+
+def test_a_guardrail_that_cannot_be_told_is_not_called_broken(tmp_path: Path) -> None:
+    """By the page, by the table at a terminal and by the offline gate's: 8 conversations tell nothing."""
+    fake, offline = begun(tmp_path)
+    few = proportion(replace(LENGTH, measure="pii"), Arm(0, 9), Arm(0, 8))
+    test = Test((FIRST, SECOND, THIRD), guardrails=(few, HELD, BROKEN))
+    fake.state("collect", 1, [test.ended(offline)])
+    evidence = fake.folder(0) / "gate" / "evidence.json"
+    limit = replace(few, measure=f"pii{LIMIT}", loss=0.2, p_value=1.0)
+    write_json(evidence, read_json(evidence) | {"guardrails": [one.as_dict() for one in (few, HELD, BROKEN)]})
+    html = page(fake.root, tmp_path)
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in section(html).split("<tr>")]
+    found = {row[0]: row[-1] for row in rows if len(row) == 6 and row[-1] in get_args(Found)}
+    assert found == {"Personal data": "not told", "Length, 95th percentile": "broken"}
+    assert '<li class="unknown"><strong>Keeps personal data to itself.</strong> Not told: pii 0, champion 0' in html
+    (column,) = guardrail_table({"guardrails": test.experiment()["guardrails"]}).columns[-1:]
+    assert list(column.cells) == ["not told", "holds", "broken"]
+    assert '<td>0<span class="sub">0</span><span class="sub">not told</span></td>' in html
+    write_json(evidence, read_json(evidence) | {"guardrails": [few.as_dict(), limit.as_dict()]})
+    assert RunRecord.read(fake.root).rounds[0].guardrails["pii"].found == "broken", "by its limit"
 
 
 def test_a_limit_of_its_own_is_no_champions_value(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def p_in_words(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
+def level_of(alpha: float) -> str:
+    """The level of an interval of which each end holds at `alpha`: 90%."""
+    return f"{100 * (1 - 2 * alpha):.3g}%"
+
+
 def ab_test(champion: Arm, challenger: Arm, alpha: float) -> ABTest:
     """Score test of two proportions (statsmodels) with Newcombe's interval. Raises ConfigError for an empty arm."""
     from statsmodels.stats.proportion import confint_proportions_2indep, test_proportions_2indep

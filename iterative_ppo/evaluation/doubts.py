@@ -40,6 +40,21 @@ def doubts(figures: Mapping[str, float]) -> Iterator[str]:
         )
 
 
+def label_doubts(figures: Mapping[str, float]) -> Iterator[str]:
+    """Of a classifier of outcomes on held-out conversations (outcome_classifier), by name."""
+    for key, alike in figures.items():
+        named = key.removesuffix("_cost_of_one_class")
+        if named == key or figures[f"{named}_cost"] < alike:
+            continue
+        cost, auc, recall = (figures[f"{named}_{figure}"] for figure in ("cost", "auc", "recall"))
+        yield (
+            f"the classifier of outcome {named.removeprefix('classifier_')!r} is no better than calling all "
+            f"{int(figures['classifier_held_out']):,} held-out conversations alike (cost {cost:.3f} each, AUC "
+            f"{auc:.2f}, recall {recall:.2f}), so its labels tell Q nothing; report more outcomes, or set labels.kind "
+            "to reported or rule"
+        )
+
+
 def _one_class(figures: Mapping[str, float]) -> Iterator[str]:
     """An evidence part of which all conversations end alike."""
     if "held_out_successes" not in figures:
@@ -48,12 +63,12 @@ def _one_class(figures: Mapping[str, float]) -> Iterator[str]:
     if 0 < successes < conversations:
         yield from _one_class_of_an_outcome(figures, conversations)
         return
-    end = "reached a positive outcome" if successes else "ended without a positive outcome"
+    end = "succeeded" if successes else "failed"
     found = f"all {conversations:,} held-out conversations {end}" if conversations else "no conversation is held out"
     untold = (
         "the AUC of Q cannot"
         if "forecast_error_isotonic" in figures
-        else "neither the AUC of Q nor a calibration of it can"
+        else "neither the AUC of Q nor its worth as a forecast can"
     )
     yield f"{found}: {untold} be told; collect more conversations, or raise data.evidence_share"
 
@@ -74,13 +89,13 @@ def _too_few(figures: Mapping[str, float]) -> Iterator[str]:
     conversations, successes = _held_out(figures)
     if figures.get("forecast_untold") and 0 < successes < conversations:
         yield (
-            f"{successes:,} of {conversations:,} held-out conversations reached a positive outcome, too few "
+            f"{successes:,} of {conversations:,} held-out conversations succeeded, too few "
             "to hold Q against how they ended: five conversations, and outcomes that differ also without a fifth of "
             "them, are needed; collect more conversations, or raise data.evidence_share"
         )
 
 
 def _held_out(figures: Mapping[str, float]) -> tuple[int, int]:
-    """Conversations, and those with a positive outcome."""
+    """Conversations, and those that succeeded."""
     conversations, successes = (int(figures.get(f"held_out_{name}", 0)) for name in ("conversations", "successes"))
     return conversations, successes

@@ -43,7 +43,7 @@ class EProcess:
         low, high = confidence_sequence(champion, challenger, self.config.mde, self.alpha)
         estimate = float((challenger - champion).mean())
         found = replace(look, statistic=float(value), bound=1 / self.alpha, estimate=estimate, low=low, high=high)
-        return concluded(found, promote=value >= 1 / self.alpha, mde=self.config.mde)
+        return concluded(found, promote=value >= 1 / self.alpha, mde=self.config.mde, alpha=self.alpha)
 
     def _pairs(self, history: History) -> tuple[np.ndarray, np.ndarray]:
         """Outcomes (K,) of champion and challenger in pairs: of conversations, or means of whole businesses."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from iterative_ppo.config import ABTestConfig
 from iterative_ppo.errors import ConfigError, TurnTableError
+from iterative_ppo.evaluation.ab_test import level_of
 from iterative_ppo.evaluation.clusters import by_business, cluster_comparison, equal_businesses
 from iterative_ppo.evaluation.comparison import Comparison, Tally
 from iterative_ppo.evaluation.sample_ratio import mismatch
@@ -163,16 +164,21 @@ def interval(gain: float, half: float) -> tuple[float, float]:
     return max(-1.0, gain - half), min(1.0, gain + half)
 
 
-def measured(look: Look) -> str:
-    """The arms in words."""
+def measured(look: Look, alpha: float) -> str:
+    """The arms in words, with the level of the gain's interval."""
+    interval = f"{level_of(alpha)} interval {look.low:+.1%} to {look.high:+.1%}"
     return (
         f"challenger {look.rates[1]:.1%} of {look.conversations[1]}, champion {look.rates[0]:.1%} of "
-        f"{look.conversations[0]}: {look.estimate:+.1%} ({look.low:+.1%} to {look.high:+.1%})"
+        f"{look.conversations[0]}: {look.estimate:+.1%} ({interval})"
     )
 
 
-def concluded(look: Look, promote: bool, mde: float | None) -> Look:
-    """The look with its verdict and reasons; with `mde`, a gain of it that is ruled out before the end is futile."""
+def concluded(look: Look, promote: bool, mde: float | None, alpha: float) -> Look:
+    """The look at one-sided `alpha` with its verdict and reasons.
+
+    Args:
+        mde: a gain of it that is ruled out before the end is futile.
+    """
     test = f"{'z' if look.design != 'anytime' else 'e-value'} {look.statistic:.4g}, bound {look.bound:.4g}"
     if promote:
         verdict: Verdict = "promote"
@@ -183,7 +189,7 @@ def concluded(look: Look, promote: bool, mde: float | None) -> Look:
         verdict, reason = "stop_futile", f"a gain of {mde:+.1%} is ruled out: {test}"
     else:
         verdict, reason = "continue", f"nothing shown at {look.fraction:.0%} of the plan: {test}"
-    return replace(look, verdict=verdict, reasons=(reason, measured(look)))
+    return replace(look, verdict=verdict, reasons=(reason, measured(look, alpha)))
 
 
 def _compare(challenger: np.ndarray, outcome: np.ndarray, codes: np.ndarray | None) -> Comparison:

@@ -28,4 +28,4 @@ class FixedSample:
         gain, error, z, bound = float(arms.gain), float(arms.error), float(arms.z), float(norm.isf(self.alpha))
         low, high = interval(gain, bound * error)
         found = replace(look, statistic=z, bound=bound, estimate=gain, low=low, high=high)
-        return concluded(found, promote=z >= bound, mde=None)
+        return concluded(found, promote=z >= bound, mde=None, alpha=self.alpha)

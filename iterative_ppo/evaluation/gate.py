@@ -10,18 +10,21 @@ from iterative_ppo.evaluation.certificate import Certificate
 from iterative_ppo.evaluation.evidence import OfflineEvidence
 from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.guardrails import LIMIT
-from iterative_ppo.evaluation.non_inferiority import NonInferiority
+from iterative_ppo.evaluation.non_inferiority import Found, NonInferiority
 from iterative_ppo.evaluation.ope import Estimate
 
 Verdict = Literal["test", "promote", "reject", "continue", "halt"]
-Finding = Literal["failed", "cannot tell from these logs", "passed"]
+Finding = Literal["failed", "not told", "cannot tell from these logs", "passed"]
 Check = tuple[Finding, str]
+UNSHOWN: Finding = "not told"
 UNTOLD: Finding = "cannot tell from these logs"
+FINDINGS: dict[Found, Finding] = {"holds": "passed", "not told": UNSHOWN, "broken": "failed"}
+"""What a guardrail that is found so means to a gate: one that is not told stops a challenger too."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict and why; `reasons` speak of every check: failed ones first, then what cannot be told.
+    """A verdict and why; `reasons` speak of every check: failed ones first, then what is not told.
 
     test: an A/B test with customers may begin. promote, reject: what becomes of the challenger. continue: the A/B test
     goes on. halt: it is at fault itself, or the challenger does harm, and a person must look.
@@ -37,12 +40,13 @@ class Decision:
 def offline_gate(evidence: OfflineEvidence) -> Decision:
     """Whether a challenger may meet customers: better in Q's eyes, not worse by the logs, and within its guardrails.
 
-    Logs that cannot tell stand in nobody's way: the A/B test can. A measure that is not a number fails its check.
+    Logs that cannot tell stand in nobody's way: the A/B test can. A guardrail does, where it is not shown to hold.
     """
     e = evidence
     gain = e.q_challenger - e.q_champion
     seen = f"E[Q] on held-out states moved by {gain:+.4f} ({e.q_gain_low:+.4f} to {e.q_gain_high:+.4f})"
-    return _decide([(_held(e.q_gain_low > 0), seen), *_by_the_logs(e), *map(_guardrail, e.guardrails)], "test")
+    guardrails = [_guardrail(one, f"{e.states:,} held-out states") for one in e.guardrails]
+    return _decide([(_held(e.q_gain_low > 0), seen), *_by_the_logs(e), *guardrails], "test")
 
 
 def outcome_gate(look: Look, guardrails: Sequence[NonInferiority] = ()) -> Decision:
@@ -54,7 +58,10 @@ def outcome_gate(look: Look, guardrails: Sequence[NonInferiority] = ()) -> Decis
     if look.verdict in ("continue", "halt"):
         return Decision(look.verdict, look.reasons)
     seen = "; ".join(reversed(look.reasons))
-    return _decide([(_held(look.verdict == "promote"), seen), *map(_guardrail, guardrails)], "promote")
+    champion, challenger = look.conversations
+    arms = f"{challenger:,} conversations of the challenger and {champion:,} of the champion"
+    held = [_guardrail(one, arms) for one in guardrails]
+    return _decide([(_held(look.verdict == "promote"), seen), *held], "promote")
 
 
 def waiting(look: Look, earlier: Sequence[Look], guardrails: Sequence[NonInferiority]) -> Look:
@@ -65,7 +72,7 @@ def waiting(look: Look, earlier: Sequence[Look], guardrails: Sequence[NonInferio
     """
     if look.verdict != "promote" or look.fraction >= 1:
         return look
-    untold = [one.measure for one in guardrails if not one.holds and not one.broken]
+    untold = [one.measure for one in guardrails if one.found == "not told"]
     if any(one.broken for one in guardrails) or not (untold or _won(earlier)):
         return look
     why = f"better, and the test goes on to its end, for guardrails are not told yet: {', '.join(untold) or 'some'}"
@@ -95,11 +102,11 @@ def _told(found: Certificate | Estimate) -> Finding:
     return "failed" if found.high < 0 else "passed" if found.low > 0 else UNTOLD
 
 
-def _guardrail(found: NonInferiority) -> Check:
-    name, limit, _ = found.measure.partition(LIMIT)
-    if limit:
-        return _held(found.holds), f"guardrail {name} {found.challenger:.4g} (limit {found.champion:.4g})"
-    return _held(found.holds), f"guardrail {found.reason}"
+def _guardrail(one: NonInferiority, seen: str) -> Check:
+    name, limit, _ = one.measure.partition(LIMIT)
+    said = f"{name} {one.challenger:.4g} (limit {one.champion:.4g})" if limit else one.reason
+    untold = f"; {seen} do not tell" if one.found == "not told" else ""
+    return FINDINGS[one.found], f"guardrail {said}{untold}"
 
 
 def _held(good: bool) -> Finding:
@@ -108,4 +115,4 @@ def _held(good: bool) -> Finding:
 
 def _decide(checks: Sequence[Check], good: Verdict) -> Decision:
     reasons = tuple(f"{kind}: {text}" for kind in get_args(Finding) for found, text in checks if found == kind)
-    return Decision("reject" if any(found == "failed" for found, _ in checks) else good, reasons)
+    return Decision("reject" if any(found in ("failed", UNSHOWN) for found, _ in checks) else good, reasons)

@@ -34,7 +34,7 @@ class GroupSequential:
         gain, error = float(arms.gain), float(arms.error)
         low, high = interval(gain, bound * error)
         found = replace(look, statistic=z, bound=bound, estimate=gain, low=low, high=high)
-        return concluded(found, promote=z >= bound, mde=self.config.mde)
+        return concluded(found, promote=z >= bound, mde=self.config.mde, alpha=self.alpha)
 
     def _due(self, fraction: float) -> int:
         """Matured conversations at which the look after one at `fraction` is due."""

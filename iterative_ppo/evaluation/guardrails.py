@@ -248,9 +248,7 @@ def calibrated(rule: Guardrail, found: Calibration) -> NonInferiority:
     """Whether Q's calibration error is within the margin of what chance gives a perfect Q (its 95th percentile)."""
     loss = found.error - found.chance_95
     holds = bool(loss < rule.margin)
-    return NonInferiority(
-        rule.measure, found.chance_95, found.error, rule.margin, loss, loss, 0.0 if holds else 1.0, holds
-    )
+    return NonInferiority(rule.measure, found.chance_95, found.error, rule.margin, loss, loss, float("nan"), holds)
 
 
 def _lengths(said: Said) -> np.ndarray:

@@ -6,7 +6,8 @@ guardrail holds where a loss of the margin or more is refuted at one-sided alpha
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from iterative_ppo.errors import ConfigError, TurnTableError
 from iterative_ppo.evaluation.ab_test import Arm, p_in_words
 
 Better = Literal["higher", "lower"]
+Found = Literal["holds", "not told", "broken"]
 DRAWS = 2000
 SHOWN = 0.05
 
@@ -38,7 +40,10 @@ class Guardrail:
 
 @dataclass(frozen=True)
 class NonInferiority:
-    """What a guardrail found: the arms' values, the loss with its one-sided upper bound, and whether it holds."""
+    """What a guardrail found: the arms' values, the loss with its one-sided upper bound, and whether it holds.
+
+    The p-value is NaN where no arm is tested: there the champion's value is the most that chance gives.
+    """
 
     measure: str
     champion: float
@@ -53,16 +58,30 @@ class NonInferiority:
         """JSON-able: an unknown value is null."""
         return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(self).items()}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NonInferiority:
+        """As `as_dict` wrote it. Raises KeyError where something is missing."""
+        known = {field.name: values[field.name] for field in fields(cls)}
+        numbers: dict[str, Any] = {name: float("nan") if value is None else value for name, value in known.items()}
+        return cls(**numbers)
+
+    @property
+    def found(self) -> Found:
+        """Whether it holds, is shown to be broken, or neither."""
+        return "holds" if self.holds else "broken" if self.broken else "not told"
+
     @property
     def broken(self) -> bool:
         """Whether a loss beyond the margin is shown, at a level of 5 %; what does not hold may just not be known."""
-        return bool(self.loss > self.margin and 1.0 - self.p_value < SHOWN)
+        return bool(self.loss > self.margin and (np.isnan(self.p_value) or 1.0 - self.p_value < SHOWN))
 
     @property
     def reason(self) -> str:
         """In plain words."""
         if np.isnan(self.loss):
             return f"{self.measure}: cannot tell, an arm holds too few values"
+        if np.isnan(self.p_value):
+            return f"{self.measure} {self.challenger:.4g}, chance {self.champion:.4g} (margin {self.margin:g})"
         return (
             f"{self.measure} {self.challenger:.4g}, champion {self.champion:.4g}: at most {self.loss_bound:.3g} worse "
             f"(margin {self.margin:g}, {p_in_words(self.p_value)})"

@@ -65,11 +65,12 @@ def plan(
         window_hours: from assignment to maturity.
 
     Where businesses are assigned, sizes are multiplied by 1 + (m - 1) ICC, and let each arm have as many businesses as
-    a look asks for. Raises ConfigError for rates that cannot be.
+    a look asks for. Raises ConfigError for rates that cannot be, and where a design
+    has no such size.
     """
     if not 0 < base < base + config.mde < 1:
         raise ConfigError(f"base {base:g} and mde {config.mde:g}: both must be shares above 0 and their sum below 1")
-    if conversations_per_day is not None and conversations_per_day <= 0:
+    if conversations_per_day is not None and not 0 < conversations_per_day < math.inf:
         raise ConfigError(f"{conversations_per_day:g} conversations a day: expected more than 0, or none for no days")
     effect, least = 1.0, 0.0
     if config.unit == "business":
@@ -104,7 +105,10 @@ def fixed_sample(base: float, mde: float, alpha: float, power: float, share: flo
 
 
 def group_sequential_stops(looks: int, alpha: float, power: float) -> Stops:
-    """Of Lan-DeMets O'Brien-Fleming bounds at equal looks that also stop where the MDE is ruled out."""
+    """Of Lan-DeMets O'Brien-Fleming bounds at equal looks that also stop where the MDE is ruled out.
+
+    Raises ConfigError where no size has this power, as for one that is no more than alpha.
+    """
     from scipy.optimize import brentq
     from scipy.stats import norm
 
@@ -119,6 +123,11 @@ def group_sequential_stops(looks: int, alpha: float, power: float) -> Stops:
     def lacking(drift: float) -> float:
         return float(crossing(fractions, upper, futile(drift), drift)[0].sum() - power)
 
+    if not lacking(needed / 2) < 0 < lacking(3 * needed):
+        raise ConfigError(
+            f"the group sequential design has no size for alpha {alpha:g} and power {power:g}; expected an alpha such "
+            "as 0.05 and a power well above it, such as 0.8"
+        )
     drift = float(brentq(lacking, needed / 2, 3 * needed))
     sizes = [_expected(fractions, *crossing(fractions, upper, futile(drift), truth)) for truth in (0.0, drift)]
     inflation = (drift / needed) ** 2

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from iterative_ppo.config import Config
+
+WITHOUT_COST = -1e-9
+"""Just below the R of a conversation that cost nothing."""
 
 
 def head_weights(config: Config) -> dict[str, float]:
@@ -49,7 +54,12 @@ def success_above(config: Config) -> float:
     """The R above which a conversation is a success: 0; of costs alone, where 0 is the best, just below it."""
     if config.abtest.success_above is not None:
         return config.abtest.success_above
-    return -1e-9 if outcome_range(config)[1] <= 0 else 0.0
+    return WITHOUT_COST if outcome_range(config)[1] <= 0 else 0.0
+
+
+def usual_success(outcomes: Mapping[str, float]) -> float:
+    """The same by the weights of outcomes alone, of 0 and more each, where no other threshold is known."""
+    return WITHOUT_COST if outcomes and max(outcomes.values()) <= 0 else 0.0
 
 
 def more_than_success(config: Config) -> bool:

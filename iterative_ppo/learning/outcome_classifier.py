@@ -103,7 +103,8 @@ def fit_outcome_classifier(
     Args:
         frame: turn table of conversations that are whole, all of them with a reported outcome.
 
-    The metrics are, for each outcome: held-out precision, recall, AUC and cost a conversation, and the threshold.
+    The metrics are, for each outcome: held-out precision, recall, AUC and cost a conversation, the
+    least cost of calling all of them alike, and the threshold.
     Raises TrainingError, with the figure and a remedy, where there are too few, where an outcome is the same in all
     conversations or in all held-out ones, or where too few customers reached it or missed it.
     """
@@ -215,12 +216,14 @@ def _held_out(won: np.ndarray, score: np.ndarray, threshold: float, config: Clas
     from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
     said = score >= threshold
-    cost = config.false_positive_cost * (said & ~won).mean() + config.false_negative_cost * (won & ~said).mean()
+    wrong, missed = config.false_positive_cost, config.false_negative_cost
+    cost = wrong * (said & ~won).mean() + missed * (won & ~said).mean()
     return {
         "precision": float(precision_score(won, said, zero_division=np.nan)),
         "recall": float(recall_score(won, said)),
         "auc": float(roc_auc_score(won, score)),
         "cost": float(cost),
+        "cost_of_one_class": float(min(wrong * (~won).mean(), missed * won.mean())),
         "threshold": threshold,
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation.bounds import Bound, bounds
 from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.evaluation.non_inferiority import Found, NonInferiority
 from iterative_ppo.report.stored import finite, label, shaped
 
 
@@ -19,7 +20,7 @@ class Checked:
 
     measure: str
     values: Mapping[str, float]
-    holds: bool
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ABRecord:
     reasons: tuple[str, ...]
     design: str
     planned: int
+    alpha: float
     bounds: tuple[Bound, ...]
     looks: tuple[Look, ...]
     guardrails: tuple[Checked, ...]
@@ -72,6 +74,7 @@ def _record(number: int, tested: Mapping[str, Any], running: bool, verdict: str,
     settings = tested.get("settings", {})
     if "abtest.design" not in settings:
         return None
+    alpha = float(settings["gate.alpha"])
     design, taken = settings["abtest.design"], [_look(one) for one in tested.get("looks", [])]
     return ABRecord(
         number,
@@ -82,9 +85,13 @@ def _record(number: int, tested: Mapping[str, Any], running: bool, verdict: str,
         tuple(map(str, reasons)),
         design,
         int(settings["abtest.conversations"]),
-        tuple(bounds(design, int(settings["abtest.looks"]), float(settings["gate.alpha"]), taken)),
+        alpha,
+        tuple(bounds(design, int(settings["abtest.looks"]), alpha, taken)),
         tuple(look for look in taken if look.statistic is not None),
-        tuple(Checked(str(one["measure"]), finite(one), bool(one["holds"])) for one in tested.get("guardrails", [])),
+        tuple(
+            Checked(str(one["measure"]), finite(one), NonInferiority.from_dict(one).found)
+            for one in tested.get("guardrails", [])
+        ),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from iterative_ppo.evaluation.ab_test import level_of
 from iterative_ppo.evaluation.bounds import Bound
 from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.guardrails import LIMIT
@@ -42,6 +43,7 @@ def ab_section(run: RunRecord) -> dict[str, Any] | None:
         "lead": _lead(test),
         "pill": {"tone": tone, "text": text},
         "reasons": [words.reason(reason) for reason in test.reasons],
+        "level": level_of(test.alpha),
         "statistic": "e-value" if test.design == "anytime" else "z",
         "looks": [_look(bound, look) for bound, look in zip(test.bounds, _padded(test), strict=True)],
         "guardrails": [_guardrail(one) for one in test.guardrails],
@@ -91,4 +93,4 @@ def _guardrail(found: Checked) -> dict[str, Any]:
     measure, limit, _ = found.measure.partition(LIMIT)
     if limit:
         values |= {"champion": "", "margin": f"limit {values['champion']}"}
-    return {"name": f"{words.GUARDRAILS.get(measure, measure)}{limit}", "holds": found.holds, **values}
+    return {"name": f"{words.GUARDRAILS.get(measure, measure)}{limit}", "found": found.found, **values}

@@ -104,10 +104,14 @@ def read_returns(file: Path) -> pd.Series | None:
         raise StoreError(f"{file}: not a table of returns ({_reason(error)}); restore it or remove it") from None
 
 
-def groups(frame: pd.DataFrame, returns: pd.Series | None = None) -> tuple[Group, ...]:
-    """One group a policy version and arm, the champion's first."""
+def groups(frame: pd.DataFrame, above: float, returns: pd.Series | None = None) -> tuple[Group, ...]:
+    """One group a policy version and arm, the champion's first.
+
+    Args:
+        above: the R above which a conversation is a success.
+    """
     parted = frame.groupby(["policy_version", "arm"], dropna=False, sort=False)
-    found = [_group(_label(version), _label(arm), rows, returns) for (version, arm), rows in parted]
+    found = [_group(_label(version), _label(arm), rows, above, returns) for (version, arm), rows in parted]
     return tuple(sorted(found, key=lambda group: (group.role != CHAMPION, group.policy, group.arm or "")))
 
 
@@ -115,7 +119,7 @@ def _label(value: object) -> str | None:
     return None if pd.isna(value) else str(value)
 
 
-def _group(policy: str | None, arm: str | None, rows: pd.DataFrame, returns: pd.Series | None) -> Group:
+def _group(policy: str | None, arm: str | None, rows: pd.DataFrame, above: float, returns: pd.Series | None) -> Group:
     ends = rows[turn_table.last_rows(rows)]
     conversations = len(ends)
     status = rows["suggestion_status"]
@@ -125,7 +129,7 @@ def _group(policy: str | None, arm: str | None, rows: pd.DataFrame, returns: pd.
     return Group(
         policy=policy or "unknown",
         arm=arm,
-        success=Arm(int((ends["outcome"] > 0).sum()), conversations),
+        success=Arm(int((ends["outcome"] > above).sum()), conversations),
         adoption=_adoption(suggested),
         abstained=abstained / chances if chances else None,
         turns=int(status.notna().sum()) / conversations,

@@ -21,7 +21,7 @@ FATE = {
     "rejected": (svg.REJECTED, svg.ON_LIGHT),
     "none": (svg.NONE, svg.ON_LIGHT),
 }
-MOST_BARS, MOST_LABELS = 14, 12
+MOST_BARS, MOST_LABELS, MOST_POINTS, MOST_WRITERS = 14, 12, 3, 6
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def steps(run: RunRecord) -> list[Step]:
         if before and before.test:
             found.append(_tested(before))
         elif one.groups:
-            points = tuple(Point(g.role, g.policy, g.success) for g in one.groups[:3])
-            found.append(Step(origin(before, one), points))
+            found += _collected(before, one)
         before = one
     if before and before.test:
         found.append(_tested(before))
@@ -60,6 +59,18 @@ def steps(run: RunRecord) -> list[Step]:
         both = Step("Closing:\nfirst and last", points)
         found.append(both if run.changed else Step("Closing", points[:1]))
     return found
+
+
+def _collected(before: RoundRecord | None, one: RoundRecord) -> list[Step]:
+    """The largest groups, those of a log side by side, and how many more the table of conversations shows."""
+    most = MOST_WRITERS if one.from_logs else MOST_POINTS
+    shown = sorted(one.groups, key=lambda group: -group.success.conversations)[:most]
+    points = [Point(group.role, group.policy, group.success) for group in shown]
+    more = f"\nand {words.count(len(one.groups) - most, 'others')}" if len(one.groups) > most else ""
+    name = origin(before, one)
+    if one.from_logs:
+        return [Step(f"{name}{more if point is points[-1] else ''}", (point,)) for point in points]
+    return [Step(f"{name}{more}", tuple(points))]
 
 
 def _tested(one: RoundRecord) -> Step:

@@ -13,6 +13,7 @@ from typing import Any
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.files import fingerprint
+from iterative_ppo.learning.objective import usual_success
 from iterative_ppo.report.ab_record import ABRecord, ab_record
 from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group, groups, outcome_weights, read_turns
 from iterative_ppo.report.round_record import Numbers, RoundRecord, read_round
@@ -65,6 +66,12 @@ class RunRecord:
         return self.promotions > 0
 
     @property
+    def success_above(self) -> float:
+        """The R above which a conversation is a success, by the last round."""
+        known = [one.success_above for one in self.rounds if one.success_above is not None]
+        return known[-1] if known else usual_success(self.outcomes)
+
+    @property
     def unmet(self) -> bool:
         """Whether the last round was a log's, and its challenger has not met customers yet, as far as is known."""
         return bool(self.rounds) and self.rounds[-1].from_logs and not (self.ab and self.ab.looks)
@@ -81,16 +88,17 @@ class RunRecord:
             rows = {int(row["round"]): row for row in state.get("rounds", [])}
             experiment = state.get("experiment")
             pair = (str(experiment["champion"]), str(experiment["challenger"])) if experiment else None
-        rounds = _armed([read_round(root, k, rows.get(k, {}), path) for k in sorted({*rows, *_begun(root)})])
+        outcomes = _outcomes(root)
+        rounds = _armed([read_round(root, k, rows.get(k, {}), path, outcomes) for k in sorted({*rows, *_begun(root)})])
         seed, settings_hash = _settings(rounds)
         return cls(
             rounds,
             phase,
             number,
             pair,
-            _tested(root, rounds),
+            _tested(root, rounds, outcomes),
             _closing(root),
-            _outcomes(root),
+            outcomes,
             seed,
             settings_hash,
             ab_record(state, path),
@@ -133,15 +141,15 @@ def _closing(root: Path) -> Closing | None:
     return Closing(test, label(inputs.get("first")), label(inputs.get("last")))
 
 
-def _tested(root: Path, rounds: tuple[RoundRecord, ...]) -> tuple[Group, ...]:
+def _tested(root: Path, rounds: tuple[RoundRecord, ...], outcomes: Numbers) -> tuple[Group, ...]:
     """A decided test's conversations, which lie unfrozen where no round follows. A running test is not looked at."""
     if not rounds or rounds[-1].decision is None or rounds[-1].test is None:
         return ()
     last, test = rounds[-1], rounds[-1].test
-    frame = read_turns(root / "rounds" / f"{last.number + 1:04d}" / "arrived", _outcomes(root))
+    frame = read_turns(root / "rounds" / f"{last.number + 1:04d}" / "arrived", outcomes)
     judged = {last.champion: (CHAMPION, test.champion), last.challenger: (CHALLENGER, test.challenger)}
     found = []
-    for group in groups(frame) if frame is not None else ():
+    for group in groups(frame, last.success_above or 0.0) if frame is not None else ():
         arm, success = judged.get(group.policy, (group.arm, group.success))
         found.append(replace(group, arm=group.arm or arm, success=success))
     return tuple(found)

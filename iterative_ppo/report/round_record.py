@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import Calibration
+from iterative_ppo.evaluation.non_inferiority import Found, NonInferiority
+from iterative_ppo.learning.objective import usual_success
 from iterative_ppo.mdp.labels import counts
 from iterative_ppo.report.customers import Group, groups, read_returns, read_turns
 from iterative_ppo.report.q_record import (
@@ -52,7 +54,7 @@ class Guarded:
     challenger: float | None
     champion: float | None
     margin: float | None
-    held: bool
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,13 @@ class RoundRecord:
     set_aside: Mapping[str, int] = field(default_factory=dict)
     """Conversations of a log that its import left out, by reason."""
     warnings: tuple[str, ...] = ()
+    success_above: float | None = None
+    """The R above which a conversation was a success."""
     groups: tuple[Group, ...] = ()
     origins: Mapping[str, int] = field(default_factory=dict)
     """Conversations by the origin of their outcome: reported, rule, classifier:<version>, or none."""
+    classifier: Numbers = field(default_factory=dict)
+    """Figures of the classifier that was fitted to say outcomes, on held-out conversations."""
     mean_return: float | None = None
     q: Numbers = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -90,7 +96,7 @@ class RoundRecord:
     """Responses a state, of which the best of n was learnt."""
     evidence: Numbers = field(default_factory=dict)
     guardrails: Mapping[str, Guarded] = field(default_factory=dict)
-    """Of the offline gate, by name; one that a limit of its own has broken is not held."""
+    """Of the offline gate, by name, with what its own limit found where that is worse."""
     examples: tuple[Example, ...] = ()
     temperature: float | None = None
     offline: Decision | None = None
@@ -129,23 +135,34 @@ class RoundRecord:
         return bool(self.groups) and all(group.of_log for group in self.groups)
 
 
-def read_round(root: Path, number: int, row: Mapping[str, Any], state: Path) -> RoundRecord:
-    """A round below the run's `root`; `row` is what state.json, at `state`, says of it."""
+def read_round(root: Path, number: int, row: Mapping[str, Any], state: Path, outcomes: Numbers) -> RoundRecord:
+    """A round below the run's `root`; `row` is what state.json, at `state`, says of it.
+
+    Args:
+        outcomes: the run's, with their weights, for rounds that do not record what a success was.
+    """
     folder = root / "rounds" / f"{number:04d}"
     with shaped(state):
         named = {key: label(row.get(key)) for key in ("champion", "challenger", "data_md5")}
     verdicts = _verdicts(folder, row, state)
-    return RoundRecord(number, **{**named, **_data(root, folder), **_learning(folder), **_gating(folder), **verdicts})
+    return RoundRecord(
+        number, **{**named, **_data(root, folder, outcomes), **_learning(folder), **_gating(folder), **verdicts}
+    )
 
 
-def _data(root: Path, folder: Path) -> dict[str, Any]:
+def _data(root: Path, folder: Path, outcomes: Numbers) -> dict[str, Any]:
     frame = read_turns(root / "turns" / f"round={folder.name}")
-    found = groups(frame, read_returns(folder / "returns" / "returns.parquet")) if frame is not None else ()
+    validation = _validation(folder / "validated" / "validation.json")
+    above = validation.get("success_above")
+    above = usual_success(outcomes) if above is None else above
+    found = groups(frame, above, read_returns(folder / "returns" / "returns.parquet")) if frame is not None else ()
     return {
-        **_validation(folder / "validated" / "validation.json"),
+        **validation,
+        "success_above": above,
         "set_aside": _set_aside(folder / "import.json"),
         "conversations": sum(group.success.conversations for group in found) if found else None,
         "groups": found,
+        "classifier": numbers(folder / "outcome_classifier" / "stage.json", "metrics"),
         "origins": counts(frame) if frame is not None else {},
         "mean_return": numbers(folder / "returns" / "stage.json", "metrics").get("mean_return"),
     }
@@ -183,11 +200,11 @@ def _guardrails(path: Path) -> dict[str, Guarded]:
     with shaped(path):
         for one in values.get("guardrails", []):
             name, limit, _ = str(one["measure"]).partition(LIMIT)
-            held, value = bool(one["holds"]), finite(one)
+            told, value = NonInferiority.from_dict(one).found, finite(one)
             if limit:
-                found[name] = replace(found[name], held=found[name].held and held)
+                found[name] = replace(found[name], found=max(found[name].found, told, key=get_args(Found).index))
             else:
-                found[name] = Guarded(value.get("challenger"), value.get("champion"), value.get("margin"), held)
+                found[name] = Guarded(value.get("challenger"), value.get("champion"), value.get("margin"), told)
     return found
 
 
@@ -218,6 +235,7 @@ def _validation(path: Path) -> dict[str, Any]:
             "quarantined": int(values["quarantined_conversations"]),
             "quarantine_reasons": {str(reason): int(count) for reason, count in values.get("reasons", {}).items()},
             "warnings": tuple(map(str, values.get("warnings", []))),
+            "success_above": finite(values).get("success_above"),
         }
 
 

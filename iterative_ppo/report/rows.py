@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iterative_ppo.evaluation.ab_test import p_in_words
-from iterative_ppo.evaluation.doubts import doubts
+from iterative_ppo.evaluation.doubts import doubts, label_doubts
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.report import words
 from iterative_ppo.report.customers import ADOPTIONS, Group
@@ -116,6 +116,7 @@ def _facts(one: RoundRecord) -> Iterator[str]:
     if one.origins:
         found = (f"{words.count(count)} {words.origin(origin)}" for origin, count in one.origins.items())
         yield f"Outcomes of its conversations: {', '.join(found)}"
+    yield from _classifier(one.classifier)
     yield from _coverage(one.q)
     for reason, count in one.set_aside.items():
         yield f"Set aside at import, {words.count(count)}: {reason}"
@@ -129,6 +130,17 @@ def _facts(one: RoundRecord) -> Iterator[str]:
     if one.convergence:
         yield f"Converged: {one.convergence}"
     yield from one.warnings
+
+
+def _classifier(figures: Mapping[str, float]) -> Iterator[str]:
+    """How good labels are, by outcome, and what gives cause for doubt."""
+    for key, auc in figures.items():
+        named = key.removesuffix("_auc")
+        if named != key:
+            held = words.count(figures.get("classifier_held_out"), "held-out conversations")
+            told = f"AUC {words.number(auc)}, recall {words.number(figures.get(f'{named}_recall'))}"
+            yield f"The classifier of “{named.removeprefix('classifier_')}” on {held}: {told}"
+    yield from (f"{doubt[0].upper()}{doubt[1:]}" for doubt in label_doubts(figures))
 
 
 def _coverage(q: Mapping[str, float]) -> Iterator[str]:
@@ -211,8 +223,8 @@ def guardrails(run: RunRecord) -> dict[str, Any] | None:
 
 def _cell(found: Guarded | None) -> dict[str, Any]:
     if found is None:
-        return {"text": words.NOTHING, "sub": "", "held": True}
-    return {"text": words.brief(found.challenger), "sub": words.brief(found.champion), "held": found.held}
+        return {"text": words.NOTHING, "sub": "", "found": "holds"}
+    return {"text": words.brief(found.challenger), "sub": words.brief(found.champion), "found": found.found}
 
 
 def _margin(found: Guarded | None) -> str:

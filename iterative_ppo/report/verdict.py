@@ -52,7 +52,7 @@ def _open_test(run: RunRecord, last: RoundRecord) -> Verdict:
     policy = words.policy(last.challenger) if last.challenger else "a new policy"
     if run.unmet or run.phase is None:
         learned = f", trained on {words.count(last.conversations, 'conversations')}" if last.conversations else ""
-        aim = words.succeeds(run.outcomes).removesuffix(" in")
+        aim = words.succeeds(run.outcomes, run.success_above).removesuffix(" in")
         passed = f"{policy}{learned}{' of a log,' if learned else ''} passed the offline checks"
         sentence = f"{passed[0].upper()}{passed[1:]}; only an A/B test can tell whether it {aim} more often."
         return Verdict("Awaiting an A/B test", "open", sentence, _so_far(run))
@@ -112,12 +112,13 @@ def _tested(run: RunRecord) -> str:
 def _so_far(run: RunRecord) -> str:
     now = current(run)
     if now and run.rounds[-1].from_logs:
-        return f"In the log, {words.percent(now.rate)} of conversations succeeded."
+        succeeded = words.succeeded(run.outcomes, run.success_above)
+        return f"In the log, {words.percent(now.rate)} of conversations {succeeded}."
     return f"The present assistant {_rate(run, now)}." if now else ""
 
 
 def _rate(run: RunRecord, arm: Arm) -> str:
-    return f"{words.succeeds(run.outcomes)} {words.percent(arm.rate)} of conversations"
+    return f"{words.succeeds(run.outcomes, run.success_above)} {words.percent(arm.rate)} of conversations"
 
 
 def _rounds(run: RunRecord, done: int | None = None) -> str:
@@ -130,7 +131,10 @@ def largest(groups: tuple[Group, ...], role: str) -> Group | None:
 
 
 def first(run: RunRecord) -> Arm | None:
-    """How the first policy did when the run began."""
+    """How the first policy did when the run began; where that was a log, how all who wrote it did together."""
+    if run.rounds and run.rounds[0].from_logs:
+        arms = [group.success for group in run.rounds[0].groups]
+        return Arm(sum(arm.successes for arm in arms), sum(arm.conversations for arm in arms))
     group = largest(run.rounds[0].groups, CHAMPION) if run.rounds else None
     return group.success if group else None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from iterative_ppo.evaluation.ab_test import ABTest, p_in_words
-from iterative_ppo.evaluation.gate import UNTOLD
+from iterative_ppo.evaluation.gate import UNSHOWN, UNTOLD
+from iterative_ppo.learning.objective import WITHOUT_COST
 
 NOTHING = "–"
 LOGGED = "logged"
@@ -29,7 +30,7 @@ CHECKS = {
     "guardrail": "Guardrail",
     "challenger": "What customers did",
 }
-MARKS = {"failed": "failed", "passed": "passed", UNTOLD: "unknown"}
+MARKS = {"failed": "failed", "passed": "passed", UNSHOWN: "unknown", UNTOLD: "unknown"}
 GUARDRAILS = {
     "kl": "KL to the champion",
     "length": "Length, 95th percentile",
@@ -46,11 +47,12 @@ GUARDRAILS = {
 
 ALGORITHMS = {"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO"}
 
+SUCCESS = "Successful conversation"
 GLOSSARY = (
     ("Policy", "A version of the assistant: its weights, tokenizer and sampling temperature."),
     ("Champion, challenger", "The policy that serves customers now, and the newer one that is tested against it."),
     ("Round", "Collect conversations, learn from them, test the result: one turn of the wheel."),
-    ("Successful conversation", "One that ended with a positive outcome, for example a purchase."),
+    (SUCCESS, ""),
     ("A/B test", "Customers are split at random between both policies; how often one looks is planned, and paid for."),
     ("95% interval", "The range that holds the true value in 95 of 100 such experiments."),
     ("p", "How often chance alone would show at least this gain if the new policy were no better."),
@@ -137,17 +139,49 @@ def origin(name: str) -> str:
 
 def gain(test: ABTest) -> str:
     """A test's gain with its interval and p."""
-    return f"{points(test.gain)} ({points_span(test.gain_low, test.gain_high)}, {p_in_words(test.p_value)})"
+    return (
+        f"{points(test.gain)} (95% interval {points_span(test.gain_low, test.gain_high)}, {p_in_words(test.p_value)})"
+    )
 
 
-def succeeds(outcomes: Mapping[str, float]) -> str:
-    """What the assistant does in a successful conversation, by the outcomes' names: `sells in`."""
-    names = sorted(outcomes)
+def succeeds(outcomes: Mapping[str, float], above: float) -> str:
+    """What the assistant does in a successful conversation, by the outcomes' names: `sells in`.
+
+    Args:
+        above: the R above which a conversation is a success.
+    """
+    names, weights = sorted(outcomes), outcomes.values()
+    if above == WITHOUT_COST:
+        return f"ends without {_any(names)} in"
+    if above or (weights and max(weights) <= 0):
+        return f"succeeds (R above {brief(above)}) in"
     if len(names) != 1:
+        if min(weights, default=0.0) < 0:
+            return "gains more than it costs in"
         return "reaches an outcome in"
     if names[0] in SALES:
         return "sells in"
     return "succeeds in" if names[0] == "success" else f"reaches “{names[0]}” in"
+
+
+def succeeded(outcomes: Mapping[str, float], above: float) -> str:
+    """The same of conversations: `succeeded`, or of costs alone `ended without “escalated”`."""
+    return f"ended without {_any(sorted(outcomes))}" if above == WITHOUT_COST else "succeeded"
+
+
+def glossary(outcomes: Mapping[str, float], above: float) -> tuple[tuple[str, str], ...]:
+    """Terms and what they mean, success as it is in this run."""
+    meaning = "One that ended with a positive outcome, for example a purchase."
+    if above == WITHOUT_COST:
+        meaning = f"One that {succeeded(outcomes, above)}."
+    elif above or min(outcomes.values(), default=0.0) < 0:
+        meaning = f"One whose R, the weighted sum of its outcomes, is above {brief(above)}."
+    return tuple((term, meaning if term == SUCCESS else found) for term, found in GLOSSARY)
+
+
+def _any(names: Sequence[str]) -> str:
+    """“escalated”, or “escalated” or “refund”."""
+    return " or ".join(f"“{name}”" for name in names)
 
 
 def change(value: float, digits: int = 3) -> str:
@@ -167,9 +201,10 @@ def reason(text: str) -> tuple[str, str, str]:
         mark, found = "", text
     checked = next((name for sign, name in CHECKS.items() if sign in found), "")
     found = found.removeprefix("certificate: ").removeprefix("off-policy gain of whole conversations: ")
-    if mark == UNTOLD:
-        found = f"Cannot tell from these logs: {found}"
-    return MARKS.get(mark, ""), checked, found.removeprefix("guardrail ")
+    found = found.removeprefix("guardrail ")
+    if mark in (UNSHOWN, UNTOLD):
+        found = f"{mark.capitalize()}: {found}"
+    return MARKS.get(mark, ""), checked, found
 
 
 def _signed(value: float, digits: int = 1) -> str:
