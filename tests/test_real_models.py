@@ -1043,6 +1043,73 @@ def test_texts_that_would_depend_on_their_batch_are_refused(talks: list[Conversa
     assert np.allclose(alone, responses.logprobs, atol=2e-4)
 
 
+def quantized(path: Path, method: str = "fp8") -> Path:
+    """The projections of a saved model in float8 by blocks of 16, as DeepSeek and Qwen publish theirs."""
+    found: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        found[name] = weight
+        if "proj" in name:
+            rows, columns = (size // 16 for size in weight.shape)
+            blocks = weight.reshape(rows, 16, columns, 16)
+            scale = blocks.abs().amax((1, 3)) / 448
+            found[name] = (blocks / scale[:, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
+            found[f"{name}_scale_inv"] = scale
+    save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+    how = {"quant_method": method, "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    with_config(quantization_config=how)(path)
+    return path
+
+
+EVEN = {"num_key_value_heads": 2}  # so that all sizes are of whole blocks
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there transformers leaves such weights quantized")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_quantized_weights_that_are_read_as_plain_ones_are_saved_so(
+    family: str, talks: list[Conversation], tmp_path: Path
+) -> None:
+    """What is saved is the policy that was measured, and so is its student."""
+    base = made(tmp_path / "base", family, talks, **EXPERTS.get(family, SIZES) | EVEN)
+    plain = LanguagePolicy.load(base, SETTINGS)
+    table = encoded(plain, talks)
+    policy = LanguagePolicy.load(quantized(base), SETTINGS)
+    score = policy.score(table)
+    assert np.nanmean(np.abs(score - plain.score(table))) < 0.1 * np.nanmean(np.abs(score)), "near what it was"
+    for k, some in enumerate((policy, policy.trainable_copy())):
+        some.save(tmp_path / str(k))
+        assert {weight.dtype for weight in load_file(tmp_path / str(k) / "model.safetensors").values()} == {
+            torch.float32
+        }
+        assert np.allclose(LanguagePolicy.load(tmp_path / str(k)).score(table), score, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_model_whose_layout_is_converted_as_it_loads_is_saved_as_it_is(
+    family: str, talks: list[Conversation], tmp_path: Path
+) -> None:
+    """Experts lie one by one in a file and together in memory."""
+    policy = LanguagePolicy.load(made(tmp_path / "base", family, talks, **EXPERTS[family]), SETTINGS)
+    policy.save(tmp_path / "saved")
+    names = [sorted(load_file(tmp_path / place / "model.safetensors")) for place in ("base", "saved")]
+    assert names[0] == names[1]
+    table = encoded(policy, talks)
+    again = LanguagePolicy.load(tmp_path / "saved").score(table)
+    assert np.allclose(again, policy.score(table), atol=1e-5, equal_nan=True)
+
+
+def test_weights_that_the_model_has_no_place_for_are_told(
+    plain_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A value head, as TRL leaves it, does no harm; the second of two layers says that this is another model."""
+    LanguagePolicy.load(plain_llama, SETTINGS)
+    assert not caplog.text
+    path = shutil.copytree(plain_llama, tmp_path / "model")
+    with_config(num_hidden_layers=1)(path)
+    LanguagePolicy.load(path, SETTINGS)
+    assert f"{path}: its file holds model.layers.1." in caplog.text
+    assert "8 more that LlamaForCausalLM has no place for" in caplog.text
+
+
 def test_a_context_is_known_by_any_name(talks: list[Conversation], tmp_path: Path) -> None:
     mpt = {"d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 607}
     with pytest.raises(ModelError, match=r"context is 607 tokens, but .* is 608; lower them"):
@@ -1145,6 +1212,8 @@ BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head
         pytest.param(with_config(num_attention_heads=3), "not a causal language model .*hidden", id="heads"),
         pytest.param(with_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
                      "not a causal language model .*GPTQ", id="quantized"),
+        pytest.param(with_config(quantization_config={"quant_method": "unheard-of"}),
+                     "its weights are quantized .* full precision", id="quantized otherwise"),
         pytest.param(with_file("generation_config.json", b"[]"), "not a causal language model", id="generation"),
         pytest.param(with_file("config.json", b"[]"), "not a causal language model", id="no configuration"),
         pytest.param(with_pickled_weights(b"garbage"), "pickles, .* save them as safetensors", id="garbage"),

@@ -56,7 +56,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 def with_weights(kind: Any, source: str, path: Path | str, dtype: torch.dtype, what: str) -> Any:
     """A model of a transformers class from safetensors, which cannot hold code; `path` is what errors name.
 
-    Raises ModelError where it cannot be loaded, or a weight is missing or is not a number.
+    A file that holds more than the model has a place for is told of: a value head does no harm, another layer does.
+
+    Raises ModelError where it cannot be loaded, stays quantized, or a weight is missing or is not a number.
     """
     how = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
     model, info = tried(lambda: kind.from_pretrained(source, **how), path, what)
@@ -65,6 +67,16 @@ def with_weights(kind: Any, source: str, path: Path | str, dtype: torch.dtype, w
             f"{path}: its weights lack {missing[0]} and {len(missing) - 1} more that {type(model).__name__} needs; "
             f"expected the checkpoint of {what.partition(' that ')[0]} with its head"
         )
+    if more := sorted(info["unexpected_keys"]):
+        _LOG.warning(
+            "%s: its file holds %s and %d more that %s has no place for, so they are left out; check that its "
+            "config.json is that of its weights",
+            path,
+            more[0],
+            len(more) - 1,
+            type(model).__name__,
+        )
+    _check_plain(model, path)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ModelError(
@@ -72,6 +84,18 @@ def with_weights(kind: Any, source: str, path: Path | str, dtype: torch.dtype, w
                 "training diverged; take another copy"
             )
     return model
+
+
+def _check_plain(model: Any, path: Path | str) -> None:
+    """Raise ModelError where weights are quantized; where transformers has read them as plain ones, keep them so."""
+    if getattr(model.config, "quantization_config", None):
+        raise ModelError(
+            f"{path}: its weights are quantized (quantization_config in config.json), and such weights are neither "
+            "trained nor saved here; take the model in full precision"
+        )
+    steps = getattr(model, "_weight_conversions", None) or []
+    if any(hasattr(part, "hf_quantizer") for step in steps for part in getattr(step, "operations", ())):
+        del model._weight_conversions  # saving would quantize again, and not say so
 
 
 def tried(load: Callable[[], Any], path: Path | str, what: str) -> Any:
