@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import ConfigError, SourceError
+from iterative_ppo.errors import ConfigError, SourceError, did_you_mean
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, State, Suggestion, Turn, adoption_of
 from iterative_ppo.sources.log import encodable, short
 
@@ -25,17 +25,26 @@ def read_state(text: str, where: str) -> State:
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
         raise SourceError(f'{where}: expected {{"messages": [{{"customer": "..."}}, ...]}}')
+    _check_keys(value, ("context", "messages"), where)
     turns, customer = [], None
     for number, message in enumerate(messages, start=1):
         place = f"{where}: message {number}"
         if customer is None:
             customer = _said(message, "customer", place)
+            _check_keys(message, ("customer",), place)
         else:
             turns.append(_turn(customer, message, place))
             customer = None
     if customer is None:
         raise SourceError(f"{where}: the last message must be the customer's, there is nothing to answer")
     return State(tuple(turns), customer, _optional(value.get("context"), f"{where}: context"))
+
+
+def _check_keys(value: dict[str, Any], known: tuple[str, ...], place: str) -> None:
+    """What is not read is refused: a word that nobody knows may be one that somebody meant."""
+    if unknown := [key for key in value if key not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise SourceError(f"{place}: unknown key {unknown[0]!r}{hint}; expected {', '.join(known)}")
 
 
 def _said(message: Any, who: str, place: str) -> str:
@@ -59,6 +68,7 @@ def _encodable(said: str, place: str) -> str:
 
 def _turn(customer: str, message: Any, place: str) -> Turn:
     sent = _said(message, "business", place)
+    _check_keys(message, ("business", "suggestion"), place)
     suggested = _optional(message.get("suggestion"), f"{place}: suggestion")
     action = MISSING if suggested is None else Suggestion(suggested, "suggested") if suggested else ABSTAIN
     adoption = adoption_of(suggested, sent, 0.6) if suggested else None

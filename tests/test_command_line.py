@@ -161,6 +161,16 @@ def test_nobody_suggests_before_there_is_a_champion(tmp_path: Path) -> None:
         ('{"messages": [{"customer": "\\ud800 x"}]}', "message 1: customer: .* half a character"),
         ('{"messages": [{"customer": "a"}], "context": "\\udfff"}', "context: .* half a character"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"messages": [{"customer": "a"}], "contxt": "VIP"}', r"talk.json: unknown .*'contxt'.*mean 'context'"),
+        ('{"messages": [{"customer": "a", "business": "b"}]}', "message 1: unknown .*'business'; expected customer"),
+        (
+            '{"messages": [{"customer": "a"}, {"sugestion": "s", "business": "b"}, {"customer": "c"}]}',
+            "message 2: unknown .*'sugestion'.*mean 'suggestion'",
+        ),
+        (
+            '{"messages": [{"customer": "a"}, {"business": "b", "customer": "c"}, {"customer": "d"}]}',
+            "message 2: unknown .*'customer'; expected business, suggestion",
+        ),
     ],
 )
 def test_a_conversation_that_is_none_says_where(text: str, words: str) -> None:
