@@ -711,6 +711,27 @@ def test_gradient_checkpointing_changes_memory_alone(kind: str, talks: list[Conv
     assert less < 0.7 * stored
 
 
+@pytest.mark.parametrize("stage", ["initial", "improved"])
+def test_a_family_without_gradient_checkpointing_is_refused_before_it_trains(
+    stage: str, talks: list[Conversation], tmp_path: Path
+) -> None:
+    from tasks.learning import PolicyVersion, _rounds, initial_policy_stage
+
+    path = made(tmp_path / "model", "openai-gpt", talks, n_embd=16, n_layer=2, n_head=2, n_positions=640)
+    changes = {"policy.base_model": str(path), "data.root": str(tmp_path), "runtime.gradient_checkpointing": True}
+    config = load_config(overrides=changes | {"policy.max_prompt_tokens": 600, "policy.max_response_tokens": 8})
+    LanguagePolicy.load(path, SETTINGS).save(tmp_path / "policy")
+    with (
+        pytest.raises(ModelError, match=r"openai-gpt: has no gradient .*set runtime\.gradient_checkpointing=false"),
+        computing(config.runtime),
+    ):
+        LanguagePolicy.load(tmp_path / "policy")  # which serves all the same
+        if stage == "initial":
+            initial_policy_stage(config, talks, "talks")
+        else:
+            _rounds(config, PolicyVersion(1, tmp_path / "policy"), None, (), tmp_path)  # type: ignore[arg-type]
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_llama: Path, talks: list[Conversation]) -> None:
     policy = LanguagePolicy.load(plain_llama, SETTINGS)
     table = encoded(policy, talks)
