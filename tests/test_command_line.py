@@ -198,6 +198,11 @@ def test_a_conversation_in_json_becomes_a_state() -> None:
     assert [turn.suggestion.status for turn in state.history if turn.suggestion] == ["suggested", "missing"]
 
 
+def test_a_seed_below_zero_is_a_wrong_option(tmp_path: Path) -> None:
+    done = ippo(tmp_path, "suggest", "-", "--seed", "-1", stdin='{"messages": [{"customer": "hi"}]}')
+    assert done.returncode == 2 and "--seed" in done.stderr
+
+
 def test_a_run_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
     refused(ippo(tmp_path, "run", "--source", "star"), 2, "star", "--path")
     refused(ippo(tmp_path, "run", "--source", "star", "--path", "nowhere"), 3, "nowhere")
