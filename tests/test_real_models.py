@@ -438,6 +438,19 @@ def test_adapters_without_a_tokenizer_have_their_bases(plain_llama: Path, tmp_pa
     assert policy.renderer.ids("which room") == LanguagePolicy.load(plain_llama, SETTINGS).renderer.ids("which room")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_a_tokenizer_is_told_what_is_missing(
+    family: str, talks: list[Conversation], tmp_path: Path
+) -> None:
+    """Of some families transformers makes an empty one."""
+    path = save_model(tmp_path / "model", family, messages(talks), chat=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / file).unlink()
+    with pytest.raises(ModelError, match=rf"^{path}: .*tokenizer.*such as tokenizer\.json") as error:
+        LanguagePolicy.load(path, SETTINGS)
+    assert "\n" not in str(error.value)
+
+
 def test_a_saved_tokenizer_reads_as_the_one_that_it_was(talks: list[Conversation], tmp_path: Path) -> None:
     """Llama's first tokenizers put a space before every piece of text; what transformers saves forgets that."""
     path = save_model(tmp_path / "llama", "llama", messages(talks))
@@ -1235,6 +1248,8 @@ BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head
                      "not a causal language model .*GPTQ", id="quantized"),
         pytest.param(with_config(quantization_config={"quant_method": "unheard-of"}),
                      "its weights are quantized .* full precision", id="quantized otherwise"),
+        pytest.param(with_config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+                     "code of its own, which is not run; take a model of a family that transformers", id="own code"),
         pytest.param(with_file("generation_config.json", b"[]"), "not a causal language model", id="generation"),
         pytest.param(with_file("config.json", b"[]"), "not a causal language model", id="no configuration"),
         pytest.param(with_pickled_weights(b"garbage"), "pickles, .* save them as safetensors", id="garbage"),

@@ -42,7 +42,16 @@ def load_causal_lm(path: Path | str, dtype: torch.dtype) -> tuple[Any, PreTraine
     what = "a causal language model that can be loaded offline"
     model = with_weights(AutoModelForCausalLM, source, path, dtype, what)
     base = base_of(Path(path)) if there and not (Path(path) / TOKENIZER).exists() else None
-    return model, tried(lambda: AutoTokenizer.from_pretrained(base or source), path, what)
+    return model, _tokenizer(base or source)
+
+
+def _tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+    """Raises ModelError where there is none; of some families transformers then makes one that knows no text."""
+    what = "a folder with its model's tokenizer, which is in files such as tokenizer.json"
+    found = tried(lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False), source, what)
+    if not found.get_vocab().keys() - found.get_added_vocab().keys():
+        raise ModelError(f"{source}: not {what}; put them there")
+    return found
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -60,7 +69,7 @@ def with_weights(kind: Any, source: str, path: Path | str, dtype: torch.dtype, w
 
     Raises ModelError where it cannot be loaded, stays quantized, or a weight is missing or is not a number.
     """
-    how = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+    how = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     model, info = tried(lambda: kind.from_pretrained(source, **how), path, what)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -106,6 +115,8 @@ def tried(load: Callable[[], Any], path: Path | str, what: str) -> Any:
         raise
     except Exception as error:  # a damaged file meets any of their checks, or none
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which is not run; take a model of a family that transformers knows"
         raise ModelError(f"{path}: not {what} ({reason})") from None
 
 
