@@ -1030,6 +1030,18 @@ def test_a_reserved_token_of_the_model_is_the_abstain_action_in_one_token(
         assert np.isfinite(policy.score(table_of(prompts[:1], [policy.renderer.response(ABSTAIN)]))).all()
 
 
+@pytest.mark.parametrize(
+    ("abstain", "said"), [("...", "One moment... I check it"), ("PASS", "Bring your PASSPORT"), ("no", "no, I know")]
+)
+def test_a_spelled_word_for_abstaining_is_the_whole_response(plain_llama: Path, abstain: str, said: str) -> None:
+    """Within a suggestion it is a word like any other."""
+    policy = LanguagePolicy.load(plain_llama, replace(SETTINGS, abstain=abstain))
+    for action in (Suggestion(said, "suggested", -1.0), replace(ABSTAIN, logprob=-1.0)):
+        assert policy.suggestion(policy.renderer.response(action), -1.0) == action
+    spaced = policy.suggestion((*policy.renderer.ids(f" {abstain}\n"), policy.renderer.eos), -1.0)
+    assert spaced == ABSTAIN, "white space says nothing, and other tokens have another log-prob"
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_token_that_is_never_written_needs_no_row(talks: list[Conversation], chat: bool, tmp_path: Path) -> None:
     """As Gemma 3's token for images; one that texts or the chat template hold needs one."""

@@ -268,7 +268,7 @@ class LanguagePolicy:
         ended = bool(tokens) and tokens[-1] == self.renderer.eos
         text: Any = self.tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=False)
         text = text.strip()
-        status = "abstained" if not text or self.settings.abstain in text else "suggested"
+        status = "abstained" if not text or self.renderer.abstains(text) else "suggested"
         action = Suggestion("" if status == "abstained" else text, status)  # type: ignore[arg-type]
         exact = self.renderer.response(action) == tuple(tokens)
         return Suggestion(action.text, action.status, logprob if exact else None)
