@@ -36,7 +36,7 @@ from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log
 from iterative_ppo.learning.improve.ppo import improve
 from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
-from iterative_ppo.learning.loading import save_tokenizer
+from iterative_ppo.learning.loading import base_weights, save_tokenizer
 from iterative_ppo.learning.optimization import descend, optimizer_for, pieces
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.runtime import computing
@@ -519,13 +519,30 @@ def test_adapters_know_the_weights_of_their_base(talks: list[Conversation], tmp_
         next(model.parameters())[0, 0] += 0.1
     model.save_pretrained(path)
     for version in (saved, tmp_path / "next"):
-        with pytest.raises(ModelError, match=f"{version}: adapters of {path}, whose weights are not those"):
+        with pytest.raises(
+            ModelError, match=f"{version}: adapters of {path}, whose weights or config.json are not those"
+        ):
             LanguagePolicy.load(version)
     shutil.copytree(saved, tmp_path / "old")
     settings = json.loads((saved / "policy.json").read_text())
     settings.pop("base_weights")
     (tmp_path / "old" / "policy.json").write_text(json.dumps(settings))
     LanguagePolicy.load(tmp_path / "old")
+
+
+def test_adapters_know_the_configuration_of_their_base(talks: list[Conversation], tmp_path: Path) -> None:
+    """Other frequencies of its positions make another policy of the same weights. Older versions know these alone."""
+    path, saved = save_model(tmp_path / "base", "llama", messages(talks)), tmp_path / "policy"
+    nudged(LanguagePolicy.load(path, SETTINGS, lora=LORA), 0).save(saved, "adapters")
+    old = shutil.copytree(saved, tmp_path / "old")
+    settings = json.loads((old / "policy.json").read_text())
+    (old / "policy.json").write_text(json.dumps(settings | {"base_weights": base_weights(old)}))
+    with_config(transformers_version="5.0.0")(path)
+    LanguagePolicy.load(saved)
+    with_config(rope_parameters={"rope_type": "default", "rope_theta": 20.0})(path)
+    with pytest.raises(ModelError, match=rf"{saved}: adapters of {path}, whose weights or config\.json are not those"):
+        LanguagePolicy.load(saved)
+    LanguagePolicy.load(old)
 
 
 @pytest.mark.parametrize(("name", "kept"), [("rank", 2), ("alpha", 4)])

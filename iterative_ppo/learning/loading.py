@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import content_hash, fingerprint, read_json, write_json
@@ -20,6 +20,8 @@ from iterative_ppo.learning.sampling import CachedReader, right_padded
 
 ADAPTERS = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
+OF_THE_WRITER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""What a config.json says of who wrote it, and how; the same model may say otherwise."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -155,6 +157,15 @@ def base_weights(path: Path) -> str | None:
     parts = set(read_json(index)["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
     files = [base / part for part in sorted(parts) if (base / part).exists()]
     return _hash_of(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+def base_model(path: Path) -> str | None:
+    """The hash of the weights and the configuration below a directory of adapters; None where base_weights is."""
+    weights, base = base_weights(path), base_of(path)
+    if weights is None or base is None:
+        return None
+    config = read_json(base / CONFIG_NAME)
+    return fingerprint(weights, {key: value for key, value in config.items() if key not in OF_THE_WRITER})
 
 
 @lru_cache(maxsize=8)
