@@ -122,7 +122,7 @@ def suggest(
         str | None,
         typer.Option(help="With --unit: when the conversation began (2026-03-02T09:30:00+01:00); without it, now."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     params: Params = None,
     sets: Sets = None,
 ) -> None:

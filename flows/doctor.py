@@ -70,8 +70,8 @@ def _store(config: Config) -> str:
 
 
 def _champion(config: Config) -> str:
-    from iterative_ppo.learning.language_model import LanguagePolicy
     from tasks import registry, tracking
+    from tasks.model_versions import check_version
     from tasks.outside_moves import told_of
 
     store = tracking.open_tracking(config)
@@ -79,7 +79,11 @@ def _champion(config: Config) -> str:
     if version is None:
         told_of(store, config.data.root)  # raises where it is another store
         return "none yet; `ippo run` makes the first"
-    LanguagePolicy.load(registry.fetch(store, registry.POLICY, version))
+    try:
+        check_version(store, version)
+    except StoreError as error:
+        way_out = 'restore them, or let the champion before it speak by `ippo rollback --reason "..."`'
+        raise StoreError(f"{error}; {way_out}") from error
     return f"policy version {version} loads"
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import ConfigError, SourceError
+from iterative_ppo.errors import ConfigError, SourceError, StoreError, did_you_mean
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, State, Suggestion, Turn, adoption_of
 from iterative_ppo.sources.log import encodable, short
 
@@ -25,17 +25,26 @@ def read_state(text: str, where: str) -> State:
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
         raise SourceError(f'{where}: expected {{"messages": [{{"customer": "..."}}, ...]}}')
+    _check_keys(value, ("context", "messages"), where)
     turns, customer = [], None
     for number, message in enumerate(messages, start=1):
         place = f"{where}: message {number}"
         if customer is None:
             customer = _said(message, "customer", place)
+            _check_keys(message, ("customer",), place)
         else:
             turns.append(_turn(customer, message, place))
             customer = None
     if customer is None:
         raise SourceError(f"{where}: the last message must be the customer's, there is nothing to answer")
     return State(tuple(turns), customer, _optional(value.get("context"), f"{where}: context"))
+
+
+def _check_keys(value: dict[str, Any], known: tuple[str, ...], place: str) -> None:
+    """What is not read is refused: a word that nobody knows may be one that somebody meant."""
+    if unknown := [key for key in value if key not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise SourceError(f"{place}: unknown key {unknown[0]!r}{hint}; expected {', '.join(known)}")
 
 
 def _said(message: Any, who: str, place: str) -> str:
@@ -59,6 +68,7 @@ def _encodable(said: str, place: str) -> str:
 
 def _turn(customer: str, message: Any, place: str) -> Turn:
     sent = _said(message, "business", place)
+    _check_keys(message, ("business", "suggestion"), place)
     suggested = _optional(message.get("suggestion"), f"{place}: suggestion")
     action = MISSING if suggested is None else Suggestion(suggested, "suggested") if suggested else ABSTAIN
     adoption = adoption_of(suggested, sent, 0.6) if suggested else None
@@ -77,12 +87,21 @@ def time_of(text: str) -> datetime:
 
 
 def answerer(config: Config, store: Tracking, unit: str, began: datetime) -> Assigned:
-    """Who answers this conversation, or business: the champion, or while an A/B test runs the arm of its hash."""
+    """Who answers this conversation, or business: the champion, or while an A/B test runs the arm of its hash.
+
+    Raises StoreError where the data root is not that of the store's A/B test.
+    """
     from flows.champions import end_void_test
     from tasks import registry
     from tasks.assignment import assigned
-    from tasks.state import load_state
+    from tasks.state import load_state, state_file
 
+    tested = registry.challenger(store)
+    if tested is not None and not state_file(config.data.root).exists():
+        raise StoreError(
+            f"data.root {config.data.root}: has no state.json, but an A/B test of the store tests policy version "
+            f"{tested}; name the data.root of its nights, so that --unit keeps its arm"
+        )
     state = load_state(config.data.root)
     end_void_test(config, store, state)  # a challenger that was deleted meets nobody
     return assigned(config, state, registry.resolve(store, "champion"), unit, began)
@@ -103,9 +122,11 @@ def suggestion_for(
     from iterative_ppo.learning.language_model import LanguagePolicy
     from iterative_ppo.learning.runtime import computing
     from tasks import registry, tracking
+    from tasks.audit import audit_file
 
     store = tracking.open_tracking(config)
-    settle(config, store, "ippo suggest")
+    if audit_file(config.data.root).exists():  # who only reads makes no trail where there is none
+        settle(config, store, "ippo suggest")
     if unit is not None and alias != "champion":
         raise ConfigError(f"--alias {alias} and --unit {unit}: name either, an A/B test assigns by unit")
     if unit is not None and began is None and state.history:

@@ -101,13 +101,13 @@ def fingerprint(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def content_hash(path: Path, leave_out: str | None = None) -> str:
+def content_hash(path: Path, *leave_out: str) -> str:
     """A short hash of a file, or of all files below a directory (but `leave_out` in it) with their names."""
     if not path.exists():
         raise StoreError(f"{path}: not found")
     digest = hashlib.sha256()
-    left_out = path / leave_out if leave_out else None
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p != left_out)
+    left_out = {path / name for name in leave_out}
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p not in left_out)
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())

@@ -130,7 +130,7 @@ def initial_policy_stage(
                     adapters.check(policy.model, config.policy.lora)
             else:
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
-                tell_of_rates(config, sum(weight.numel() for weight in policy.model.parameters()))
+                _check_trainable(config, policy, "q", "improve", *(["supervised"] if tunes else []))
             encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
             forgotten = [cut for _, cut in encoded]
             metrics |= cut_by_limits(corpus, forgotten[: len(corpus)], policy.renderer, config.policy)
@@ -160,6 +160,14 @@ def initial_policy_stage(
     stage = run_stage(folder / "initial_policy", inputs, work)
     shutil.rmtree(folder / STARTING, ignore_errors=True)
     return stage
+
+
+def _check_trainable(config: Config, policy: LanguagePolicy, *sections: str) -> None:
+    """Raise ModelError where the policy cannot be trained as configured; tell of rates that would undo it."""
+    from iterative_ppo.learning.forward import check_checkpointing
+
+    check_checkpointing(policy.model)
+    tell_of_rates(config, sum(weight.numel() for weight in policy.model.parameters()), set(sections))
 
 
 def returns_stage(config: Config, dataset: Dataset, folder: Path) -> Stage:
@@ -286,6 +294,7 @@ def _rounds(
 
     lora = config.policy.lora  # nobody needs it yet, but what the improvement would refuse is told before Q is fitted
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device, lora=lora)
+    _check_trainable(config, pi, "q")
     current, facts = champion_round(pi, policy.label, dataset, config, folder)
     others = [other_rounds(pi, policy.label, d, config, folder) for d in (dataset, *replay)]
     earlier = [earlier_round(pi, policy.label, d, config, folder) for d in replay]
@@ -395,6 +404,7 @@ def _behaviour(
     from iterative_ppo.learning.policy_evaluation import logged_rows
 
     pi = LanguagePolicy.load(policy.path, device=config.runtime.device)
+    _check_trainable(config, pi, "improve", *(["q"] if config.improve.policy_iterations > 1 else []))
     current, _ = champion_round(pi, policy.label, dataset, config, folder)
     if not config.improve.logged.epochs:
         return current, np.full(len(current.last), np.nan), {}

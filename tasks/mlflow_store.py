@@ -139,14 +139,14 @@ def _resolved(uri: str) -> str:
         raise StoreError(f"tracking.uri {uri!r}: expected sqlite:///FILE, a database or a server (http://...)")
     if scheme != "sqlite":
         return uri
-    file = uri.partition(":///")[2]
+    file, mark, settings = uri.partition(":///")[2].partition("?")
     if not file or file == ":memory:":
         raise StoreError(f"tracking.uri {uri!r}: runs must outlive the process; name a file, sqlite:///FILE")
-    return f"sqlite:///{Path(file).absolute()}"
+    return f"sqlite:///{Path(file).absolute()}{mark}{settings}"
 
 
 def _file(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///"))
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
 def _initialise(file: Path) -> None:

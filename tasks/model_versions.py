@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 POLICY, Q, OUTCOME = "iterative-ppo-policy", "iterative-ppo-q", "iterative-ppo-outcome"
 CONTENT = "content"
+OF_MLFLOW = ("MLmodel", "registered_model_meta")
+"""Files that MLflow leaves beside a version's own."""
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
 PROMOTED, REJECTED, ROLLED_BACK, VOID = "promoted", "rejected", "rolled back", "void"
@@ -124,8 +126,19 @@ def check_loads(name: str, directory: Path, called: str) -> None:
         raise StoreError(f"{called} does not load: {' '.join(str(error).split())[:400]}") from error
 
 
+def check_version(tracking: Tracking, number: int) -> None:
+    """Raise StoreError where a policy version does not load, or its files are not those that were registered."""
+    place, called = fetch(tracking, POLICY, number), f"{POLICY} version {number}"
+    check_loads(POLICY, place, called)
+    registered = version(tracking, POLICY, number).tags.get(CONTENT)
+    if registered and content_hash(place, *OF_MLFLOW) != registered:
+        raise StoreError(
+            f"{called}: its files in {place} are not those that were registered, but altered, lost or more"
+        )
+
+
 def check_promotable(tracking: Tracking, number: int, rolled_back: Collection[int] = ()) -> None:
-    """Raise StoreError where a policy version is missing, not ours, not loadable, or was rolled back.
+    """Raise StoreError where a policy version is missing, not ours, not loadable, altered, or was rolled back.
 
     Args:
         rolled_back: versions that the audit trail knows as rolled back, should their tags be lost.
@@ -133,7 +146,7 @@ def check_promotable(tracking: Tracking, number: int, rolled_back: Collection[in
     if "rolled_back" in version(tracking, POLICY, number).tags or number in rolled_back:
         raise StoreError(f"{POLICY} version {number} was rolled back; such a version is never proposed again")
     try:
-        check_loads(POLICY, fetch(tracking, POLICY, number), f"{POLICY} version {number}")
+        check_version(tracking, number)
     except StoreError as error:
         way_out = "restore its files or use another version; `ippo abtest --stop` ends a test of it"
         raise StoreError(f"{error}; {way_out}") from error

@@ -22,14 +22,17 @@ TOLD_SHARE = 0.02
 """Of a corpus, above which a person is told that the policy's limits cut it."""
 
 
-def tell_of_rates(config: Config, weights: int) -> None:
-    """Tell of learning rates that are for tiny models, where the base model is none."""
-    trained = {"q", "improve"} | ({"supervised"} if config.policy.fine_tuned else set())
+def tell_of_rates(config: Config, weights: int, trained: set[str]) -> None:
+    """Tell of learning rates that are for tiny models, where the policy is none.
+
+    Args:
+        trained: sections of the configuration that hold the rates.
+    """
     rates = _rates(config.model_dump(include=trained))
     high = [f"{name} = {rate:g}" for name, rate in rates if rate > HIGHEST_RATE]
     if weights > TINY_WEIGHTS and high:
         _LOG.warning(
-            "policy.base_model has %.0f million weights, and learning rates are those of tiny models, which would undo "
+            "the policy has %.0f million weights, and learning rates are those of tiny models, which would undo "
             "what it knows: %s; see configs/pretrained.yaml",
             weights / 1e6,
             ", ".join(high),

@@ -15,11 +15,12 @@ from prefect.logging import disable_run_logger
 from flows import champions, night
 from flows.abtest_views import lines, standing
 from flows.reporting import status_lines
-from flows.suggesting import answerer
+from flows.suggesting import answerer, suggestion_for
 from iterative_ppo.config import Config, TrackingConfig, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import StoreError
+from iterative_ppo.mdp.conversation import State
 from iterative_ppo.report.record import RunRecord
 from tasks import approvals, experiments, notify, registry
 from tasks.assignment import assigned
@@ -449,6 +450,18 @@ def test_another_store_ends_no_test(it: Night, told: Told, tmp_path: Path) -> No
         champions.settle(it.config, other, "status")
     assert (it.root / "audit.jsonl").read_bytes() == before
     assert it.step().phase == "test"
+
+
+def test_a_test_is_not_dropped_where_its_state_is_not(it: Night, told: Told, tmp_path: Path) -> None:
+    """As on another machine, with the right store and its own data root. What suggests leaves nothing there."""
+    serving = load_config(overrides=it.overrides | {"data.root": str(tmp_path / "serving")})
+    state = State((), "how much is it?")
+    said = r"data\.root .*serving: has no state\.json, but .* tests policy version 2; name the data\.root"
+    with pytest.raises(StoreError, match=said):
+        suggestion_for(serving, state, "champion", 0, "u", LATE)
+    assert suggestion_for(serving, state, "champion", 0)["policy_version"] == 1
+    assert not serving.data.root.exists() and it.moves == [("promote", None, 1)] and not told
+    assert suggestion_for(it.config, state, "champion", 0, "u", LATE)["arm"]
 
 
 def elsewhere(config: Config, folder: Path) -> TrackingConfig:

@@ -31,7 +31,7 @@ from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from iterative_ppo.mdp.turn_table import to_frame
-from tasks import learning
+from tasks import learning, suitability
 from tasks.datasets import Dataset
 from tasks.learning import PolicyVersion, Prompts, fit_q_stage, improve_stage, initial_policy_stage, prompts_stage
 
@@ -140,6 +140,24 @@ class Night:
 @pytest.fixture
 def night(tmp_path: Path, tiny_config: Config) -> Night:
     return Night(tmp_path, build_bandit(tiny_config))
+
+
+def test_stages_tell_once_of_rates_that_would_undo_a_large_champion(
+    night: Night, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of those that it trains with."""
+
+    def told(stage: Callable[..., Any]) -> list[str]:
+        caplog.clear()
+        stage(**{"improve.ppo.episodes": 16})
+        return [line for line in caplog.messages if "learning rates" in line]
+
+    monkeypatch.setattr(suitability, "TINY_WEIGHTS", 100)
+    (improved,), again = told(night.improve), told(night.improve)
+    assert "improve.ppo.learning_rate" in improved and " q." not in improved
+    assert not again, "what is done is not done again"
+    (fitted,) = told(night.fit_q)
+    assert "q.learning_rate" in fitted and "improve." not in fitted
 
 
 @pytest.fixture

@@ -171,6 +171,16 @@ def test_nobody_suggests_before_there_is_a_champion(tmp_path: Path) -> None:
         ('{"messages": [{"customer": "\\ud800 x"}]}', "message 1: customer: .* half a character"),
         ('{"messages": [{"customer": "a"}], "context": "\\udfff"}', "context: .* half a character"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"messages": [{"customer": "a"}], "contxt": "VIP"}', r"talk.json: unknown .*'contxt'.*mean 'context'"),
+        ('{"messages": [{"customer": "a", "business": "b"}]}', "message 1: unknown .*'business'; expected customer"),
+        (
+            '{"messages": [{"customer": "a"}, {"sugestion": "s", "business": "b"}, {"customer": "c"}]}',
+            "message 2: unknown .*'sugestion'.*mean 'suggestion'",
+        ),
+        (
+            '{"messages": [{"customer": "a"}, {"business": "b", "customer": "c"}, {"customer": "d"}]}',
+            "message 2: unknown .*'customer'; expected business, suggestion",
+        ),
     ],
 )
 def test_a_conversation_that_is_none_says_where(text: str, words: str) -> None:
@@ -196,6 +206,11 @@ def test_a_conversation_in_json_becomes_a_state() -> None:
     assert state.context == "opening hours: 9 to 5"
     assert [turn.adoption for turn in state.history] == ["verbatim", None]
     assert [turn.suggestion.status for turn in state.history if turn.suggestion] == ["suggested", "missing"]
+
+
+def test_a_seed_below_zero_is_a_wrong_option(tmp_path: Path) -> None:
+    done = ippo(tmp_path, "suggest", "-", "--seed", "-1", stdin='{"messages": [{"customer": "hi"}]}')
+    assert done.returncode == 2 and "--seed" in done.stderr
 
 
 def test_a_run_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:

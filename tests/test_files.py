@@ -262,6 +262,8 @@ def test_a_content_hash_depends_on_nothing_else(tmp_path: Path) -> None:
     one, two = tree(tmp_path / "one", {"a": "1", "b": "2"}), tree(tmp_path / "two", {"b": "2", "a": "1"})
     (two / "a").touch()
     assert content_hash(one) == content_hash(two)
+    more = tree(tmp_path / "more", {"a": "1", "b": "2", "record": "x", "other": "y"})
+    assert content_hash(more, "record", "other") == content_hash(one) != content_hash(more, "record")
     assert content_hash(tree(tmp_path, {"x": "same"}) / "x") == content_hash(tree(tmp_path, {"y": "same"}) / "y")
     write_bytes(tmp_path / "big", bytes(3 << 20))
     assert content_hash(tmp_path / "big") != content_hash(tree(tmp_path, {"y": "same"}) / "y")

@@ -36,7 +36,7 @@ from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.improve.logged import LoggedData, improve_on_log
 from iterative_ppo.learning.improve.ppo import improve
 from iterative_ppo.learning.language_model import LanguagePolicy, PolicySettings
-from iterative_ppo.learning.loading import save_tokenizer
+from iterative_ppo.learning.loading import base_weights, save_tokenizer
 from iterative_ppo.learning.optimization import descend, optimizer_for, pieces
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.runtime import computing
@@ -466,6 +466,19 @@ def test_adapters_without_a_tokenizer_have_their_bases(plain_llama: Path, tmp_pa
     assert policy.renderer.ids("which room") == LanguagePolicy.load(plain_llama, SETTINGS).renderer.ids("which room")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_a_tokenizer_is_told_what_is_missing(
+    family: str, talks: list[Conversation], tmp_path: Path
+) -> None:
+    """Of some families transformers makes an empty one."""
+    path = save_model(tmp_path / "model", family, messages(talks), chat=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / file).unlink()
+    with pytest.raises(ModelError, match=rf"^{path}: .*tokenizer.*such as tokenizer\.json") as error:
+        LanguagePolicy.load(path, SETTINGS)
+    assert "\n" not in str(error.value)
+
+
 def test_a_saved_tokenizer_reads_as_the_one_that_it_was(talks: list[Conversation], tmp_path: Path) -> None:
     """Llama's first tokenizers put a space before every piece of text; what transformers saves forgets that."""
     path = save_model(tmp_path / "llama", "llama", messages(talks))
@@ -534,13 +547,30 @@ def test_adapters_know_the_weights_of_their_base(talks: list[Conversation], tmp_
         next(model.parameters())[0, 0] += 0.1
     model.save_pretrained(path)
     for version in (saved, tmp_path / "next"):
-        with pytest.raises(ModelError, match=f"{version}: adapters of {path}, whose weights are not those"):
+        with pytest.raises(
+            ModelError, match=f"{version}: adapters of {path}, whose weights or config.json are not those"
+        ):
             LanguagePolicy.load(version)
     shutil.copytree(saved, tmp_path / "old")
     settings = json.loads((saved / "policy.json").read_text())
     settings.pop("base_weights")
     (tmp_path / "old" / "policy.json").write_text(json.dumps(settings))
     LanguagePolicy.load(tmp_path / "old")
+
+
+def test_adapters_know_the_configuration_of_their_base(talks: list[Conversation], tmp_path: Path) -> None:
+    """Other frequencies of its positions make another policy of the same weights. Older versions know these alone."""
+    path, saved = save_model(tmp_path / "base", "llama", messages(talks)), tmp_path / "policy"
+    nudged(LanguagePolicy.load(path, SETTINGS, lora=LORA), 0).save(saved, "adapters")
+    old = shutil.copytree(saved, tmp_path / "old")
+    settings = json.loads((old / "policy.json").read_text())
+    (old / "policy.json").write_text(json.dumps(settings | {"base_weights": base_weights(old)}))
+    with_config(transformers_version="5.0.0")(path)
+    LanguagePolicy.load(saved)
+    with_config(rope_parameters={"rope_type": "default", "rope_theta": 20.0})(path)
+    with pytest.raises(ModelError, match=rf"{saved}: adapters of {path}, whose weights or config\.json are not those"):
+        LanguagePolicy.load(saved)
+    LanguagePolicy.load(old)
 
 
 @pytest.mark.parametrize(("name", "kept"), [("rank", 2), ("alpha", 4)])
@@ -737,6 +767,27 @@ def test_gradient_checkpointing_changes_memory_alone(kind: str, talks: list[Conv
         assert np.array_equal(policy.respond(prompts, 0).logprobs, said.logprobs)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, again, strict=True))
     assert less < 0.7 * stored
+
+
+@pytest.mark.parametrize("stage", ["initial", "improved"])
+def test_a_family_without_gradient_checkpointing_is_refused_before_it_trains(
+    stage: str, talks: list[Conversation], tmp_path: Path
+) -> None:
+    from tasks.learning import PolicyVersion, _rounds, initial_policy_stage
+
+    path = made(tmp_path / "model", "openai-gpt", talks, n_embd=16, n_layer=2, n_head=2, n_positions=640)
+    changes = {"policy.base_model": str(path), "data.root": str(tmp_path), "runtime.gradient_checkpointing": True}
+    config = load_config(overrides=changes | {"policy.max_prompt_tokens": 600, "policy.max_response_tokens": 8})
+    LanguagePolicy.load(path, SETTINGS).save(tmp_path / "policy")
+    with (
+        pytest.raises(ModelError, match=r"openai-gpt: has no gradient .*set runtime\.gradient_checkpointing=false"),
+        computing(config.runtime),
+    ):
+        LanguagePolicy.load(tmp_path / "policy")  # which serves all the same
+        if stage == "initial":
+            initial_policy_stage(config, talks, "talks")
+        else:
+            _rounds(config, PolicyVersion(1, tmp_path / "policy"), None, (), tmp_path)  # type: ignore[arg-type]
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(plain_llama: Path, talks: list[Conversation]) -> None:
@@ -1049,6 +1100,26 @@ def test_a_reserved_token_of_the_model_is_the_abstain_action_in_one_token(
         assert np.isfinite(policy.score(table_of(prompts[:1], [policy.renderer.response(ABSTAIN)]))).all()
 
 
+@pytest.mark.parametrize(
+    ("abstain", "said"), [("...", "One moment... I check it"), ("PASS", "Bring your PASSPORT"), ("no", "no, I know")]
+)
+def test_a_spelled_word_for_abstaining_is_the_whole_response(plain_llama: Path, abstain: str, said: str) -> None:
+    """Within a suggestion it is a word like any other."""
+    policy = LanguagePolicy.load(plain_llama, replace(SETTINGS, abstain=abstain))
+    for action in (Suggestion(said, "suggested", -1.0), replace(ABSTAIN, logprob=-1.0)):
+        assert policy.suggestion(policy.renderer.response(action), -1.0) == action
+    spaced = policy.suggestion((*policy.renderer.ids(f" {abstain}\n"), policy.renderer.eos), -1.0)
+    assert spaced == ABSTAIN, "white space says nothing, and other tokens have another log-prob"
+
+
+def test_a_mark_for_abstaining_shows_in_no_suggestion(plain_llama: Path) -> None:
+    """Spelled in ordinary tokens, as with most tokenizers: nobody is to be shown it."""
+    policy = LanguagePolicy.load(plain_llama, SETTINGS)
+    assert SETTINGS.abstain == "<|abstain|>" and len(policy.renderer.ids(SETTINGS.abstain)) > 1
+    mixed = policy.suggestion((*policy.renderer.ids("<|abstain|> We have red"), policy.renderer.eos), -1.0)
+    assert (mixed.status, mixed.text, mixed.logprob) == ("abstained", "", None)
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_token_that_is_never_written_needs_no_row(talks: list[Conversation], chat: bool, tmp_path: Path) -> None:
     """As Gemma 3's token for images; one that texts or the chat template hold needs one."""
@@ -1094,6 +1165,73 @@ def test_texts_that_would_depend_on_their_batch_are_refused(talks: list[Conversa
     responses = policy.respond(prompts, seed=1)
     alone = [policy.score(table_of([p], [r]))[0] for p, r in zip(prompts, responses.tokens, strict=True)]
     assert np.allclose(alone, responses.logprobs, atol=2e-4)
+
+
+def quantized(path: Path, method: str = "fp8") -> Path:
+    """The projections of a saved model in float8 by blocks of 16, as DeepSeek and Qwen publish theirs."""
+    found: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        found[name] = weight
+        if "proj" in name:
+            rows, columns = (size // 16 for size in weight.shape)
+            blocks = weight.reshape(rows, 16, columns, 16)
+            scale = blocks.abs().amax((1, 3)) / 448
+            found[name] = (blocks / scale[:, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
+            found[f"{name}_scale_inv"] = scale
+    save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+    how = {"quant_method": method, "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    with_config(quantization_config=how)(path)
+    return path
+
+
+EVEN = {"num_key_value_heads": 2}  # so that all sizes are of whole blocks
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there transformers leaves such weights quantized")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_quantized_weights_that_are_read_as_plain_ones_are_saved_so(
+    family: str, talks: list[Conversation], tmp_path: Path
+) -> None:
+    """What is saved is the policy that was measured, and so is its student."""
+    base = made(tmp_path / "base", family, talks, **EXPERTS.get(family, SIZES) | EVEN)
+    plain = LanguagePolicy.load(base, SETTINGS)
+    table = encoded(plain, talks)
+    policy = LanguagePolicy.load(quantized(base), SETTINGS)
+    score = policy.score(table)
+    assert np.nanmean(np.abs(score - plain.score(table))) < 0.1 * np.nanmean(np.abs(score)), "near what it was"
+    for k, some in enumerate((policy, policy.trainable_copy())):
+        some.save(tmp_path / str(k))
+        assert {weight.dtype for weight in load_file(tmp_path / str(k) / "model.safetensors").values()} == {
+            torch.float32
+        }
+        assert np.allclose(LanguagePolicy.load(tmp_path / str(k)).score(table), score, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_model_whose_layout_is_converted_as_it_loads_is_saved_as_it_is(
+    family: str, talks: list[Conversation], tmp_path: Path
+) -> None:
+    """Experts lie one by one in a file and together in memory."""
+    policy = LanguagePolicy.load(made(tmp_path / "base", family, talks, **EXPERTS[family]), SETTINGS)
+    policy.save(tmp_path / "saved")
+    names = [sorted(load_file(tmp_path / place / "model.safetensors")) for place in ("base", "saved")]
+    assert names[0] == names[1]
+    table = encoded(policy, talks)
+    again = LanguagePolicy.load(tmp_path / "saved").score(table)
+    assert np.allclose(again, policy.score(table), atol=1e-5, equal_nan=True)
+
+
+def test_weights_that_the_model_has_no_place_for_are_told(
+    plain_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A value head, as TRL leaves it, does no harm; the second of two layers says that this is another model."""
+    LanguagePolicy.load(plain_llama, SETTINGS)
+    assert not caplog.text
+    path = shutil.copytree(plain_llama, tmp_path / "model")
+    with_config(num_hidden_layers=1)(path)
+    LanguagePolicy.load(path, SETTINGS)
+    assert f"{path}: its file holds model.layers.1." in caplog.text
+    assert "8 more that LlamaForCausalLM has no place for" in caplog.text
 
 
 def test_a_context_is_known_by_any_name(talks: list[Conversation], tmp_path: Path) -> None:
@@ -1198,6 +1336,10 @@ BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head
         pytest.param(with_config(num_attention_heads=3), "not a causal language model .*hidden", id="heads"),
         pytest.param(with_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
                      "not a causal language model .*GPTQ", id="quantized"),
+        pytest.param(with_config(quantization_config={"quant_method": "unheard-of"}),
+                     "its weights are quantized .* full precision", id="quantized otherwise"),
+        pytest.param(with_config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+                     "code of its own, which is not run; take a model of a family that transformers", id="own code"),
         pytest.param(with_file("generation_config.json", b"[]"), "not a causal language model", id="generation"),
         pytest.param(with_file("config.json", b"[]"), "not a causal language model", id="no configuration"),
         pytest.param(with_pickled_weights(b"garbage"), "pickles, .* save them as safetensors", id="garbage"),

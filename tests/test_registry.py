@@ -16,12 +16,15 @@ from filelock import FileLock
 from policy_store import copied, registered
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
+from flows import doctor
+from iterative_ppo.config import load_config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.mdp.conversation import State
 from tasks import audit, registry
 from tasks.audit import append, audit_file
+from tasks.model_versions import check_promotable
 from tasks.registry import POLICY, Q, history, promote, recover, register, rollback
 from tasks.tracking import Tracking
 
@@ -92,6 +95,7 @@ def test_a_version_loads_in_every_way(tracking: Tracking, models: Path, monkeypa
     assert said == [policy.sample([STATE], seed=0)[0].text]
     others = [served.predict(pd.DataFrame({"prompt": [text]}), params={"seed": seed})[0] for seed in range(5)]
     assert others[0] == said[0] and len(set(others)) > 1
+    check_promotable(tracking, 1)  # MLflow has left a file of its own there
     value = mlflow.pyfunc.load_model("models:/iterative-ppo-q/1").predict(pd.DataFrame({"tokens": [list(prompt)]}))
     with torch.inference_mode():
         expected = torch.sigmoid(q.logits(torch.tensor([prompt])))[0, -1]
@@ -239,6 +243,35 @@ def test_what_cannot_be_promoted_changes_nothing(three: Tracking, models: Path, 
         with pytest.raises(StoreError, match=r"audit.jsonl: cannot be added to .*; nothing was changed"):
             promote(three, 2, evidence, "me", tmp_path)
     assert registry.aliases(three, POLICY) == before and history(tmp_path) == told
+
+
+def spoilt(weights: bytes) -> bytes:
+    """Some numbers of the first layers are others, and still numbers."""
+    at = len(weights) // 2
+    return weights[:at] + bytes(byte & 0x3F for byte in weights[at : at + 4000]) + weights[at + 4000 :]
+
+
+@pytest.mark.parametrize("change", ["weights", "lost", "more"])
+def test_files_that_are_not_those_registered_are_found(three: Tracking, tmp_path: Path, change: str) -> None:
+    """They load, and are another policy."""
+    store = {"tracking.uri": three.uri, "tracking.experiment": three.experiment}
+    config = load_config(None, store | {"tracking.artifacts": str(three.artifacts), "data.root": str(tmp_path)})
+    for number in (1, 2):
+        promote(three, number, {}, "me", tmp_path)
+    assert doctor._champion(config) == "policy version 2 loads"
+    place = registry.fetch(three, POLICY, 2)
+    if change == "weights":
+        (place / "model.safetensors").write_bytes(spoilt((place / "model.safetensors").read_bytes()))
+    elif change == "lost":
+        (place / "generation_config.json").unlink()
+    else:
+        (place / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<|eos|>", encoding="utf-8")
+    said = r"version 2: its files in .* are not those that were registered"
+    with pytest.raises(StoreError, match=rf"{said}.*; restore its files"):
+        check_promotable(three, 2)
+    with pytest.raises(StoreError, match=rf"{said}.*; restore them, or .* `ippo rollback --reason"):
+        doctor._champion(config)
+    assert rollback(three, {}, "me", tmp_path).target == 1
 
 
 def test_a_rejected_challenger_is_no_challenger(three: Tracking, models: Path) -> None:

@@ -211,6 +211,18 @@ def test_the_environment_wins_and_a_relative_file_stays_where_it_is(
     assert os.environ["DO_NOT_TRACK"] == "1"
 
 
+def test_the_settings_behind_a_file_are_the_databases(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no part of its name."""
+    monkeypatch.setattr("tasks.mlflow_store.LOCK_SECONDS", 0.1)
+    before = open_tracking(config)
+    tracking = open_tracking(load_config(overrides={"tracking.uri": f"{config.tracking.uri}?timeout=5"}))
+    assert tracking.uri == f"{before.uri}?timeout=5"
+    assert tracking.client.get_run(before.round_run(0))
+    with before.locked():
+        refused(config, "has held the store", uri=f"{config.tracking.uri}?timeout=5")
+    assert not list(Path().glob("*timeout*"))
+
+
 def test_unknown_runs_and_statuses_are_one_line(tracking: Tracking) -> None:
     for call in (lambda: tracking.finish("0" * 32), lambda: tracking.log("0" * 32, {"a": 1})):
         with pytest.raises(StoreError, match=r"run 0{32}: .*not found") as error:

@@ -55,6 +55,20 @@ def own_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """Raise ModelError where the runtime asks for gradient checkpointing of a family that has none."""
+    able = model.supports_gradient_checkpointing and _checkpointing_layers(model)
+    if runtime.current().gradient_checkpointing and not able:
+        name = model.config.model_type
+        raise ModelError(
+            f"{name}: has no gradient checkpointing in transformers; set runtime.gradient_checkpointing=false"
+        )
+
+
+def _checkpointing_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 @contextlib.contextmanager
 def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, activations are not stored but computed anew in the backward pass, where the runtime says so.
@@ -65,14 +79,10 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     if not (runtime.current().gradient_checkpointing and torch.is_grad_enabled()):
         yield
         return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        name = model.config.model_type
-        raise ModelError(
-            f"{name}: has no gradient checkpointing in transformers; set runtime.gradient_checkpointing=false"
-        )
+    check_checkpointing(model)
     if not model.is_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = _checkpointing_layers(model)
     for layer in layers:
         layer.training = True
         for name, value in vars(layer).items():

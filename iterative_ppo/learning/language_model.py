@@ -42,7 +42,7 @@ logging.disable_progress_bar()  # a bar for each loaded shard would hide ours
 
 SETTINGS = "policy.json"
 BASE = "base_weights"
-"""Of a version that is adapters, beside its settings: the hash of the weights that they were trained on."""
+"""Of a version that is adapters, beside its settings: the hash of their base, in older ones of its weights alone."""
 FORMAT = 1
 INFERENCE_TOKENS = 32_768
 LOGITS = 2**26
@@ -169,7 +169,7 @@ class LanguagePolicy:
         if weights == "adapters" and self.adapter:
             with self.active(), torch.no_grad():
                 self.model.save_pretrained(path)
-            base = {BASE: loading.base_weights(path)}
+            base = {BASE: loading.base_model(path)}
         else:
             self._plain_model().save_pretrained(path)
             base = {}
@@ -284,7 +284,7 @@ class LanguagePolicy:
         ended = bool(tokens) and tokens[-1] == self.renderer.eos
         text: Any = self.tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=False)
         text = text.strip()
-        status = "abstained" if not text or self.settings.abstain in text else "suggested"
+        status = "abstained" if not text or self.renderer.abstains(text) else "suggested"
         action = Suggestion("" if status == "abstained" else text, status)  # type: ignore[arg-type]
         exact = self.renderer.response(action) == tuple(tokens)
         return Suggestion(action.text, action.status, logprob if exact else None)
@@ -396,12 +396,12 @@ def _read_settings(path: Path) -> PolicySettings:
 
 
 def _check_base(path: Path) -> None:
-    """Raise ModelError where other weights lie where the base of a version's adapters was."""
+    """Raise ModelError where another model lies where the base of a version's adapters was."""
     if not (path / SETTINGS).exists() or loading.base_of(path) is None:
         return
     known = read_settings(path / SETTINGS, FORMAT).get(BASE)
-    if known and known != loading.base_weights(path):
+    if known and known not in (loading.base_model(path), loading.base_weights(path)):
         raise ModelError(
-            f"{path}: adapters of {loading.base_of(path)}, whose weights are not those that they were trained on; "
-            "put those back, or make the policy anew, saved merged if the base is to change"
+            f"{path}: adapters of {loading.base_of(path)}, whose weights or config.json are not those that they were "
+            "trained on; put those back, or make the policy anew, saved merged if the base is to change"
         )

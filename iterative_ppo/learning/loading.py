@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import content_hash, fingerprint, read_json, write_json
@@ -20,6 +20,8 @@ from iterative_ppo.learning.sampling import CachedReader, right_padded
 
 ADAPTERS = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
+OF_THE_WRITER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""What a config.json says of who wrote it, and how; the same model may say otherwise."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -42,7 +44,16 @@ def load_causal_lm(path: Path | str, dtype: torch.dtype) -> tuple[Any, PreTraine
     what = "a causal language model that can be loaded offline"
     model = with_weights(AutoModelForCausalLM, source, path, dtype, what)
     base = base_of(Path(path)) if there and not (Path(path) / TOKENIZER).exists() else None
-    return model, tried(lambda: AutoTokenizer.from_pretrained(base or source), path, what)
+    return model, _tokenizer(base or source)
+
+
+def _tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+    """Raises ModelError where there is none; of some families transformers then makes one that knows no text."""
+    what = "a folder with its model's tokenizer, which is in files such as tokenizer.json"
+    found = tried(lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False), source, what)
+    if not found.get_vocab().keys() - found.get_added_vocab().keys():
+        raise ModelError(f"{source}: not {what}; put them there")
+    return found
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -56,15 +67,27 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 def with_weights(kind: Any, source: str, path: Path | str, dtype: torch.dtype, what: str) -> Any:
     """A model of a transformers class from safetensors, which cannot hold code; `path` is what errors name.
 
-    Raises ModelError where it cannot be loaded, or a weight is missing or is not a number.
+    A file that holds more than the model has a place for is told of: a value head does no harm, another layer does.
+
+    Raises ModelError where it cannot be loaded, stays quantized, or a weight is missing or is not a number.
     """
-    how = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+    how = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     model, info = tried(lambda: kind.from_pretrained(source, **how), path, what)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{path}: its weights lack {missing[0]} and {len(missing) - 1} more that {type(model).__name__} needs; "
             f"expected the checkpoint of {what.partition(' that ')[0]} with its head"
         )
+    if more := sorted(info["unexpected_keys"]):
+        _LOG.warning(
+            "%s: its file holds %s and %d more that %s has no place for, so they are left out; check that its "
+            "config.json is that of its weights",
+            path,
+            more[0],
+            len(more) - 1,
+            type(model).__name__,
+        )
+    _check_plain(model, path)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ModelError(
@@ -72,6 +95,18 @@ def with_weights(kind: Any, source: str, path: Path | str, dtype: torch.dtype, w
                 "training diverged; take another copy"
             )
     return model
+
+
+def _check_plain(model: Any, path: Path | str) -> None:
+    """Raise ModelError where weights are quantized; where transformers has read them as plain ones, keep them so."""
+    if getattr(model.config, "quantization_config", None):
+        raise ModelError(
+            f"{path}: its weights are quantized (quantization_config in config.json), and such weights are neither "
+            "trained nor saved here; take the model in full precision"
+        )
+    steps = getattr(model, "_weight_conversions", None) or []
+    if any(hasattr(part, "hf_quantizer") for step in steps for part in getattr(step, "operations", ())):
+        del model._weight_conversions  # saving would quantize again, and not say so
 
 
 def tried(load: Callable[[], Any], path: Path | str, what: str) -> Any:
@@ -82,6 +117,8 @@ def tried(load: Callable[[], Any], path: Path | str, what: str) -> Any:
         raise
     except Exception as error:  # a damaged file meets any of their checks, or none
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which is not run; take a model of a family that transformers knows"
         raise ModelError(f"{path}: not {what} ({reason})") from None
 
 
@@ -120,6 +157,15 @@ def base_weights(path: Path) -> str | None:
     parts = set(read_json(index)["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
     files = [base / part for part in sorted(parts) if (base / part).exists()]
     return _hash_of(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+def base_model(path: Path) -> str | None:
+    """The hash of the weights and the configuration below a directory of adapters; None where base_weights is."""
+    weights, base = base_weights(path), base_of(path)
+    if weights is None or base is None:
+        return None
+    config = read_json(base / CONFIG_NAME)
+    return fingerprint(weights, {key: value for key, value in config.items() if key not in OF_THE_WRITER})
 
 
 @lru_cache(maxsize=8)

@@ -154,7 +154,7 @@ class QModel:
             settings = QSettings(**values | {"ranges": ranges, "format": FORMAT})
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path / SETTINGS}: not a Q's settings ({error})") from None
-        config = tried(lambda: AutoConfig.from_pretrained(str(path)), path, "a saved Q-model")
+        config = tried(lambda: AutoConfig.from_pretrained(str(path), trust_remote_code=False), path, "a saved Q-model")
         model = with_weights(value_class(config), str(path), path, torch.float32, "a saved Q-model")
         return cls(model.to(device), settings, pad)
 

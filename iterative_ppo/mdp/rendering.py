@@ -31,6 +31,7 @@ MARKERS = {
     "missing": "<|missing|>",
     "no_reply": "<|no_reply|>",
 }
+_IN_BRACKETS = re.compile(r"[<(\[{].+[>)\]}]")
 _PLAIN = {
     "context": "Context: ",
     "customer": "\nCustomer: ",
@@ -114,7 +115,7 @@ class Renderer:
         adds_first = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         self._first: tuple[int, ...] = (tokenizer.bos_token_id,) if adds_first else ()
         written: Any = tokenizer.decode(list(self.ids(abstain)))
-        if abstain not in written:
+        if not self.abstains(written):
             raise ModelError(
                 f"{tokenizer.name_or_path}: its tokens cannot spell policy.abstain {abstain!r}, and read it back as "
                 f"{written!r}; choose one in its alphabet"
@@ -148,6 +149,17 @@ class Renderer:
     def response(self, suggestion: Suggestion) -> tuple[int, ...]:
         """Token ids of an action, end of sequence included. An unlogged one has a stand-in, which never trains."""
         return (*self._behind_a_prompt(self._spoken(suggestion)), self.eos)
+
+    def abstains(self, text: str) -> bool:
+        """Whether a response's text is no suggestion: it holds the mark, or is the spelled words and no more.
+
+        A mark is a token in reserve, or stands in brackets, as `<|abstain|>` does. A suggestion may hold plain words: a
+        spelled "PASS" is in every PASSPORT.
+        """
+        tokens = self.ids(self.abstain)
+        reserved = len(tokens) == 1 and tokens[0] not in self.ordinary
+        marked = reserved or _IN_BRACKETS.fullmatch(self.abstain)
+        return self.abstain in text if marked else text.strip() == self.abstain.strip()
 
     def _behind_a_prompt(self, text: str) -> tuple[int, ...]:
         """Token ids of a message where it stands: a first word has other tokens than one that follows."""
