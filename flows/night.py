@@ -31,6 +31,7 @@ from tasks.inbox import take_up
 from tasks.learning import PolicyVersion, Prompts
 from tasks.rounds import Candidate, QVersion, RoundContext
 from tasks.state import Approval, Experiment, NightState, load_state, only_one, save_state
+from tasks.suitability import check_base, tell_of_kept_settings
 from tasks.traffic import first_corpus
 
 
@@ -76,6 +77,8 @@ def step(config: Config) -> NightState:
         corpus = first_corpus(config)
         first = rounds.initialize(rounds.open_round(config, store, 0), *corpus)
         log.info("policy %d is pi_0 and the first champion", first.version)
+    else:
+        check_base(config)
     state = further(config, store, follow(config, store, state))
     take_up(config, state.gathering)
     state = _saved(config, champions.watched(config, store, state))
@@ -171,8 +174,10 @@ def train(config: Config, store: tracking.Tracking, state: NightState) -> NightS
     version = registry.champion(store)
     assert version is not None
     context, dataset = rounds.open_round(config, store, state.round), frozen(config, state.round)
+    champion = rounds.policy_version(store, version)
+    tell_of_kept_settings(config, version, champion.path)
     try:
-        record = challenge(context, rounds.policy_version(store, version), dataset)
+        record = challenge(context, champion, dataset)
     except NothingToLearn as error:
         get_run_logger().warning("round %d is rejected: %s", state.round, error)
         record = unlearnt(state.round, version, dataset, error)

@@ -20,6 +20,7 @@ from tasks.datasets import Dataset, arrived, round_folder
 from tasks.inbox import take_up
 from tasks.learning import PolicyVersion
 from tasks.state import NightState, load_state, only_one, save_state
+from tasks.suitability import check_base, tell_of_kept_settings
 from tasks.traffic import IMPORT, LOGGED, import_logs, name_of_log
 from tasks.turn_checks import divided_as_set
 
@@ -36,6 +37,8 @@ def _round(config: Config) -> dict[str, Any]:
     store = tracking.open_tracking(config)
     champions.settle(config, store, "offline round")
     state = load_state(config.data.root)
+    if registry.champion(store) is not None:
+        check_base(config)
     if state.round or state.phase in ("test", "approve"):
         done = f"nights have gone on to round {state.round}" if state.round else "its challenger awaits its A/B test"
         get_run_logger().warning("nothing is done: the round of a log is the first, and %s", done)
@@ -54,6 +57,7 @@ def _round(config: Config) -> dict[str, Any]:
     champion = registry.champion(store)
     assert champion is not None
     pi = rounds.policy_version(store, champion, logged_as=LOGGED)
+    tell_of_kept_settings(config, champion, pi.path)
     return _improve(config, store, state, pi, dataset)
 
 

@@ -36,7 +36,7 @@ from tasks.round_data import (
     write_prompts,
 )
 from tasks.stage import Stage, made_with, run_stage
-from tasks.suitability import cut_by_limits, tell_of_rates
+from tasks.suitability import INITIAL, cut_by_limits, tell_of_rates
 
 if TYPE_CHECKING:
     from iterative_ppo.learning.checkpoint import Checkpoint
@@ -157,7 +157,7 @@ def initial_policy_stage(
                     first.save(draft / "q")
         return {**metrics, "truncated_turns": sum(forgotten)}
 
-    stage = run_stage(folder / "initial_policy", inputs, work)
+    stage = run_stage(folder / INITIAL, inputs, work)
     shutil.rmtree(folder / STARTING, ignore_errors=True)
     return stage
 
@@ -337,7 +337,7 @@ def improve_stage(config: Config, policy: PolicyVersion, prompts: Prompts, q_pat
     } | _credit(config)
     if config.improve.policy_iterations > 1:  # which fit a Q of their own
         inputs["fit"] = config.q.model_dump()
-    initial = round_folder(config, 0) / "initial_policy" / "model" if config.improve.best_of_n.initial_share else None
+    initial = round_folder(config, 0) / INITIAL / "model" if config.improve.best_of_n.initial_share else None
     if initial:
         inputs["initial"] = content_hash(initial)
 
@@ -458,7 +458,7 @@ def distance_stage(config: Config, policy: PolicyVersion, dataset: Dataset, fold
 def previous_q(config: Config, round_number: int) -> Path | None:
     """Where the round before left its Q, for a warm start; before round 0 that is the corpus's."""
     before = round_folder(config, round_number - 1) / "q" / "model"
-    path = before if round_number > 0 else round_folder(config, 0) / "initial_policy" / "q"
+    path = before if round_number > 0 else round_folder(config, 0) / INITIAL / "q"
     return path if path.exists() else None
 
 

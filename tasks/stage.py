@@ -63,6 +63,12 @@ def made_with(path: Path, inputs: Mapping[str, Any], name: str) -> Any:
     return value if known == wanted and record["content"] == content_hash(path, RECORD) else None
 
 
+def inputs_of(path: Path) -> dict[str, Any]:
+    """What a stage was made from. Raises StoreError where none was finished there."""
+    inputs: dict[str, Any] = _record(path).get("inputs", {})
+    return inputs
+
+
 def load_stage(path: Path) -> Stage:
     """A stage that must have been finished. Raises StoreError."""
     record = _record(path)

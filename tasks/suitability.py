@@ -1,20 +1,30 @@
-"""Whether a configuration suits its model and corpus: a person is told of what does not, and nothing is refused."""
+"""Whether a configuration suits its model and corpus: a person is told of what does not.
+
+Refused is only what would be another pipeline in the place of this one.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iterative_ppo.config import Config, PolicyConfig
+from iterative_ppo.errors import ConfigError, StoreError
+from tasks.datasets import round_folder
+from tasks.stage import inputs_of
 
 if TYPE_CHECKING:
     from iterative_ppo.mdp.conversation import Conversation
     from iterative_ppo.mdp.rendering import Renderer
 
 _LOG = logging.getLogger(__name__)
+INITIAL = "initial_policy"
+"""The folder of pi_0's stage in that of the first round."""
 TINY_WEIGHTS = 20_000_000
 HIGHEST_RATE = 3e-4
 """The highest learning rate that is usual for a pretrained model, of adapters; a tenth of it for all weights."""
@@ -36,6 +46,37 @@ def tell_of_rates(config: Config, weights: int, trained: set[str]) -> None:
             "what it knows: %s; see configs/pretrained.yaml",
             weights / 1e6,
             ", ".join(high),
+        )
+
+
+def check_base(config: Config) -> None:
+    """Raise ConfigError where policy.base_model names another model than the one whose descendants are here."""
+    wanted = config.policy.base_model
+    try:
+        made_of = inputs_of(round_folder(config, 0) / INITIAL).get("policy", {}).get("base_model", wanted)
+    except StoreError:  # as where the folder of the first round was cleared away
+        return
+    if wanted is None or (made_of is not None and Path(wanted).resolve() == Path(made_of).resolve()):
+        return
+    had = f"made of {made_of}" if made_of else "a tiny model made from the log or corpus alone"
+    raise ConfigError(
+        f"policy.base_model {wanted}: the policies of {config.data.root} begin with another, {had}; give this one a "
+        "data.root and a tracking store of its own (tracking.uri, tracking.artifacts)"
+    )
+
+
+def tell_of_kept_settings(config: Config, version: int, place: Path) -> None:
+    """Tell of settings under which a policy version does not speak: it keeps those that pi_0 was made with."""
+    from iterative_ppo.learning.language_model import PolicySettings, read_policy_settings
+
+    kept, today = (asdict(one) for one in (read_policy_settings(place), PolicySettings.of(config.policy)))
+    changed = (name for name in today if today[name] != kept[name])
+    if others := [f"policy.{name} = {today[name]!r} (its {kept[name]!r})" for name in changed]:
+        _LOG.warning(
+            "policy version %d keeps the settings that the first policy was made with, and does not take up %s; a "
+            "data.root and a tracking store of their own begin with them",
+            version,
+            ", ".join(others),
         )
 
 

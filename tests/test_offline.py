@@ -107,7 +107,9 @@ def test_a_log_without_an_evidence_part_is_refused_before_anything_trains(
     assert not list(root.rglob("*.parquet"))
 
 
-def test_nights_go_on_from_a_log_whose_challenger_was_rejected(server: None, log: Path, tmp_path: Path) -> None:
+def test_nights_go_on_from_a_log_whose_challenger_was_rejected(
+    server: None, log: Path, tmp_path: Path, saved_models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from flows.night import night
     from flows.offline import offline_round
 
@@ -122,10 +124,16 @@ def test_nights_go_on_from_a_log_whose_challenger_was_rejected(server: None, log
     other.write_text(log.read_text() + "\n")
     with pytest.raises(SourceError, match=r"other\.jsonl: .* holds the round of another log"):
         offline_round(None, overrides | {"source.path": str(other)})
+    for step in (offline_round, night):
+        with pytest.raises(
+            ConfigError, match=r"policy\.base_model .*policy0: .* begin with another, a tiny model made"
+        ):
+            step(None, overrides | {"policy.base_model": str(saved_models / "policy0")})
 
     talks = collect(Script(0.5), Renovation(), CONVERSATIONS, 99, "1", "champion")
     write_once(inbox(config) / "live.parquet", to_rows(config, talks), config)
-    assert night(None, overrides) == "collect"
+    assert night(None, overrides | {"policy.temperature": 0.5}) == "collect"
+    assert "does not take up policy.temperature = 0.5 (its 1.0)" in " ".join(capsys.readouterr().err.split())
     state = load_state(config.data.root)
     assert [(one["round"], one["champion"]) for one in state.rounds] == [(0, 1), (1, 1)]
     assert offline_round(None, overrides) == state.rounds[-1]

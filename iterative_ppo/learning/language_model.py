@@ -130,7 +130,7 @@ class LanguagePolicy:
         model, tokenizer = loading.load_causal_lm(path, torch.bfloat16 if half else torch.float32)
         _check_base(Path(path))
         if settings is None:
-            settings = _read_settings(Path(path) / SETTINGS)
+            settings = read_policy_settings(Path(path))
         if not adapters.has_adapters(model):
             check_backbone(model, str(path))
         loading.check_fits(model, str(path), settings.max_prompt_tokens + settings.max_response_tokens)
@@ -387,7 +387,9 @@ def _rows(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def _read_settings(path: Path) -> PolicySettings:
+def read_policy_settings(place: Path) -> PolicySettings:
+    """Of a saved policy. Raises StoreError where they are damaged or newer than this program."""
+    path = place / SETTINGS
     values = read_settings(path, FORMAT)
     try:
         return PolicySettings(**{name: value for name, value in values.items() if name != BASE})
