@@ -139,7 +139,7 @@ def suggestion_for(
         policy = LanguagePolicy.load(registry.fetch(store, registry.POLICY, version), device=config.runtime.device)
         persona = who.persona if who else None
         speaker = policy if persona is None else policy.led_by(config.exploration.personas[persona])
-        action = speaker.sample([state], seed)[0]
+        action, seen = speaker.sample([state], seed)[0], speaker.renderer.prompt(state)
     return {
         "suggestion": action.text,
         "abstained": action.status == "abstained",
@@ -147,5 +147,6 @@ def suggestion_for(
         "arm": who.arm if who else None,
         "persona": persona,
         "logprob": action.logprob,
-        "truncated_turns": speaker.renderer.prompt(state).truncated_turns,
+        "truncated_turns": seen.truncated_turns,
+        "cut_tokens": seen.cut_tokens,
     }

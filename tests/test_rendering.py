@@ -456,7 +456,8 @@ def test_a_long_prompt_loses_its_oldest_turns_and_counts_them(
             cut += prompt.truncated_turns
             assert len(prompt.tokens) <= limit
             kept = roomy.prompt(replace(state, history=state.history[prompt.truncated_turns :])).tokens
-            assert prompt.tokens == kept[-limit:]
+            assert len(kept) - len(prompt.tokens) == prompt.cut_tokens
+            assert prompt.cut_tokens or prompt.tokens == kept
             if prompt.truncated_turns:
                 before = replace(state, history=state.history[prompt.truncated_turns - 1 :])
                 assert len(roomy.prompt(before).tokens) > limit, "no more turns than needed are left out"
@@ -473,6 +474,27 @@ def test_a_conversation_that_is_too_long_falls_back_to_a_row_a_turn_and_counts_w
     assert truncated == sum(lost) > 0
     assert [len(sequence.spans) for sequence in encoded] == [1] * (len(talk.turns) - 1)
     assert all(sequence.spans[0].start <= 40 for sequence in encoded)
+
+
+@pytest.mark.parametrize("template", [None, CHAT], ids=["markers", "a chat template"])
+def test_a_state_that_is_too_long_by_itself_keeps_its_form_and_says_so(
+    bpe: PreTrainedTokenizerBase, template: str | None
+) -> None:
+    """The context loses its end, what the customer says its beginning; nothing of what is written around."""
+    context, said = "No discounts. " + "An item. " * 60, "Well " * 80 + "and the price?"
+    whole = chatting(bpe, template, ROOMY) if template else Renderer(bpe, ROOMY, 16, ABSTAINS)
+    empty = whole.prompt(State((), "", "")).tokens
+    long_talked = long_talk(3).state(2)
+    for limit, beginning, ending in ((len(empty) + 200, "No discounts.", "price?"), (len(empty) + 30, "", "price?")):
+        renderer = chatting(bpe, template, limit) if template else Renderer(bpe, limit, 16, ABSTAINS)
+        state = replace(long_talked, context=context if beginning else None, customer_message=said)
+        prompt = renderer.prompt(state)
+        text: Any = bpe.decode(list(prompt.tokens))
+        form: Any = bpe.decode(list(whole.prompt(State((), ending, beginning or None)).tokens))
+        assert limit - 3 <= len(prompt.tokens) <= limit and prompt.truncated_turns == 2
+        assert prompt.cut_tokens == len(whole.prompt(replace(state, history=())).tokens) - len(prompt.tokens) > 100
+        assert beginning in text and text.endswith(form[form.index(ending) :])
+        assert text.startswith(form[: form.index(beginning or ending)].rstrip())
 
 
 @light
@@ -527,9 +549,10 @@ def longhand(renderer: Renderer, talk: Conversation, first_row: int) -> tuple[li
     for i, action in enumerate(actions(talk)):
         state = talk.state(i)
         begun = [whole(renderer, replace(state, history=state.history[skipped:])) for skipped in range(i + 1)]
-        skipped = next((k for k, tokens in enumerate(begun) if len(tokens) <= renderer.max_prompt_tokens), i)
-        cut += skipped
-        prompt = begun[skipped][-renderer.max_prompt_tokens :]
+        fitting = (k for k, tokens in enumerate(begun) if len(tokens) <= renderer.max_prompt_tokens)
+        skipped = next(fitting, None)
+        cut += i + 1 if skipped is None else skipped
+        prompt = renderer.prompt(state).tokens if skipped is None else begun[skipped]
         pieces.append((first_row + i, prompt, renderer.response(action), action.status != "missing"))
     one_each = [within(renderer.max_tokens, *piece) for piece in pieces]
     return shared(pieces, renderer.max_tokens) or one_each, cut
@@ -548,7 +571,8 @@ def test_a_conversation_is_encoded_as_its_states_are_one_by_one(
     expected, cut = longhand(renderer, talk, 7)
     assert renderer.encode(talk, 7) == (expected, cut)
     states = [talk.state(i) for i in range(len(talk.turns) - 1)]
-    assert sum(renderer.prompt(state).truncated_turns for state in states) == cut
+    found = [renderer.prompt(state) for state in states]
+    assert sum(prompt.truncated_turns + (prompt.cut_tokens > 0) for prompt in found) == cut
 
 
 def long_talk(length: int) -> Conversation:

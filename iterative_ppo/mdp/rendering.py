@@ -47,10 +47,15 @@ REMEMBERED_TEXTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids of a state, and how many of its oldest turns were left out to fit."""
+    """Token ids of a state, how many of its oldest turns were left out to fit, and tokens that it lacks beside those.
+
+    It lacks some where even without any turn it would be too long: of the context its end, of what the customer says
+    its beginning, of the longer one first.
+    """
 
     tokens: tuple[int, ...]
     truncated_turns: int = 0
+    cut_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +185,12 @@ class Renderer:
         """The prompts of states of one conversation, in its order."""
         return self._chats(self.template, states) if self.template else self._marked(states)
 
-    def _fitted(self, tokens: tuple[int, ...], skipped: int) -> Prompt:
-        """A prompt, cut at its beginning where even without any turn it is too long."""
-        if len(tokens) > self.max_prompt_tokens:
+    def _fitted(self, tokens: tuple[int, ...], skipped: int, cut: int = 0) -> Prompt:
+        """A prompt, cut at its beginning where it is too long without any text, as under a long instruction."""
+        if (excess := len(tokens) - self.max_prompt_tokens) > 0:
             first = tokens[:1] if tokens[0] == self.tokenizer.bos_token_id else ()
-            tokens = first + tokens[len(first) - self.max_prompt_tokens :]
-        return Prompt(tokens, skipped)
+            tokens = first + tokens[len(first) + excess :]
+        return Prompt(tokens, skipped, cut + max(0, excess))
 
     def _marked(self, states: Iterable[State]) -> Iterator[Prompt]:
         """A turn's tokens are the same in every prompt that holds it, so they are made once."""
@@ -198,7 +203,21 @@ class Renderer:
             head, asked, now = self._head(state.context), self._asked(state.customer_message), len(state.history)
             room = self.max_prompt_tokens - len(head) - len(asked)
             skipped = bisect_left(ends, ends[now] - room, hi=now)
-            yield self._fitted((*head, *past[ends[skipped] : ends[now]], *asked), skipped)
+            if room < 0:
+                yield self._shortened(state, -room)
+            else:
+                yield self._fitted((*head, *past[ends[skipped] : ends[now]], *asked), skipped)
+
+    def _shortened(self, state: State, excess: int) -> Prompt:
+        """Without any turn, and so many tokens of its text less as far as it has them."""
+        context, said = (
+            self.ids(self._plain(text)) if text else () for text in (state.context, state.customer_message)
+        )
+        kept = _shares(len(context), len(said), len(context) + len(said) - excess)
+        head = self._head(state.context)
+        asked = self._label("customer") + said[len(said) - kept[1] :] + self._label("suggestion")
+        cut = len(context) - kept[0], len(said) - kept[1]
+        return self._fitted((*head[: len(head) - cut[0]], *asked), len(state.history), sum(cut))
 
     def _head(self, context: str | None) -> tuple[int, ...]:
         instruction = self.ids(self.instruction + "\n") if self.instruction else ()
@@ -241,7 +260,22 @@ class Renderer:
             return len(rendered(skipped)) <= self.max_prompt_tokens
 
         skipped = first_that(fits, near, len(state.history))
-        return self._fitted(rendered(skipped), skipped)
+        return self._fitted(rendered(skipped), skipped) if fits(skipped) else self._shortened_chat(template, state)
+
+    def _shortened_chat(self, template: ChatTemplate, state: State) -> Prompt:
+        """As `_shortened`, by letters: what the template writes around a text stays whole."""
+        context, said = state.context or "", state.customer_message or ""
+
+        @cache
+        def rendered(letters: int) -> tuple[int, ...]:
+            kept = _shares(len(context), len(said), len(context) + len(said) - letters)
+            return self._chat(template, State((), said[len(said) - kept[1] :], context[: kept[0]] or None))
+
+        def fits(letters: int) -> bool:
+            return len(rendered(letters)) <= self.max_prompt_tokens
+
+        letters = first_that(fits, 0, len(context) + len(said))
+        return self._fitted(rendered(letters), len(state.history), len(rendered(0)) - len(rendered(letters)))
 
     def _chat(self, template: ChatTemplate, state: State) -> tuple[int, ...]:
         said: list[Said] = []
@@ -263,7 +297,8 @@ class Renderer:
         return self.abstain if suggestion.status == "abstained" else self._plain(suggestion.text)
 
     def encode(self, conversation: Conversation, first_row: int = 0) -> tuple[list[Encoded], int]:
-        """All turns with an action as token sequences, and the number of turns that truncation took from prompts.
+        """All turns with an action as token sequences, and the number of turns that truncation took from prompts, a
+        prompt that is cut within its own text counting as one more.
 
         Args:
             first_row: table row of the conversation's first turn; spans name rows from there.
@@ -271,10 +306,17 @@ class Renderer:
         turns = [i for i, turn in enumerate(conversation.turns) if not turn.terminal]
         pieces, truncated = [], 0
         for i, prompt in zip(turns, self._prompts(map(conversation.state, turns)), strict=True):
-            truncated += prompt.truncated_turns
+            truncated += prompt.truncated_turns + (prompt.cut_tokens > 0)
             action = _action_of(conversation.turns[i])
             pieces.append((first_row + i, prompt.tokens, self.response(action), action.status != "missing"))
         return (shared(pieces, self.max_tokens) or [within(self.max_tokens, *piece) for piece in pieces]), truncated
+
+
+def _shares(one: int, other: int, room: int) -> tuple[int, int]:
+    """How much of two lengths there is room for: the longer one gives way until they are alike."""
+    room = max(0, room)
+    kept = min(one, max(room // 2, room - other))
+    return kept, min(other, room - kept)
 
 
 def first_that(holds: Callable[[int], bool], near: int, last: int) -> int:
