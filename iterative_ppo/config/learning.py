@@ -201,7 +201,8 @@ class PPOConfig(Frozen):
     episodes: int = Field(ge=0)
     """Responses sampled against Q; 0 leaves PPO out."""
     rollout: int = Field(ge=2)
-    """Responses between two looks at the policy: sampled together, then learnt from for `epochs`."""
+    """Responses between two looks at the policy: sampled together, then learnt from for `epochs`. Where it does not
+    divide `episodes`, as many as make rollouts of like size."""
     epochs: int = Count
     minibatch_size: int = Count
     learning_rate: float = Rate
