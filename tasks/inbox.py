@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from time import time
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -30,10 +32,14 @@ def take_up(config: Config, round_number: int) -> list[Path]:
     Another file under a name that was taken before gets its content's hash for a second name. To quarantine go a file
     that was taken already under another name or by an earlier round, to the letter; the conversations of any that are
     here already, so that the first that came of each stands; one that is no turn table, with an alarm; and a damaged
-    one likewise, once nobody can be writing it any more. Hidden files are somebody's unfinished ones, and stay.
+    one likewise, once nobody can be writing it any more. Rows that are out of order are put into it. Hidden files are
+    somebody's unfinished ones, and stay.
     """
-    target = round_folder(config, round_number) / "arrived"
-    for file in tables_in(inbox(config)):
+    target, here = round_folder(config, round_number) / "arrived", set[str]()
+    waiting = tables_in(inbox(config))
+    if waiting:
+        here = _ids(_gathered(config))
+    for file in waiting:
         damage = _damage(file)
         if damage and time() - file.stat().st_mtime < SETTLED_SECONDS:
             log.warning("inbox: %s; perhaps it is being written, so it stays until it is an hour old", damage)
@@ -49,7 +55,7 @@ def take_up(config: Config, round_number: int) -> list[Path]:
             log.warning("inbox: %s is %s once more; it is set aside as %s", file.name, taken, aside)
             _move(file, aside)
         else:
-            _take(config, file, target, content, aside)
+            here |= _take(file, target, content, aside, here)
     return tables_in(target)
 
 
@@ -58,16 +64,18 @@ def here_already(config: Config) -> set[str]:
     return _ids([*tables_in(inbox(config)), *_gathered(config)])
 
 
-def _take(config: Config, file: Path, target: Path, content: str, aside: Path) -> None:
-    """Move a file to its round, but for the rows of conversations that are here already."""
-    place, repeated = target / file.name, set[str]()
-    if not place.exists() or content_hash(place) != content:
-        place = target / f"{file.stem}-{content}.parquet" if place.exists() else place
-        repeated = turn_table.ids_in(file) & _ids(_gathered(config))
-    if not repeated:
+def _take(file: Path, target: Path, content: str, aside: Path, here: set[str]) -> set[str]:
+    """Move a file to its round, in order, but for the rows of conversations that are here already; gives its ids."""
+    place, ids, order = target / file.name, turn_table.ids_in(file), _order(file)
+    taken = place.exists() and content_hash(place) == content
+    if place.exists() and not taken:
+        place = target / f"{file.stem}-{content}.parquet"
+    repeated = set[str]() if taken else ids & here
+    if not repeated and order is None:
         _move(file, place)
-        return
+        return ids
     table = pq.read_table(file, partitioning=None)
+    table = table if order is None else table.take(order)
     known = pc.is_in(table["conversation_id"].cast(pa.string()), pa.array(sorted(repeated), pa.string()))
     for rows, where in ((table.filter(pc.invert(known)), place), (table.filter(known), aside)):
         if rows.num_rows:
@@ -75,6 +83,8 @@ def _take(config: Config, file: Path, target: Path, content: str, aside: Path) -
             pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
             write_bytes(where, sink.getvalue().to_pybytes())
     file.unlink()
+    if not repeated:
+        return ids
     log.warning(
         "inbox: %d of the conversations of %s are here already, the first is %r; they are set aside as %s, and "
         "what came first of each stands: deliver a conversation once it is closed, and once",
@@ -83,6 +93,15 @@ def _take(config: Config, file: Path, target: Path, content: str, aside: Path) -
         min(repeated),
         aside,
     )
+    return ids
+
+
+def _order(file: Path) -> np.ndarray | None:
+    """(N,) the rows in order: conversations as they come, each with its turns counting up; None where they are so."""
+    frame = pd.read_parquet(file, columns=["conversation_id", "turn"])
+    frame = frame.assign(conversation_id=pd.factorize(frame["conversation_id"])[0]).reset_index(drop=True)
+    order = frame.sort_values(["conversation_id", "turn"], kind="stable").index.to_numpy()
+    return None if (np.diff(order) == 1).all() else order
 
 
 def _move(file: Path, place: Path) -> None:

@@ -493,6 +493,21 @@ def test_of_a_conversation_that_arrives_again_the_first_stands(
     assert "c.parquet" not in files and not list(inbox(config).iterdir()), "one of which nothing is new"
 
 
+def test_rows_that_arrive_out_of_order_are_put_into_it(config: Config) -> None:
+    """An export of a data base has no order of its own; conversations keep that of their first rows."""
+    frame = turn_table.read(deliver(config, "a", 0), config.outcomes)
+    (inbox(config) / "a.parquet").unlink()
+    shuffled = frame.sample(frac=1.0, random_state=0)
+    shuffled.to_parquet(inbox(config) / "shuffled.parquet")
+    take_up(config, 0)
+    found = arrived(config, 0)
+    assert found is not None and not list(inbox(config).iterdir())
+    assert list(found["conversation_id"].unique()) == list(shuffled["conversation_id"].unique())
+    both = [one.sort_values(["conversation_id", "turn"], ignore_index=True) for one in (frame, found)]
+    assert both[0].equals(both[1]) and (found.groupby("conversation_id")["turn"].diff().dropna() == 1).all()
+    assert len(list(turn_table.conversations(found))) == 20
+
+
 def test_a_file_that_is_no_turn_table_holds_nothing_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(notify, "tell", lambda _, event, subject, body: told.append(body))
