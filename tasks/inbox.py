@@ -19,7 +19,7 @@ from iterative_ppo.errors import StoreError, TurnTableError
 from iterative_ppo.files import content_hash, write_bytes
 from iterative_ppo.mdp import turn_table
 from tasks import notify
-from tasks.datasets import inbox, round_folder, tables_in
+from tasks.datasets import frozen_conversations, inbox, round_folder, tables_in, turns_folder
 
 log = logging.getLogger("iterative_ppo.inbox")
 SETTLED_SECONDS = 3600
@@ -38,7 +38,7 @@ def take_up(config: Config, round_number: int) -> list[Path]:
     target, here = round_folder(config, round_number) / "arrived", set[str]()
     waiting = tables_in(inbox(config))
     if waiting:
-        here = _ids(_gathered(config))
+        here = _held(config)
     for file in waiting:
         damage = _damage(file)
         if damage and time() - file.stat().st_mtime < SETTLED_SECONDS:
@@ -60,8 +60,17 @@ def take_up(config: Config, round_number: int) -> list[Path]:
 
 
 def here_already(config: Config) -> set[str]:
-    """Ids of the conversations that lie in the inbox, or that a round has gathered."""
-    return _ids([*tables_in(inbox(config)), *_gathered(config)])
+    """Ids of the conversations that lie in the inbox, or that a round has."""
+    return _ids(tables_in(inbox(config))) | _held(config)
+
+
+def _held(config: Config) -> set[str]:
+    """Ids of a frozen round's conversations, and of what others gather: what was quarantined may come again, mended."""
+    found: set[str] = set()
+    for folder in sorted((config.data.root / "rounds").glob("[0-9]*")):
+        frozen = turns_folder(config, int(folder.name)).exists()
+        found |= set(frozen_conversations(config, int(folder.name))) if frozen else _ids(tables_in(folder / "arrived"))
+    return found
 
 
 def _take(file: Path, target: Path, content: str, aside: Path, here: set[str]) -> set[str]:
@@ -99,8 +108,8 @@ def _take(file: Path, target: Path, content: str, aside: Path, here: set[str]) -
 def _order(file: Path) -> np.ndarray | None:
     """(N,) the rows in order: conversations as they come, each with its turns counting up; None where they are so."""
     frame = pd.read_parquet(file, columns=["conversation_id", "turn"])
-    frame = frame.assign(conversation_id=pd.factorize(frame["conversation_id"])[0]).reset_index(drop=True)
-    order = frame.sort_values(["conversation_id", "turn"], kind="stable").index.to_numpy()
+    place, turn = pd.factorize(frame["conversation_id"])[0], pd.to_numeric(frame["turn"], errors="coerce").to_numpy()
+    order = np.lexsort((np.nan_to_num(turn.astype(float), nan=np.inf), place))
     return None if (np.diff(order) == 1).all() else order
 
 

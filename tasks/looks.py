@@ -71,9 +71,9 @@ class Evidence:
         history: the matured conversations of the ramp's last stage.
         turns: their rows of the turn table. begun: the rows of all since the start, for what needs no outcome.
         ramp, maturing: conversations of the ramp's safety stages, and later ones that have not matured. faulty:
-            conversations left out because they break the turn table's rules, as validation will. strangers: left out
-            because they are of neither arm, nor led by a persona. pace: of all that began, once a day of timestamps
-            tells it.
+            conversations left out because they break the turn table's rules, as validation will. strangers: because
+            they are of neither arm, nor led by a persona. earlier: because they began before the test did. pace: of
+            all that began, once a day of timestamps tells it.
     """
 
     history: History
@@ -83,6 +83,7 @@ class Evidence:
     maturing: int
     faulty: int = 0
     strangers: int = 0
+    earlier: int = 0
     pace: Pace | None = None
 
     @property
@@ -98,6 +99,7 @@ class Evidence:
         if not empty:
             return None
         waiting = f"{self.ramp} of the ramp's first stages, {self.maturing} still maturing"
+        waiting += f", {self.earlier} from before it began" if self.earlier else ""
         return f"the {' and the '.join(empty)} arm holds no matured conversation yet ({waiting})"
 
 
@@ -167,7 +169,8 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     frame, faulty = _sound(frame, config, state)
     strangers = _strangers(frame, tested)
     table = _conversations(frame, tested, config)
-    table = table[~_of_earlier_tests(table, tested, state)]
+    earlier = _of_earlier_tests(table, tested, state)
+    table = table[~earlier]
     _check(table, config, state)
     times = _times(table, config, tested, now)
     due = times.hours <= times.now - times.maturity
@@ -185,7 +188,8 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     turns = frame[frame["conversation_id"].isin(chosen.index)]
     begun = frame[frame["conversation_id"].isin(table.index[times.hours >= 0])]
     ramp, maturing = int((~times.last_stage).sum()), int((times.last_stage & ~due).sum())
-    return Evidence(history, turns, begun, ramp, maturing, faulty, strangers, _pace(times, config, tested))
+    left_out = faulty, strangers, int(earlier.sum())
+    return Evidence(history, turns, begun, ramp, maturing, *left_out, _pace(times, config, tested))
 
 
 def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
@@ -340,7 +344,7 @@ def _times(table: pd.DataFrame, config: Config, tested: Experiment, now: datetim
     """The clock is the newest time in the traffic that has been: later traffic may not be here yet, and a date in the
     future is an error of who logs.
     """
-    if table["start"].isna().all():
+    if len(table) and table["start"].isna().all():
         if config.abtest.ramp and not config.source.simulated:
             raise ConfigError(
                 "abtest.ramp: the conversations have no timestamps, so its stages cannot be told apart; log "

@@ -75,7 +75,8 @@ def q_report(
     if not held.any():
         return metrics, {}
     returns = current.returns[held]
-    bins = _reliability(values.q[held], returns, ids, value_range(q))
+    plain = values if not q.settings.pessimism else q.with_settings(pessimism=0.0).evaluate(current.encoded)
+    bins = _reliability(plain.q[held], returns, ids, value_range(q))  # pessimism promises less on purpose
     metrics |= {
         **_fit(values.q[held], values.v[held], returns, won, bins),
         "action_spread": float((values.q[held] - values.v[held]).std()),

@@ -15,6 +15,7 @@ import numpy as np
 
 from iterative_ppo.config import Config, PolicyConfig
 from iterative_ppo.errors import ConfigError, StoreError
+from iterative_ppo.files import content_hash
 from tasks.datasets import round_folder
 from tasks.stage import inputs_of
 
@@ -50,13 +51,25 @@ def tell_of_rates(config: Config, weights: int, trained: set[str]) -> None:
 
 
 def check_base(config: Config) -> None:
-    """Raise ConfigError where policy.base_model names another model than the one whose descendants are here."""
+    """Raise ConfigError where policy.base_model is another model than the one whose descendants are here.
+
+    One that lies elsewhere now is known by its content; of a name in the place of a path there is only a warning.
+    """
     wanted = config.policy.base_model
     try:
-        made_of = inputs_of(round_folder(config, 0) / INITIAL).get("policy", {}).get("base_model", wanted)
+        inputs = inputs_of(round_folder(config, 0) / INITIAL)
     except StoreError:  # as where the folder of the first round was cleared away
         return
-    if wanted is None or (made_of is not None and Path(wanted).resolve() == Path(made_of).resolve()):
+    made_of = inputs.get("policy", {}).get("base_model", wanted)
+    if wanted is None or wanted == made_of:
+        return
+    place = Path(wanted)
+    if place.exists() and content_hash(place) in (inputs.get("base") or ()):
+        return
+    if made_of and not (place.exists() and "base" in inputs):
+        _LOG.warning(
+            "policy.base_model %s: the policies here were made of %s; nobody knows if it is that", wanted, made_of
+        )
         return
     had = f"made of {made_of}" if made_of else "a tiny model made from the log or corpus alone"
     raise ConfigError(

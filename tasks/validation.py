@@ -259,7 +259,8 @@ def _stop_if_too_bad(validation: Validation, config: Config, folder: Path) -> No
     top = "; ".join(f"{reason} ({count})" for reason, count in list(validation.reasons.items())[:REASONS_SHOWN])
     raise ValidationStopped(
         f"validation failed for {facts['quarantined_conversations']} of {facts['conversations']} conversations "
-        f"({share:.1%}, data.quarantine_share allows {bound:.1%}): {top}; their rows and reasons are in {folder}"
+        f"({share:.1%}, data.quarantine_share allows {bound:.1%}): {top}; their rows and reasons are in {folder}; "
+        "conversations that are mended take the place of those in the round's folder `arrived`"
     )
 
 

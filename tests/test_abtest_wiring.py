@@ -299,6 +299,15 @@ def test_conversations_of_neither_arm_are_told_of(tmp_path: Path, caplog: pytest
     assert "left out, for their policy_version is of neither arm: 1" in lines(standing(test.config, test.state, LATER))
 
 
+def test_nothing_but_conversations_from_before_the_test_is_waited_over(tmp_path: Path) -> None:
+    """As on its first nights, with a team's own traffic and a ramp: they have timestamps, all of them too early."""
+    test = Test(tmp_path, source__kind="table", source__path="log.csv", abtest__ramp=[0.1])
+    test.arrive("early", arm(1, 3, 12, -40.0))
+    found = test.take()
+    assert (found.look.verdict, found.test) == ("continue", None)
+    assert "12 from before it began" in found.look.reasons[0]
+
+
 @pytest.mark.parametrize("first", [-30.0, None], ids=["timed", "timeless"])
 def test_late_conversations_of_the_test_that_the_champion_won_are_left_out(tmp_path: Path, first: float | None) -> None:
     """Nobody won them, so they are here a window later, and their arm is the challenger's, which the champion was."""

@@ -18,6 +18,7 @@ from iterative_ppo.errors import ConfigError, ModelError, TrainingError
 from iterative_ppo.learning import distributed, runtime
 from iterative_ppo.learning.batching import Batch, EncodedTable
 from iterative_ppo.learning.checkpoint import Checkpoint
+from iterative_ppo.learning.improve import group_trainers
 from iterative_ppo.learning.improve.best_of_n import improve_by_best
 from iterative_ppo.learning.improve.episodes import token_log_probs
 from iterative_ppo.learning.improve.group_trainers import improve, padded_log_probs
@@ -269,6 +270,16 @@ def test_a_minibatch_goes_through_in_pieces_with_the_same_updates(
         assert same_entry == pytest.approx(entry, rel=1e-3, abs=1e-4)
         assert clipped[0] == pytest.approx(clipped[1], abs=0.01)
     assert not same(parameters(one), parameters(bandit))
+
+
+@pytest.mark.parametrize(
+    ("processes", "tokens", "pieces"), [(1, None, 1), (1, 100, 32), (1, 400, 8), (3, 400, 4), (3, 100, 8), (32, 100, 1)]
+)
+def test_no_piece_leaves_a_process_without_a_response(
+    monkeypatch: pytest.MonkeyPatch, processes: int, tokens: int | None, pieces: int
+) -> None:
+    monkeypatch.setattr(distributed, "size", lambda: processes)
+    assert group_trainers._pieces(32, 100, tokens) == pieces
 
 
 # --- budgets, kills, adapters ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,4 +213,9 @@ def test_a_night_of_a_teams_own_does_not_begin_with_the_simulators_policy(
     base = {"policy.init": "prompt", "policy.base_model": str(saved_models / "policy0")}
     limits = {"policy.max_prompt_tokens": 200, "policy.max_response_tokens": 8}
     assert night(None, overrides | base | limits) == "collect"
+    moved = shutil.copytree(saved_models / "policy0", tmp_path / "moved")
+    assert night(None, overrides | base | limits | {"policy.base_model": str(moved)}) == "collect"
+    (moved / "policy.json").unlink()
+    with pytest.raises(ConfigError, match=r"begin with another, made of .*policy0"):
+        night(None, overrides | base | limits | {"policy.base_model": str(moved)})
     assert registry.champion(tracking.open_tracking(config)) == 1

@@ -97,6 +97,15 @@ def test_of_several_members_an_outcome_is_told_by_those_that_improvement_sees(fi
     assert np.allclose(named.v @ [1.0, 0.5], q.evaluate(fitted.data.encoded).v, atol=1e-6, equal_nan=True)
 
 
+def test_pessimism_is_no_broken_promise(fitted: Fitted) -> None:
+    """It says less on purpose, to improvement; what is promised is what the members say."""
+    q = QModel.from_policy(fitted.q, replace(fitted.q.settings, members=3), 3)
+    careful = q.with_settings(pessimism=2.0)
+    (plain, bins), (figures, others) = (q_report(one, fitted.data, fitted.frame) for one in (q, careful))
+    assert bins == others and plain["calibration_error"] == figures["calibration_error"]
+    assert plain["r2"] != figures["r2"]
+
+
 def test_the_whole_q_is_calibrated_over_the_range_of_the_weighted_sum(fitted: Fitted) -> None:
     """Up to 1.5, and not cut at 1, the most that one outcome can be."""
     _, bins = q_report(fitted.q, fitted.data, fitted.frame)

@@ -358,7 +358,11 @@ def test_a_small_step_of_adapters_outlives_bfloat16(
         again = LanguagePolicy.load(tmp_path / "auto", lora=LORA)
         assert np.array_equal(again.score(table), student.score(table), equal_nan=True)
         student.save(tmp_path / "merged", "merged")
-        assert "auto keeps them apart" in caplog.text
+        assert "policy.save adapters keeps them apart" in caplog.text
+        LanguagePolicy.load(tmp_path / "merged", lora=LORA).save(tmp_path / "next", "auto")
+        assert not (tmp_path / "next" / "adapter_config.json").exists(), "a version of ours may be gone one day"
+        nudged(again, 1).save(tmp_path / "later", "auto")
+        assert (tmp_path / "later" / "adapter_config.json").exists(), "over the same base as its parent"
         before, after = below(plain_llama), below(tmp_path / "merged")
     kept = float(np.mean([(before[name] != after[name]).float().mean() for name in before]))
     assert before and kept < 0.5, kept

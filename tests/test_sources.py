@@ -505,8 +505,9 @@ def test_table_keeps_what_is_logged(table: Callable[..., ImportedLog]) -> None:
 
 def test_table_names_a_customer_alike_in_every_file(tmp_path: Path) -> None:
     """pandas makes whole numbers beside nulls floats, and writes those with ".0"."""
-    ids = {"conversation_id": [1.0, 1.0], "customer_id": [7.0, None], "business_id": [2, 2], "policy_version": [3, 3]}
+    ids = {"conversation_id": [1.0, 1.0], "customer_id": [7.0, None], "business_id": [2, 2]}
     frame = pd.DataFrame([record(), paid()]).assign(**ids).astype(dict.fromkeys(ids, "float64"))
+    frame["policy_version"] = "3.0"  # the name that somebody gave it, and not our version 3
     frame.to_parquet(tmp_path / "log.parquet")
     frame.to_csv(tmp_path / "log.csv", index=False)
     (tmp_path / "log.jsonl").write_text(
@@ -514,7 +515,7 @@ def test_table_names_a_customer_alike_in_every_file(tmp_path: Path) -> None:
     )
     for name in ("log.parquet", "log.csv", "log.jsonl"):
         talk = only(import_table(tmp_path / name, ONE, CONFIG.data))
-        assert (talk.conversation_id, talk.customer_id, talk.business_id, talk.policy_version) == ("1", "7", "2", "3")
+        assert (talk.conversation_id, talk.customer_id, talk.business_id, talk.policy_version) == ("1", "7", "2", "3.0")
 
 
 @pytest.mark.parametrize(
@@ -983,12 +984,22 @@ def test_table_keeps_no_part_of_a_conversation_whose_turn_a_quote_hides(tmp_path
 
 
 def test_table_keeps_apostrophes_backslashes_and_quotes_as_they_are(tmp_path: Path) -> None:
-    told = ["it's 5'", '"C:\\"', '"say ""C:\\"" , you"', r'5\" by 6"', 'the "big" one', '""', '""""', r'"a\b, c"']
+    told = [
+        "it's 5'",
+        '"C:\\"',
+        '"say ""C:\\"" , you"',
+        r'5\" by 6"',
+        'the "big" one',
+        '""',
+        '""""',
+        r'"a\b, c"',
+        '"hi" ',
+    ]
     log = csv_log(tmp_path, *(line for k, words in enumerate(told) for line in csv_talk(f"t{k}", words)))
     assert not log.set_aside
     heard = [talk.turns[0].customer_message for talk in log.conversations]
     assert heard[:5] == ["it's 5'", "C:\\", 'say "C:\\" , you', r'5\" by 6"', 'the "big" one']
-    assert heard[5:] == ["", '"', r"a\b, c"]
+    assert heard[5:] == ["", '"', r"a\b, c", "hi "], "white space before the comma says nothing"
 
 
 def test_table_reads_a_csv_record_of_any_length(tmp_path: Path) -> None:

@@ -493,6 +493,29 @@ def test_of_a_conversation_that_arrives_again_the_first_stands(
     assert "c.parquet" not in files and not list(inbox(config).iterdir()), "one of which nothing is new"
 
 
+def test_what_was_quarantined_may_arrive_again_mended(config: Config) -> None:
+    frame = turn_table.read(deliver(config, "a", 0), config.outcomes)
+    take_up(config, 0)
+    bad = frame["conversation_id"].unique()[:3]
+    good = frame[~frame["conversation_id"].isin(bad)]
+    write_once(turns_folder(config, 0) / "turns.parquet", good, config)
+    mended = frame.assign(context=frame["context"].fillna("mended"))
+    write_once(inbox(config) / "mended.parquet", mended, config)
+    take_up(config, 1)
+    found = arrived(config, 1)
+    assert found is not None and set(found["conversation_id"]) == set(bad)
+
+
+def test_turns_that_are_text_count_up_as_numbers_do(config: Config) -> None:
+    frame = turn_table.read(deliver(config, "a", 0), config.outcomes)
+    (inbox(config) / "a.parquet").unlink()
+    long = pd.concat([frame.iloc[[0]].assign(turn=n) for n in range(1, 13)], ignore_index=True)
+    long.assign(turn=long["turn"].astype(str)).to_parquet(inbox(config) / "text.parquet")
+    take_up(config, 0)
+    found = arrived(config, 0)
+    assert found is not None and list(found["turn"]) == list(range(1, 13))
+
+
 def test_rows_that_arrive_out_of_order_are_put_into_it(config: Config) -> None:
     """An export of a data base has no order of its own; conversations keep that of their first rows."""
     frame = turn_table.read(deliver(config, "a", 0), config.outcomes)

@@ -153,15 +153,18 @@ class LanguagePolicy:
 
         Args:
             weights: of a LoRA policy, full weights, or its adapter alone, which needs the base where it is; auto is the
-                latter under bfloat16, of whose steps a small change of a weight is a fraction.
+                latter under bfloat16, of whose steps a small change of a weight is a fraction, over a base that is no
+                version of ours: those come and go.
         """
         rounds = self.lora is not None and runtime.current().bfloat16
         if weights == "auto":
-            weights = "adapters" if rounds else "merged"
-        elif weights == "merged" and rounds:
+            over = self.model.name_or_path
+            lasting = over and not (Path(over) / SETTINGS).exists()
+            weights = "adapters" if rounds and lasting else "merged"
+        if weights == "merged" and rounds:
             _LOG.warning(
-                "policy.save merged: whoever computes in bfloat16, as here, rounds what is small of the adapters away; "
-                "auto keeps them apart"
+                "saved merged: whoever computes in bfloat16, as here, rounds what is small of the adapters away; "
+                "policy.save adapters keeps them apart, over a base that has to stay where it is"
             )
         if weights == "adapters" and self.lora and self.adapter is None:
             self.trainable_copy().save(path, weights)

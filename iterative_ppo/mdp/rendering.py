@@ -274,7 +274,9 @@ class Renderer:
         def fits(letters: int) -> bool:
             return len(rendered(letters)) <= self.max_prompt_tokens
 
-        letters = first_that(fits, 0, len(context) + len(said))
+        every = len(context) + len(said)
+        excess = len(rendered(0)) - self.max_prompt_tokens
+        letters = first_that(fits, every * excess // len(rendered(0)), every)
         return self._fitted(rendered(letters), len(state.history), len(rendered(0)) - len(rendered(letters)))
 
     def _chat(self, template: ChatTemplate, state: State) -> tuple[int, ...]:

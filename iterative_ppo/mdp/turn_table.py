@@ -266,7 +266,8 @@ def _unreadable(file: Path, error: Exception) -> StoreError:
 def ids_in(file: Path) -> set[str]:
     """Ids of a file's conversations. Raises StoreError where it is damaged or has none."""
     try:
-        return set(pd.read_parquet(file, columns=["conversation_id"])["conversation_id"].dropna().astype(str))
+        table = pq.read_table(file, columns=["conversation_id"], partitioning=None)
+        return set(table["conversation_id"].cast(pa.string()).drop_null().to_pylist())
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise _unreadable(file, error) from None
 

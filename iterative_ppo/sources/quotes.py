@@ -15,7 +15,7 @@ from iterative_ppo.sources.log import BadDialogueError, SetAside, set_aside, sho
 _QUOTED = r'"(?:[^"]++|"")*+"'
 _FIELD = rf'(?:{_QUOTED}|(?!"))[^,\r\n]*+'
 _RECORD = re.compile(rf'(?:{_FIELD},)*+(?:{_FIELD}(?:\r\n?|\n|\Z)|(?P<open>".*))', re.DOTALL)
-_STRAY = re.compile(rf'(?:(?:{_QUOTED}|(?!")[^,\r\n]*+),)*+(?P<quoted>{_QUOTED})(?P<more>[^,\r\n]++)')
+_STRAY = re.compile(rf'(?:(?:{_QUOTED}|(?!")[^,\r\n]*+),)*+(?P<quoted>{_QUOTED})(?P<more>[ \t]*+[^,\s][^,\r\n]*+)')
 """A record with text after the closing quote of a field."""
 _BREAK = re.compile(r"\r\n?|\n")
 _CLOSES = re.compile(r'(?:[^"]++|"")*+"(?:,|\Z)')

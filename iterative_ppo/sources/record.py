@@ -26,7 +26,7 @@ from iterative_ppo.sources.rows import Row
 
 REQUIRED = ("conversation_id", "turn", "customer_message", "suggestion", "business_message")
 OF_CONVERSATION = ("customer_id", "business_id", "context", "policy_version", "arm", "persona")
-IDS = ("conversation_id", "customer_id", "business_id", "policy_version")
+IDS = ("conversation_id", "customer_id", "business_id")
 OPTIONAL = (*OF_CONVERSATION, "suggestion_status", "adoption", "behaviour_logprob", "timestamp", "outcome")
 
 EXACT = 2.0**53

@@ -172,4 +172,4 @@ def _kept_block(place: Checkpoint, rng: np.random.Generator) -> Block | None:
     with place.understood():
         rng.bit_generator.state = values["generator"]
         responses = [tuple(part.tolist()) for part in tensors["tokens"].split(tensors["lengths"].tolist())]
-        return Block(responses, float(values["spread"]), float(values["largest"]), bool(values["various"]))
+        return Block(responses, float(values["spread"]), float(values["largest"]), bool(values.get("various", True)))

@@ -337,7 +337,9 @@ def _train(prompts: Prompts, groups: Groups, recorder: Recorder) -> None:
 def _pieces(responses: int, longest: int, tokens: int | None) -> int:
     """In how many parts of one size a minibatch goes through: no process has more than `tokens` at once (None: all)."""
     room = responses if tokens is None else distributed.size() * max(1, tokens // longest)
-    return next(count for count in range(1, responses + 1) if responses % count == 0 and responses // count <= room)
+    least = distributed.size()  # a process without a response has nothing to compute
+    counts = [k for k in range(1, responses + 1) if responses % k == 0 and responses // k >= least]
+    return next((k for k in counts if responses // k <= room), counts[-1])
 
 
 def _trl(algorithm: str) -> tuple[Any, Any]:
