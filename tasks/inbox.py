@@ -11,7 +11,6 @@ from time import time
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from iterative_ppo.config import Config
@@ -35,10 +34,8 @@ def take_up(config: Config, round_number: int) -> list[Path]:
     one likewise, once nobody can be writing it any more. Rows that are out of order are put into it. Hidden files are
     somebody's unfinished ones, and stay.
     """
-    target, here = round_folder(config, round_number) / "arrived", set[str]()
-    waiting = tables_in(inbox(config))
-    if waiting:
-        here = _held(config)
+    target, waiting = round_folder(config, round_number) / "arrived", tables_in(inbox(config))
+    here = _held(config) if waiting else set[str]()
     for file in waiting:
         damage = _damage(file)
         if damage and time() - file.stat().st_mtime < SETTLED_SECONDS:
@@ -46,16 +43,18 @@ def take_up(config: Config, round_number: int) -> list[Path]:
             continue
         content = content_hash(file)
         aside = config.data.root / "quarantine" / "inbox" / f"{file.stem}-{content}.parquet"
-        if wrong := damage or _wrong(file, config):
+        rows = damage or _read(file, config)
+        if isinstance(rows, str):
             _move(file, aside)
-            said = f"{wrong}; it is set aside as {aside}: deliver it again, mended"
+            said = f"{rows}; it is set aside as {aside}: deliver it again, mended"
             log.warning("inbox: %s", said)
             notify.tell(config, "alarm", f"{file.name} arrived damaged", said)
         elif (taken := _taken_before(config, round_number, file, content)) is not None:
             log.warning("inbox: %s is %s once more; it is set aside as %s", file.name, taken, aside)
             _move(file, aside)
         else:
-            here |= _take(file, target, content, aside, here)
+            _take(file, rows, target, content, aside, here)
+            here |= set(rows["conversation_id"].dropna())
     return tables_in(target)
 
 
@@ -73,27 +72,26 @@ def _held(config: Config) -> set[str]:
     return found
 
 
-def _take(file: Path, target: Path, content: str, aside: Path, here: set[str]) -> set[str]:
-    """Move a file to its round, in order, but for the rows of conversations that are here already; gives its ids."""
-    place, ids, order = target / file.name, turn_table.ids_in(file), _order(file)
+def _take(file: Path, rows: pd.DataFrame, target: Path, content: str, aside: Path, here: set[str]) -> None:
+    """Move a file of these rows to its round, in order, but for those of conversations that are here already."""
+    place, order = target / file.name, _order(rows)
     taken = place.exists() and content_hash(place) == content
     if place.exists() and not taken:
         place = target / f"{file.stem}-{content}.parquet"
-    repeated = set[str]() if taken else ids & here
-    if not repeated and order is None:
+    ids = rows["conversation_id"].iloc[order].astype(object)
+    known = np.zeros(len(ids), dtype=bool) if taken else ids.isin(here).to_numpy(dtype=bool)
+    if not known.any() and (np.diff(order) == 1).all():
         _move(file, place)
-        return ids
+        return
     table = pq.read_table(file, partitioning=None)
-    table = table if order is None else table.take(order)
-    known = pc.is_in(table["conversation_id"].cast(pa.string()), pa.array(sorted(repeated), pa.string()))
-    for rows, where in ((table.filter(pc.invert(known)), place), (table.filter(known), aside)):
-        if rows.num_rows:
+    for some, where in ((order[~known], place), (order[known], aside)):
+        if len(some):
             sink = pa.BufferOutputStream()
-            pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+            pq.write_table(table.take(some), sink, compression="zstd", write_page_checksum=True)
             write_bytes(where, sink.getvalue().to_pybytes())
     file.unlink()
-    if not repeated:
-        return ids
+    if not (repeated := set(ids[known])):
+        return
     log.warning(
         "inbox: %d of the conversations of %s are here already, the first is %r; they are set aside as %s, and "
         "what came first of each stands: deliver a conversation once it is closed, and once",
@@ -102,15 +100,12 @@ def _take(file: Path, target: Path, content: str, aside: Path, here: set[str]) -
         min(repeated),
         aside,
     )
-    return ids
 
 
-def _order(file: Path) -> np.ndarray | None:
-    """(N,) the rows in order: conversations as they come, each with its turns counting up; None where they are so."""
-    frame = pd.read_parquet(file, columns=["conversation_id", "turn"])
-    place, turn = pd.factorize(frame["conversation_id"])[0], pd.to_numeric(frame["turn"], errors="coerce").to_numpy()
-    order = np.lexsort((np.nan_to_num(turn.astype(float), nan=np.inf), place))
-    return None if (np.diff(order) == 1).all() else order
+def _order(rows: pd.DataFrame) -> np.ndarray:
+    """(N,) places of the rows in order: conversations as they come, each with its turns counting up."""
+    turn = rows["turn"].to_numpy(dtype=float, na_value=np.inf)
+    return np.lexsort((turn, pd.factorize(rows["conversation_id"])[0]))
 
 
 def _move(file: Path, place: Path) -> None:
@@ -128,13 +123,12 @@ def _damage(file: Path) -> str | None:
     return None
 
 
-def _wrong(file: Path, config: Config) -> str | None:
-    """What a file that is not damaged lacks for a turn table of these outcomes."""
+def _read(file: Path, config: Config) -> pd.DataFrame | str:
+    """The rows of a file that is not damaged, or what it lacks for a turn table of these outcomes."""
     try:
-        turn_table.read(file, config.outcomes)
+        return turn_table.read(file, config.outcomes)
     except (TurnTableError, StoreError) as error:
         return " ".join(str(error).split())
-    return None
 
 
 def _taken_before(config: Config, round_number: int, file: Path, content: str) -> Path | None:

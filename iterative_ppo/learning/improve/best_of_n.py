@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import BestOfNConfig
-from iterative_ppo.errors import ModelError, NothingToLearn, SameReward, TrainingError
+from iterative_ppo.errors import ModelError, NothingToLearn, TrainingError
 from iterative_ppo.learning import distributed
 from iterative_ppo.learning.batching import Batch, step_count, training_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
-from iterative_ppo.learning.improve.episodes import NO_NUMBER, SAME_RESPONSE, SAME_REWARD, RewardModel, check_prompts
+from iterative_ppo.learning.improve.episodes import NO_NUMBER, RewardModel, check_prompts, differ, nothing_differs
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.sequences import Answered, Prompts
@@ -123,7 +123,7 @@ def _choose(
         spread, largest = max(spread, block.spread), max(largest, block.largest)
         various = various or block.various
     if spread <= 1e-6 * largest:
-        raise SameReward(SAME_REWARD if various else SAME_RESPONSE)
+        raise nothing_differs(various)
     return chosen
 
 
@@ -150,7 +150,7 @@ def _chosen_block(speakers: Speakers, q: RewardModel, prompts: Prompts, rng: np.
     if not np.isfinite(worth).all():
         raise NothingToLearn(NO_NUMBER)
     liked = [answers[k * n + j] for k, j in enumerate(best(worth, finished))]
-    various = any(len(set(answers[k * n : (k + 1) * n])) > 1 for k in range(len(prompts)))
+    various = differ(answers[k * n : (k + 1) * n] for k in range(len(prompts)))
     return Block(liked, float(np.ptp(worth, axis=1).max()), float(np.abs(worth).max()), various)
 
 

@@ -30,9 +30,13 @@ SAME_RESPONSE = (
 NO_NUMBER = "Q gave a reward that is not a number; the round is rejected"
 
 
-def nothing_differs(groups: Iterable[Sequence[Sequence[int]]]) -> SameReward:
-    """What to raise where no reward in any of these groups of responses differs: because of Q, or of the policy?"""
-    various = any(len(set(map(tuple, group))) > 1 for group in groups)
+def differ(groups: Iterable[Sequence[Sequence[int]]]) -> bool:
+    """Whether there are two responses in some group that are not the same."""
+    return any(len(set(map(tuple, group))) > 1 for group in groups)
+
+
+def nothing_differs(various: bool) -> SameReward:
+    """What to raise where no reward of a group's responses differs: Q's fault where they are `various`, or not."""
     return SameReward(SAME_REWARD if various else SAME_RESPONSE)
 
 

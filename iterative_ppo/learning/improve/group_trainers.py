@@ -29,6 +29,7 @@ from iterative_ppo.learning.improve.episodes import (
     NO_NUMBER,
     RewardModel,
     check_prompts,
+    differ,
     kl_both_ways,
     nothing_differs,
     response_rewards,
@@ -139,7 +140,7 @@ class Groups:
         spread = np.ptp(worth.reshape(-1, self.config.group.size), axis=1).max()
         if not self.run.curve and spread <= 1e-6 * np.abs(worth).max():
             size = self.config.group.size
-            raise nothing_differs(completion_ids[k : k + size] for k in range(0, len(completion_ids), size))
+            raise nothing_differs(differ(completion_ids[k : k + size] for k in range(0, len(completion_ids), size)))
         self.run.curve.append(self._described(EncodedTable(sequences, len(sequences)), worth, finished))
         if not self.run.look(self.config.ppo):
             raise Spent

@@ -29,6 +29,7 @@ from iterative_ppo.learning.improve.episodes import (
     Episodes,
     RewardModel,
     check_prompts,
+    differ,
     judge_of,
     nothing_differs,
     roll_out,
@@ -211,7 +212,7 @@ def advance(
     chosen = [prompts[i] for i in run.rng.integers(len(prompts), size=size)]
     episodes = roll_out(run.student, reference, q, chosen, config, scale, seed + 7919 * number, run.beta, run.critic)
     if number == 1 and min(np.ptp(episodes.q), episodes.spread) <= 1e-6 * np.abs(episodes.q).max():
-        raise nothing_differs([episodes.responses])
+        raise nothing_differs(differ([episodes.responses]))
     entry = _described(episodes, run, q, champion)
     run.curve.append(entry)
     goes_on = run.look(config) and learns
