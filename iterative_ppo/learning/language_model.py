@@ -345,14 +345,15 @@ class LanguagePolicy:
         device = self.model.device
         row, at = torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)
         tokens = batch.tokens.to(device)
-        said, size = tokens[row, at], len(row) if torch.is_grad_enabled() else self._positions
+        size = max(1, len(row)) if torch.is_grad_enabled() else self._positions
+        said = tokens[row, at].split(size)
         with self.active() as model:
             if self.abilities.plain_head:
-                hidden = last_hidden(model, tokens)[row, at - 1].split(max(1, size))
+                hidden = last_hidden(model, tokens)[row, at - 1].split(size)
                 logits = (vocabulary_logits(model, part) for part in hidden)
             else:
-                logits = iter(own_logits(model, tokens)[row, at - 1].split(max(1, size)))
-            found = [self._log_p(*pair) for pair in zip(logits, said.split(max(1, size)), strict=True)]
+                logits = iter(own_logits(model, tokens)[row, at - 1].split(size))
+            found = [self._log_p(*pair) for pair in zip(logits, said, strict=True)]
         index = torch.from_numpy(np.searchsorted(spans, span)).to(device)
         return torch.cat(found), index
 
