@@ -25,12 +25,12 @@ from iterative_ppo.learning.estimators.network import Log, Network
 from iterative_ppo.learning.estimators.table import Table, enumerated
 from iterative_ppo.learning.forward import backbone
 from iterative_ppo.learning.language_model import LanguagePolicy
-from iterative_ppo.learning.policy_evaluation import Round, checked, effective_size, fit_q
+from iterative_ppo.learning.policy_evaluation import Round, checked, effective_size, fit_q, logged_rows
 from iterative_ppo.learning.q_model import QModel, QSettings
 from iterative_ppo.learning.rounds import round_from, round_of
 from iterative_ppo.learning.sequences import SequenceFile
 from iterative_ppo.mdp import returns, turn_table
-from iterative_ppo.mdp.conversation import Conversation
+from iterative_ppo.mdp.conversation import MISSING, Conversation, Turn
 from iterative_ppo.mdp.returns import (
     backward_recursion,
     discounted_returns,
@@ -102,7 +102,10 @@ def test_lambda_0_and_1_are_one_step_and_monte_carlo(log: dict[str, np.ndarray],
 @light
 @given(logs(), st.floats(0, 0.99), SHARE)
 def test_retrace_targets_are_the_double_sum(log: dict[str, np.ndarray], gamma: float, lam: float) -> None:
-    """Q(s_i, a_i) + sum_j gamma^{j-i} (prod_{l=i+1..j} c_l) delta_j, cut where an action or a ratio is missing."""
+    """Q(s_i, a_i) + sum_j gamma^{j-i} (prod_{l=i+1..j} c_l) delta_j over rows j with an action, cut without a ratio.
+
+    A delta reaches to the next such row, past the rewards of those between.
+    """
     reward, last, q = log["reward"], log["last"], log["q"]
     found = retrace_targets(reward, last, q, log["v"], log["log_ratio"], gamma, lam)
     for i in range(len(last)):
@@ -111,8 +114,10 @@ def test_retrace_targets_are_the_double_sum(log: dict[str, np.ndarray], gamma: f
             continue
         total, trace, j = q[i], 1.0, i
         while True:
-            total += gamma ** (j - i) * trace * (reward[j] + gamma * ahead(log, "v", j) - q[j])
-            j += 1
+            k = next(k for k in range(j + 1, len(last)) if last[k] or not math.isnan(q[k]))
+            paid = sum(gamma ** (m - j) * reward[m] for m in range(j, k))
+            total += gamma ** (j - i) * trace * (paid + gamma ** (k - j) * (0.0 if last[k] else log["v"][k]) - q[j])
+            j = k
             if last[j] or math.isnan(log["log_ratio"][j]):
                 break
             trace *= lam * min(1.0, math.exp(log["log_ratio"][j]))
@@ -341,18 +346,36 @@ def test_others_conversations_never_enter_on_policy_estimators(frames: dict[str,
         assert np.allclose(one.q, other.q) == (target in ON_POLICY), target
 
 
-def test_one_step_goes_on_over_what_was_not_logged(frames: dict[str, pd.DataFrame]) -> None:
-    """The second suggestion is never logged: V learns nothing of the states there, and must not be asked."""
-    frame = frames["policy"].copy()
-    gone = (frame["turn"] == 2) & frame["suggestion_status"].notna()
-    frame.loc[gone, ["suggestion", "suggestion_status"]] = [None, "missing"]
+def without(frame: pd.DataFrame, gone: np.ndarray) -> pd.DataFrame:
+    """A turn table whose suggestions in (N,) some rows were not logged."""
+    gone = gone & turn_table.actions(frame)
+    frame = frame.copy()
+    frame.loc[gone, ["suggestion", "suggestion_status", "behaviour_logprob"]] = [None, "missing", None]
+    return frame
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets_go_on_over_what_was_not_logged(target: str, frames: dict[str, pd.DataFrame]) -> None:
+    """Only first suggestions are logged: nothing is learnt of the states after them, which must not be asked."""
+    frame = without(frames["policy"], (frames["policy"]["turn"] > 1).to_numpy())
     table, data = enumerated(frame, CHAIN.state_of, ACTIONS, POLICY, GAMMA)
-    states = np.unique(table.state[data.conversation >= 0][gone.to_numpy()])
-    blind = replace(data, logged=data.logged & ~np.isin(table.state, states))
-    estimator("one_step").fit(table, blind)
+    estimator(target).fit(table, data)
     first = CHAIN.start > 0
     exact = CHAIN.q_pi(POLICY, GAMMA)
     assert np.abs(table.q[first] - exact[first]).max() < 0.06
+
+
+@pytest.mark.parametrize("target", ["fqe", "retrace", "lstd_q", "archer"])
+def test_where_nothing_was_logged_the_business_acts_for_the_policy_too(
+    target: str, frames: dict[str, pd.DataFrame]
+) -> None:
+    """In half of the states it does as the behaviour: Q is that of the policy and of it by turns."""
+    half = np.random.default_rng(0).random(len(frames["behaviour"])) < 0.5
+    table, data = enumerated(without(frames["behaviour"], half), CHAIN.state_of, ACTIONS, POLICY, GAMMA)
+    estimator(target).fit(table, data)
+    right, wrong = (CHAIN.q_pi(policy, GAMMA) for policy in ((POLICY + BEHAVIOUR) / 2, POLICY))
+    assert distance(table.q, right) < 0.03
+    assert distance(table.q, wrong) > 0.06
 
 
 # --- what is refused, and what is reported ---------------------------------------------------------------------------
@@ -500,6 +523,16 @@ def a_round(policy: LanguagePolicy, talks: list[Conversation], config: Config) -
     return replace(data, behaviour=policy.score(data.encoded) - 0.1)
 
 
+def staff_takes_over(talks: list[Conversation]) -> list[Conversation]:
+    """The same conversations, in which nothing was suggested in the second turn and the third."""
+
+    def told(number: int, turn: Turn) -> Turn:
+        taken = number in (1, 2) and not turn.terminal
+        return replace(turn, suggestion=MISSING, adoption=None) if taken else turn
+
+    return [replace(talk, turns=tuple(told(*pair) for pair in enumerate(talk.turns))) for talk in talks]
+
+
 def same(one: QModel, other: QModel) -> bool:
     mine, theirs = one.model.state_dict(), other.model.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
@@ -603,12 +636,30 @@ def test_the_expected_q_is_the_mean_over_the_policys_responses(
     assert not np.allclose(found, q.evaluate(data.encoded).q[:, None], equal_nan=True)
 
 
+def test_a_network_has_no_value_where_nothing_was_logged_and_samples_no_response_there(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small()
+    data = a_round(tiny_policy, staff_takes_over(scripted[:6]), config)
+    q = QModel.from_policy(tiny_policy, QSettings.of(config), 0)
+    log, asked = Log(tiny_policy, [data.encoded], config.q, 0), list[int]()
+    respond = LanguagePolicy.respond
+    monkeypatch.setattr(LanguagePolicy, "respond", lambda *a, **k: asked.append(len(a[1])) or respond(*a, **k))
+    learner, logged = Network(q, log), logged_rows(data.encoded)
+    for found in (learner.expected(), learner.values().v, learner.values().q):
+        assert np.array_equal(np.isfinite(found[:, 0]), logged)
+    assert 0 < sum(asked) == logged.sum() < (~data.last).sum()
+
+
+@pytest.mark.parametrize("takes_over", [False, True])
 def test_lstd_q_of_a_network_is_the_fixed_point_on_its_features(
-    tiny_policy: LanguagePolicy, scripted: list[Conversation]
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], takes_over: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The residual of the projected Bellman equation is the ridge's: sum phi (r + gamma Q' - Q) = k w."""
+    monkeypatch.setattr("iterative_ppo.learning.estimators.lstd_q.ROWS", 7)  # whose ends lie among missing rows
     config = small(**{"q.target": "lstd_q", "q.running_weight": 0.0})
-    data = a_round(tiny_policy, scripted[:20], config)
+    talks = scripted[:20]
+    data = a_round(tiny_policy, staff_takes_over(talks) if takes_over else talks, config)
     q = fit_q(tiny_policy, data, [], config)
     learner = Network(q, Log(tiny_policy, [data.encoded], config.q, config.seed))
     phi, values, v = learner.features().logged, learner.values(), learner.expected()
@@ -620,7 +671,7 @@ def test_lstd_q_of_a_network_is_the_fixed_point_on_its_features(
     prompts = np.zeros_like(phi)
     for batch, hidden in learner._hidden(data.encoded):
         prompts[batch.row] = hidden[batch.sequence, batch.start - 1]
-    states = ~data.last
+    states = logged_rows(data.encoded)
     residual = prompts[states].T @ (v - values.v)[states, 0]
     assert np.allclose(residual, config.q.ridge * v_weights, atol=2e-3), "V's heads are fitted to E_pi Q"
 

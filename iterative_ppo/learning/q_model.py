@@ -118,6 +118,11 @@ class Values:
     v: np.ndarray
     q: np.ndarray
 
+    @property
+    def logged(self) -> Values:
+        """With V, too, only where an action was logged: it is fitted there, and elsewhere means nothing."""
+        return Values(np.where(np.isnan(self.q), np.nan, self.v), self.q)
+
 
 class QModel:
     """Q^pi and V^pi, frozen once fitted.

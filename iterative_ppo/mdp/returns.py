@@ -103,9 +103,10 @@ def one_step_targets(reward: np.ndarray, last: np.ndarray, v: np.ndarray, gamma:
     """y_i = r_i + gamma V(s_{i+1}), V(terminal) = 0: Q^pi of any logged action, whoever chose it.
 
     Args:
-        reward: (N,) or (N, K) r_i. last: (N,) last rows of conversations. v: V(s_i), NaN in terminal rows.
+        reward: (N,) or (N, K) r_i. last: (N,) last rows of conversations.
+        v: V(s_i), NaN in terminal rows, and where no action was logged: there y_{i+1} stands in its place.
     """
-    return reward + _discount(gamma) * following(v, last)
+    return lambda_returns(reward, last, v, gamma, trace_decay=0.0)
 
 
 def retrace_targets(
@@ -119,21 +120,23 @@ def retrace_targets(
 ) -> np.ndarray:
     """Q(s_i, a_i) + sum_{j>=i} gamma^{j-i} (prod_{l=i+1..j} c_l) delta_j (Munos et al. 2016, arXiv 1606.02647, Eq. 4).
 
-    c_l = trace_decay min(1, rho_l), delta_j = r_j + gamma (1 - d_j) E_pi Q(s_{j+1}, .) - Q(s_j, a_j).
+    c_l = trace_decay min(1, rho_l), delta_j = r_j + gamma (1 - d_j) E_pi Q(s_{j+1}, .) - Q(s_j, a_j). Where no action
+    was logged the business acted by itself, as it would under pi: the sums go on to the next row that has one.
 
     Args:
         reward: (N,) or (N, K) r_i. last: (N,) last rows of conversations, which are terminal.
         q: like `reward`, Q(s_i, a_i), NaN where no action was logged.
-        v: like `reward`, E_pi Q(s_i, .), NaN in terminal rows.
-        log_ratio: (N,) log rho_i = log pi(a_i | s_i) - log b(a_i | s_i) of whole responses; NaN sets c_i to 0.
+        v: like `reward`, E_pi Q(s_i, .) where an action was logged.
+        log_ratio: (N,) log rho_i = log pi(a_i | s_i) - log b(a_i | s_i) of whole responses; of a logged action, NaN
+            sets c_i to 0.
 
     Returns targets like `reward`, NaN where no action was logged.
     """
     trace = trace_decay * np.exp(np.minimum(0.0, np.where(np.isnan(log_ratio), -np.inf, log_ratio)))
-    trace = np.where(np.isnan(q), 0.0, trace if q.ndim == 1 else trace[:, None])
-    ahead = _discount(gamma) * following(trace, last)
-    constant = reward + gamma * following(v, last) - ahead * following(np.nan_to_num(q), last)
-    return np.where(np.isnan(q), np.nan, backward_recursion(constant, ahead, last))
+    trace = np.where(np.isnan(q), 1.0, trace if q.ndim == 1 else trace[:, None])
+    known = np.where(np.isnan(q), 0.0, v - trace * q)
+    constant = reward + _discount(gamma) * following(known, last)
+    return np.where(np.isnan(q), np.nan, backward_recursion(constant, gamma * following(trace, last), last))
 
 
 def _discount(gamma: float) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iterative_ppo.learning.estimators.protocol import Learner, Transitions
-from iterative_ppo.mdp.returns import following
+from iterative_ppo.mdp.returns import one_step_targets
 
 ROWS = 4096
 """Rows whose features are in memory at a time."""
@@ -15,7 +15,10 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class LSTDQ:
-    """w = (sum phi (phi - gamma (1 - d) phibar')^T + k I)^-1 sum phi r, phibar' = E_pi phi(s', .)."""
+    """w = (sum phi (phi - gamma (1 - d) phibar')^T + k I)^-1 sum phi r, phibar' = E_pi phi(s', .).
+
+    s' is the next state in which an action was logged, r what is paid until then, gamma that of as many turns.
+    """
 
     ridge: float
     own_only = False
@@ -28,14 +31,24 @@ class LSTDQ:
         width, heads = features.logged.shape[1], data.reward.shape[1]
         moments = np.tile(self.ridge * np.eye(width), (heads, 1, 1))
         products = np.zeros((heads, width))
-        for begin in range(0, len(data.last), ROWS):
-            block, and_next = slice(begin, begin + ROWS), slice(begin, begin + ROWS + 1)
-            rows = (data.fit & data.logged)[block]
-            phi = features.logged[block][rows].astype(float)
-            ahead = following(features.expected[and_next].astype(float), data.last[and_next])[:ROWS]
-            temporal = phi - data.gamma * ahead[rows]
+        reward, following, discount = _to_the_next_logged(data)
+        fit = np.flatnonzero(data.fit & data.logged)
+        for begin in range(0, len(fit), ROWS):
+            rows = fit[begin : begin + ROWS]
+            phi = features.logged[rows].astype(float)
+            temporal = phi - discount[rows, None] * features.expected[following[rows]]
             for h in range(heads):
-                weighted = phi * weights[block][rows, h, None]
+                weighted = phi * weights[rows, h, None]
                 moments[h] += weighted.T @ temporal
-                products[h] += weighted.T @ data.reward[block][rows, h]
+                products[h] += weighted.T @ reward[rows, h]
         learner.solve(np.linalg.solve(moments, products[..., None])[..., 0].T)
+
+
+def _to_the_next_logged(data: Transitions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N, H) what is paid until the next row with an action, (N,) that row, (N,) its discount, 0 where none follows."""
+    known = np.where(data.logged, 0.0, np.nan)
+    paid = one_step_targets(data.reward, data.last, np.broadcast_to(known[:, None], data.reward.shape), data.gamma)
+    discount = one_step_targets(np.zeros(len(known)), data.last, known + 1.0, data.gamma)
+    logged = np.flatnonzero(data.logged)
+    place = np.searchsorted(logged, np.arange(len(known)), side="right")
+    return paid, logged[np.minimum(place, len(logged) - 1)], discount

@@ -63,8 +63,9 @@ class Log:
 
     @cached_property
     def states(self) -> np.ndarray:
-        """(S, 3) table row, sequence and end of the prompt of all states to act in."""
-        found = [(span.row, k, span.start) for k, s in enumerate(self.encoded.sequences) for span in s.spans]
+        """(S, 3) table row, sequence and end of the prompt of all states in which an action was logged."""
+        spans = ((k, span) for k, sequence in enumerate(self.encoded.sequences) for span in sequence.spans)
+        found = [(span.row, k, span.start) for k, span in spans if span.trains]
         return np.array(found, dtype=np.int64).reshape(-1, 3)
 
     def prompts(self, states: np.ndarray) -> list[tuple[int, ...]]:
@@ -137,7 +138,7 @@ class Network:
         if self.log.outdone:
             return Values(*np.zeros((2, self.log.encoded.rows, self.q.settings.heads)))
         found = [self.q.head_values(table) for table in self.log.tables]
-        return Values(np.concatenate([f.v for f in found]), np.concatenate([f.q for f in found]))
+        return Values(np.concatenate([f.v for f in found]), np.concatenate([f.q for f in found])).logged
 
     def expected(self) -> np.ndarray:
         if self.log.outdone:
@@ -205,11 +206,10 @@ class Network:
         moments = self.log.config.ridge * np.eye(len(weights))
         products = np.zeros(weights.shape)
         for batch, hidden in self._hidden(self.log.encoded):
-            for sequence, start, end, row, trains in zip(
-                batch.sequence, batch.start, batch.end, batch.row, batch.trains, strict=True
-            ):
-                x = hidden[sequence, start - 1 : end].astype(float)
-                between = self.log.config.running_weight / max(1, len(x) - 2) if trains else 0.0
+            for span in np.flatnonzero(batch.trains):
+                row = batch.row[span]
+                x = hidden[batch.sequence[span], batch.start[span] - 1 : batch.end[span]].astype(float)
+                between = self.log.config.running_weight / max(1, len(x) - 2)
                 weight = np.array([1.0] + [between] * (len(x) - 2))
                 target = np.stack([v[row]] + [x[-1] @ weights] * (len(x) - 2))
                 moments += (x[:-1] * weight[:, None]).T @ x[:-1]

@@ -61,23 +61,26 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Features:
-    """phi(s_i, a_i) (N, F), 0 in rows without a logged action, and E_pi phi(s_i, .) (N, F), 0 in terminal rows."""
+    """phi(s_i, a_i) and E_pi phi(s_i, .), both (N, F), 0 in rows without a logged action."""
 
     logged: np.ndarray
     expected: np.ndarray
 
 
 class Learner(Protocol):
-    """An approximation of Q^pi and V^pi that can be fitted to targets of the log's rows."""
+    """An approximation of Q^pi and V^pi that can be fitted to targets of the log's rows.
+
+    It learns where an action was logged, and tells no value elsewhere: targets go on over such rows.
+    """
 
     def copy(self) -> Learner:
         """One that starts the same and is fitted apart."""
 
     def values(self) -> Values:
-        """(N, H) V(s_i), NaN in terminal rows, and Q(s_i, a_i), NaN where no action was logged."""
+        """(N, H) V(s_i) and Q(s_i, a_i), NaN where no action was logged."""
 
     def expected(self) -> np.ndarray:
-        """(N, H) E_pi Q(s_i, .), exactly or by samples of pi; NaN in terminal rows."""
+        """(N, H) E_pi Q(s_i, .), exactly or by samples of pi; NaN where no action was logged."""
 
     def fit(
         self,

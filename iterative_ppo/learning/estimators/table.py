@@ -69,7 +69,7 @@ class Table:
         cells = np.eye(self.q.size).reshape(*self.q.shape, -1)
         expected = np.einsum("sa,saf->sf", self.policy, cells)[self.state]
         logged = cells[self.state, self.action]
-        return Features(np.where(self.action[:, None] < 0, 0.0, logged), np.where(self.state[:, None] < 0, 0, expected))
+        return Features(*(np.where(self.action[:, None] < 0, 0.0, phi) for phi in (logged, expected)))
 
     def weights(self) -> np.ndarray:
         return np.ones((len(self.state), 1))
@@ -79,7 +79,7 @@ class Table:
         self.v = (self.policy * self.q).sum(axis=1)
 
     def _of_state(self, values: np.ndarray) -> np.ndarray:
-        return np.where(self.state < 0, np.nan, values[self.state])[:, None]
+        return np.where(self.action < 0, np.nan, values[self.state])[:, None]
 
 
 def _means(cell: np.ndarray, values: np.ndarray, before: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
