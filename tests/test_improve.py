@@ -44,7 +44,7 @@ from iterative_ppo.learning.rounds import evaluate_policy, improve_policy, round
 from iterative_ppo.learning.sequences import Beginnings
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.rendering import Encoded, single
-from iterative_ppo.mdp.turn_table import to_frame
+from iterative_ppo.mdp.turn_table import actions, to_frame
 
 torch.set_num_threads(1)
 
@@ -96,6 +96,18 @@ def test_turn_advantages_are_the_double_sum_within_each_conversation(
     last = np.isnan(values)
     advantage = turn_advantages(np.array(rewards), last, np.array(values), gamma, lam)
     assert advantage == pytest.approx(np.array(expected), abs=1e-6)
+
+
+@light
+@given(data=st.data(), gamma=st.floats(0, 0.99), lam=SHARE)
+def test_turn_advantages_go_on_over_what_was_not_logged(data: st.DataObject, gamma: float, lam: float) -> None:
+    """An action, two turns without one, an action: the first delta reaches over the two to the V of the last."""
+    r, v = data.draw(series(4)), data.draw(series(4))
+    later = r[3] - v[3]
+    delta = r[0] + gamma * r[1] + gamma**2 * r[2] + gamma**3 * v[3] - v[0]
+    v[1:3] = math.nan
+    advantage = turn_advantages(np.append(r, 0.0), np.arange(5) == 4, np.append(v, math.nan), gamma, lam)
+    assert advantage == pytest.approx(np.array([delta + gamma**3 * lam * later, 0.0, 0.0, later, 0.0]), abs=1e-6)
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -619,6 +631,24 @@ def test_held_out_conversations_never_enter_the_improvement(
         results.append(parameters(made.policy))
     assert all(torch.equal(p, q) for p, q in zip(results[0], results[1], strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(results[0], results[2], strict=True))
+
+
+def test_the_logged_pass_asks_for_no_value_where_nothing_was_logged(
+    tiny_policy: LanguagePolicy, scripted: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(
+        "iterative_ppo.learning.rounds.turn_advantages", lambda *a: told.append(a) or turn_advantages(*a)
+    )
+    frame = to_frame(scripted[:20], OUTCOMES, 0.3)
+    frame.loc[(frame["turn"] == 2) & actions(frame), ["suggestion", "suggestion_status"]] = [None, "missing"]
+    config = config_with(**{"improve.ppo.episodes": 0, "improve.best_of_n.epochs": 0.0})
+    data = round_of(tiny_policy, frame, config)
+    q = QModel.from_policy(tiny_policy, QSettings("bce", 0.0, 1.0, 0.95), seed=0)
+    prompts = prompts_of(data.encoded.sequences, np.flatnonzero(data.fit))
+    improve_policy(tiny_policy, data, tiny_policy.score(data.encoded), q, prompts, config, seed=0)
+    ((_, last, v, *_),) = told
+    assert np.array_equal(np.isfinite(v), actions(frame)) and not actions(frame)[~last].all()
 
 
 @pytest.mark.parametrize("reference", ["start", "champion"])

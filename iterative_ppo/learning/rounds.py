@@ -247,7 +247,7 @@ class Passes:
     def improve(self, student: LanguagePolicy) -> tuple[LanguagePolicy, dict[str, Curve]]:
         """The student after them, and the curves of those that ran."""
         c, q = self.config.improve, self.q
-        values = q.evaluate(self.current.encoded)
+        values = q.evaluate(self.current.encoded).logged
         usable = self.current.fit & np.isfinite(values.q)
         logged: Curve = []
         if self.number == 1:  # later the logged actions are no longer near the student's own

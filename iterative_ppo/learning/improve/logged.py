@@ -20,18 +20,19 @@ from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import set_by
 from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.training import Curve, Progress, train
-from iterative_ppo.mdp.returns import discounted_returns
+from iterative_ppo.mdp.returns import lambda_returns
 
 
 def turn_advantages(reward: np.ndarray, last: np.ndarray, v: np.ndarray, gamma: float, lam: float) -> np.ndarray:
     """(N,) GAE(lambda) over turns: sum_k (gamma lambda)^k delta_{i+k}, delta_i = r_i + gamma V(s_{i+1}) - V(s_i).
 
+    Which is the lambda-return less V(s_i) (Schulman et al. 2015, arXiv 1506.02438, Eq. 16).
+
     Args:
-        v: (N,) V(s_i), NaN in terminal rows, whose advantage is 0 (Schulman et al. 2015, arXiv 1506.02438, Eq. 16).
+        v: (N,) V(s_i), NaN in terminal rows and where no action was logged: the advantage is 0 there, and the return
+            goes on over it.
     """
-    following = np.where(last, 0.0, np.nan_to_num(np.append(v[1:], np.nan)))
-    delta = np.where(last | np.isnan(v), 0.0, reward + gamma * following - np.nan_to_num(v))
-    return discounted_returns(delta, last, gamma * lam)
+    return np.where(np.isnan(v), 0.0, lambda_returns(reward, last, v, gamma, lam) - v)
 
 
 @dataclass(frozen=True)
