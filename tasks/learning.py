@@ -302,17 +302,18 @@ def _rounds(
 
 
 def prompts_stage(config: Config, policy: PolicyVersion, dataset: Dataset, folder: Path) -> Stage:
-    """Line 6: the prompts that the policy uses for the states of the fit part."""
+    """Line 6: the prompts that the policy uses for the states of the fit part in which a suggestion was logged."""
     inputs = {"policy": content_hash(policy.path), "md5": dataset.md5}
 
     def work(draft: Path) -> Mapping[str, float]:
         from iterative_ppo.learning.improve.episodes import prompts_of
         from iterative_ppo.learning.language_model import LanguagePolicy
+        from iterative_ppo.learning.policy_evaluation import logged_rows
 
         pi = LanguagePolicy.load(policy.path)
         with token_folder(draft) as tokens:
             current, _ = champion_round(pi, policy.label, dataset, config, tokens)
-            prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit))
+            prompts = prompts_of(current.encoded.sequences, np.flatnonzero(current.fit & logged_rows(current.encoded)))
             write_prompts(draft / PROMPTS, prompts)
         return {"prompts": len(prompts), "mean_tokens": float(prompts.lengths.mean()) if prompts else 0.0}
 

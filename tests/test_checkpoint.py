@@ -142,6 +142,18 @@ def night(tmp_path: Path, tiny_config: Config) -> Night:
     return Night(tmp_path, build_bandit(tiny_config))
 
 
+def test_prompts_are_of_states_in_which_a_suggestion_was_logged(night: Night) -> None:
+    """Q was fitted there: after them, where staff took over, what it says of a response means nothing."""
+    frame = turn_table.read(night.dataset.path, {"purchase": 1.0})
+    config: Config = load_config(overrides={**QUICK, "data.root": str(night.root)})
+    gone = turn_table.actions(frame) & (np.arange(len(frame)) % 3 == 0)
+    frame.loc[gone, ["suggestion", "suggestion_status", "behaviour_logprob"]] = [None, "missing", None]
+    turn_table.write(frame, night.root / "taken" / "turns.parquet", {"purchase": 1.0})
+    stage = prompts_stage(config, night.champion, Dataset(0, night.root / "taken", "taken"), night.root)
+    fit = (frame["part"] == "fit").to_numpy()
+    assert stage.metrics["prompts"] == (turn_table.actions(frame) & fit).sum() and (gone & fit).any()
+
+
 def test_stages_tell_once_of_rates_that_would_undo_a_large_champion(
     night: Night, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
