@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ab_arms import abtest, decided, history
 from gate_evidence import ACCEPTANCE, BROKEN, CERTIFICATE, ESTIMATE, GOOD, HELD
-from scipy.stats import chi2_contingency, norm
+from scipy.stats import chi2_contingency, norm, t, ttest_1samp
 
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation.ab_test import Arm, ab_test, assign
@@ -350,13 +350,24 @@ def test_the_paired_gain_covers_the_truth_where_states_share_conversations() -> 
     assert np.mean(naive) < 0.85, "states as if each stood alone would promise too much"
 
 
+def test_the_paired_gain_of_few_conversations_is_a_t_interval_and_one_tells_nothing() -> None:
+    rng = np.random.default_rng(1)
+    gains = rng.standard_normal((4000, 3))
+    found = np.array([paired_gain(np.zeros(3), gain, np.arange(3)) for gain in gains])
+    plain = [ttest_1samp(gain, 0.0).confidence_interval() for gain in gains[:5]]
+    assert found[:5] == pytest.approx(np.array(plain))
+    covered = (found[:, 0] < 0) & (found[:, 1] > 0)
+    assert abs(covered.mean() - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 4000)
+    assert paired_gain(np.zeros(4), np.full(4, 0.3), np.array(["a"] * 4)) == (-math.inf, math.inf)
+
+
 def test_the_paired_gain_is_centred_and_any_labels_serve() -> None:
     before, after = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.3, 0.3, 0.3, 0.5])
     low, high = paired_gain(before, after, np.array(["a", "a", "b", "c"]))
     assert (low + high) / 2 == pytest.approx(0.1)
     assert paired_gain(before, after, np.array(["z", "z", "y", "x"])) == pytest.approx((low, high))
-    spread = math.sqrt(0.1**2 + 0.1**2 + 0.0**2) / 4
-    assert high - low == pytest.approx(2 * 1.96 * spread)
+    spread = math.sqrt((0.1**2 + 0.1**2 + 0.0**2) * 3 / 2) / 4
+    assert high - low == pytest.approx(2 * t.ppf(0.975, 2) * spread)
     assert paired_gain(before, before + 0.25, np.arange(4)) == pytest.approx((0.25, 0.25))
 
 

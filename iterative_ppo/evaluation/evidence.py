@@ -57,10 +57,18 @@ def _jsonable(value: Any) -> Any:
 
 
 def paired_gain(champion: np.ndarray, challenger: np.ndarray, group: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean gain of (S,) paired values, states of one conversation resampled together."""
+    """95 % interval of the mean gain of (S,) paired values: a t interval over the G conversations that `group` names.
+
+    Conversations are drawn, not states (a linearised ratio of sums). One alone tells nothing: the interval is infinite.
+    """
+    from scipy.stats import t
+
     gain = challenger - champion
     _, unit = np.unique(group, return_inverse=True)
     total, size = np.bincount(unit, weights=gain), np.bincount(unit)
-    mean = gain.mean()
-    spread = np.sqrt(((total - mean * size) ** 2).sum()) / len(gain)
-    return float(mean - 1.96 * spread), float(mean + 1.96 * spread)
+    mean, units = gain.mean(), len(total)
+    if units < 2:
+        return -np.inf, np.inf
+    error = np.sqrt(((total - mean * size) ** 2).sum() * units / (units - 1)) / len(gain)
+    reach = t.ppf(0.975, units - 1) * error
+    return float(mean - reach), float(mean + reach)
