@@ -100,10 +100,16 @@ def test_a_conversation_is_measured_by_its_turns() -> None:
     found = measure(to_frame(talks, {"sold": 1.0}, 0.2))
     order = list(dict.fromkeys(to_frame(talks, {"sold": 1.0}, 0.2)["conversation_id"]))
     by_name = {name: {key: values[k] for key, values in found.items()} for k, name in enumerate(order)}
-    assert by_name["b"] == pytest.approx({OUTCOME: 1.0, ACCEPTANCE: 0.5, ABSTENTION: 1 / 3, LENGTH: 3.0})
-    assert by_name["a"] == pytest.approx({OUTCOME: 0.0, ACCEPTANCE: 1.0, ABSTENTION: 0.0, LENGTH: 2.0})
+    assert by_name["b"] == pytest.approx({OUTCOME: 1.0, ACCEPTANCE: 0.5, ABSTENTION: 1 / 3, LENGTH: 14.5})
+    assert by_name["a"] == pytest.approx({OUTCOME: 0.0, ACCEPTANCE: 1.0, ABSTENTION: 0.0, LENGTH: 9.0})
     assert by_name["c"][OUTCOME] == 0.0
     assert all(np.isnan(by_name["c"][key]) for key in (ACCEPTANCE, ABSTENTION, LENGTH))
+
+
+def test_length_is_told_of_languages_without_spaces_too() -> None:
+    short, long = (Suggestion(text, "suggested") for text in ("您好。", "您好，感谢您联系我们。"))
+    talks = [talk("a", 0.0, (short, None)), talk("b", 0.0, (long, None)), talk("c", 0.0, (short, None), (long, None))]
+    assert sorted(measure(to_frame(talks, {"sold": 1.0}, 0.2))[LENGTH]) == [3.0, 7.0, 11.0]
 
 
 def test_successes_that_came_before_the_failures_of_their_days_do_not_count_yet(tmp_path: Path) -> None:

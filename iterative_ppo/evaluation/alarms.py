@@ -51,20 +51,19 @@ class Alarm:
 
 
 def measure(frame: pd.DataFrame, above: float = 0.0) -> dict[str, np.ndarray]:
-    """Outcome (0 or 1), acceptance, abstention (shares of turns) and length (words a suggestion) by conversation.
+    """Outcome (0 or 1), acceptance, abstention (shares of turns) and length (characters a suggestion) by conversation.
 
     Args:
         frame: a turn table of closed conversations, in the order of service.
         above: the R above which a conversation is a success.
     """
     status, adoption = frame["suggestion_status"], frame["adoption"]
-    words = frame["suggestion"].fillna("").str.split().str.len()
     answered = adoption.isin(["verbatim", "edited", "rejected"])
     values = {
         OUTCOME: (frame["outcome"] > above, turn_table.last_rows(frame)),
         ACCEPTANCE: (adoption.isin(["verbatim", "edited"]), answered),
         ABSTENTION: (status.isin(["abstained"]), turn_table.actions(frame)),
-        LENGTH: (words, status.isin(["suggested"])),
+        LENGTH: (frame["suggestion"].str.len(), status.isin(["suggested"])),
     }
     known = {name: np.where(rows, value.to_numpy(dtype=float), np.nan) for name, (value, rows) in values.items()}
     means = pd.DataFrame(known).groupby(frame["conversation_id"].to_numpy(dtype=object), sort=False).mean()
