@@ -97,7 +97,7 @@ def initial_policy_stage(
         "conversations": len(corpus),
         "corpus": fingerprint(*corpus),
         "lessons": fingerprint(*lessons),
-        "code": 1,
+        "code": 2,
     } | _credit(config)
     place = Path(config.policy.base_model) if config.policy.base_model else None
     if place and place.exists():  # else it is a name, and what it stands for is not here to be looked at
@@ -142,7 +142,6 @@ def initial_policy_stage(
                         sequences,
                         config.supervised,
                         config.seed,
-                        whole=base is None,
                         callbacks=[TrainingBar(report)],
                         checkpoint=checkpoint.part("policy", UPDATES),
                     )

@@ -83,5 +83,5 @@ def tiny_policy(tiny_config: Config, scripted: list[Conversation], untrained_pol
     from iterative_ppo.learning.supervised import fine_tune
 
     sequences = [s for talk in scripted for s in untrained_policy.renderer.encode(talk)[0]]
-    policy, _ = fine_tune(untrained_policy, sequences, tiny_config.supervised, seed=0, whole=True)
+    policy, _ = fine_tune(untrained_policy, sequences, tiny_config.supervised, seed=0)
     return policy

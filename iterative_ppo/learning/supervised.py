@@ -22,10 +22,8 @@ from iterative_ppo.mdp.rendering import Encoded
 IGNORED = -100
 
 
-def labels(sequence: Encoded, whole: bool) -> list[int]:
-    """Token targets: the whole conversation, or the logged responses alone."""
-    if whole:
-        return list(sequence.tokens)
+def labels(sequence: Encoded) -> list[int]:
+    """Token targets: the logged responses alone. Other messages would drown what in a state decides a suggestion."""
     keep = np.zeros(len(sequence.tokens), bool)
     for span in sequence.spans:
         keep[span.start : span.end] |= span.trains
@@ -37,14 +35,12 @@ def fine_tune(
     sequences: Sequence[Encoded],
     config: SupervisedConfig,
     seed: int,
-    whole: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint: Checkpoint | None = None,
 ) -> tuple[LanguagePolicy, dict[str, float]]:
-    """A copy of `policy` fine-tuned on some conversations, and the mean training loss.
+    """A copy of `policy` fine-tuned on the suggestions of some conversations, and the mean training loss.
 
     Args:
-        whole: learn every message (a model that must first learn the language) or the suggestions alone.
         checkpoint: where a killed training goes on from.
 
     Raises TrainingError where no sequence holds a suggestion, or the loss is not finite.
@@ -55,9 +51,7 @@ def fine_tune(
     class KeptSFTTrainer(KeptTrainer, SFTTrainer):
         pass
 
-    rows = [
-        {"input_ids": list(s.tokens), "labels": labels(s, whole)} for s in sequences if any(x.trains for x in s.spans)
-    ]
+    rows = [{"input_ids": list(s.tokens), "labels": labels(s)} for s in sequences if any(x.trains for x in s.spans)]
     if not rows:
         raise TrainingError("no conversation holds a logged suggestion to clone")
     student = policy.trainable_copy()
