@@ -49,7 +49,8 @@ class ABTestConfig(Frozen):
     design: Literal["fixed", "group_sequential", "anytime"]
     """One look at the planned size; a few scheduled looks; looks at any time (e-process)."""
     conversations: int = Field(ge=2)
-    """Matured conversations, both arms together, at which the test is decided; no design goes on beyond."""
+    """Matured conversations, both arms together, at which the test is decided; no design goes on beyond, but to wait
+    for businesses where either arm has fewer than 10."""
     challenger_share: float = Rate
     """Share of units that meet the challenger in the last stage of the ramp."""
     looks: int = Count
