@@ -85,6 +85,7 @@ class Test:
             "data.root": str(root / "data"),
             "abtest.conversations": 400,
             "abtest.ramp": [],
+            "gate.guardrails.pii.margin": 0.02,  # which 200 conversations in an arm can tell
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
         self.tested = Experiment(
