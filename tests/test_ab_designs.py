@@ -21,7 +21,7 @@ from iterative_ppo.evaluation.designs import design_of
 from iterative_ppo.evaluation.e_process import confidence_sequence, log_e_process, nearest_pairs
 from iterative_ppo.evaluation.experiment import History, Look, comparable
 from iterative_ppo.evaluation.inference import inference
-from iterative_ppo.evaluation.plan import fixed_sample, group_sequential_stops, plan
+from iterative_ppo.evaluation.plan import coarse, fixed_sample, group_sequential_stops, plan
 from iterative_ppo.evaluation.ramp import Ramp
 from iterative_ppo.evaluation.sample_ratio import e_value, mismatch, one_look_p
 from iterative_ppo.evaluation.spending import crossing, obrien_fleming_spent, upper_bounds
@@ -497,6 +497,14 @@ def test_bets_on_businesses_have_the_planned_power(base: float, mde: float, size
 def test_a_plan_that_cannot_be_is_refused(base: float, daily: float | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(config(mde=0.05), ALPHA, base, daily)
+
+
+def test_an_mde_of_half_the_rate_is_named_with_one_to_set() -> None:
+    told = coarse(0.05, 0.02)
+    assert told is not None and "abtest.mde 5.0% beside a champion's success rate of 2.0%" in told
+    assert "3.5 times as many successes may be missed; set abtest.mde to about 0.005" in told
+    assert coarse(0.05, 0.1) is not None and "about 0.03" in str(coarse(0.05, 0.1))
+    assert coarse(0.05, 0.11) is None and coarse(0.05, None) is None and coarse(0.05, 0.0) is None
 
 
 @pytest.mark.parametrize(("alpha", "power"), [(0.5, 0.5), (0.6, 0.5), (0.05, 0.05), (0.3, 0.99)])

@@ -777,5 +777,6 @@ def test_plan_names_a_size_for_each_design(tmp_path: Path) -> None:
     shown = ippo(test, *arguments).stdout
     assert f"set abtest.conversations={values['group_sequential']['most']}" in shown
     assert isinstance(ippo(test, "plan", "--base", ".99").exception, ConfigError)
-    assert "the smaller arm expects" not in shown
+    assert "the smaller arm expects" not in shown and "abtest.mde" not in shown
+    assert "set abtest.mde to about 0.005" in ippo(test, "plan", "--base", ".02").stdout
     assert "the smaller arm expects 2.0 conversations of the rarer end" in ippo(test, "plan", "--base", ".01").stdout

@@ -88,7 +88,8 @@ class AlarmsConfig(Frozen):
     alpha: float = Rate
     """Probability of a false alarm over all measures and looks, where nothing is worse by more than its margin."""
     margin: float = Share
-    """How much lower the outcome rate and the acceptance, and how much higher the abstention may be; a share."""
+    """How much lower the outcome rate and the acceptance, and how much higher the abstention may be; a share. Of what
+    is lower than twice as much, half of it: a rate of 4 % may fall to 2 %."""
     length_margin: float = Positive
     """How much longer or shorter suggestions may be, as a share of their mean length when it was promoted."""
     conversations: int = Field(ge=2)

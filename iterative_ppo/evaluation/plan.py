@@ -114,6 +114,18 @@ def least_businesses(share: float) -> int:
     return count
 
 
+def coarse(mde: float, base: float | None) -> str | None:
+    """Why this MDE is too large for a champion of success rate `base`, and what to set; None where it is not."""
+    if base is None or base <= 0 or mde < base / 2:
+        return None
+    finer = float(f"{base / 4:.1g}")
+    return (
+        f"abtest.mde {mde:.1%} beside a champion's success rate of {base:.1%}: tests and rounds end where less is "
+        f"to be gained, so that {(base + mde) / base:.2g} times as many successes may be missed; set abtest.mde to "
+        f"about {finer:g}, and abtest.conversations to what `ippo plan --base {base:.2g} --mde {finer:g}` says"
+    )
+
+
 def fixed_sample(base: float, mde: float, alpha: float, power: float, share: float) -> float:
     """Conversations of both arms for the one-sided score test of two proportions; `share` is the challenger's."""
     from statsmodels.stats.proportion import samplesize_proportions_2indep_onetail
