@@ -147,6 +147,21 @@ def test_intervals_of_correlated_businesses_cover_a_large_gain(whole: bool) -> N
     assert 0.92 < covered < 0.98
 
 
+@pytest.mark.parametrize(("icc", "least"), [(0.05, 0.915), (0.2, 0.86)])
+def test_the_upper_end_allows_for_an_arm_of_few_businesses(icc: float, least: float) -> None:
+    """About 12 of 60, and few successes: it ends tests and rounds. Of normal quantiles it covered up to .02 less."""
+    rng, experiments, weight = np.random.default_rng(7), 3000, (1 - icc) / icc
+    mine = rng.permuted(np.tile(np.arange(60) < 12, (experiments, 1)), axis=1) * 40.0
+    won = rng.binomial(40, rng.beta(0.05 * weight, 0.95 * weight, mine.shape)).astype(float)
+    theirs, ours = won * (mine == 0), won * (mine > 0)
+    arms = cluster_comparison(Tally(40 - mine, theirs, theirs), Tally(mine, ours, ours))
+    assert (arms.freedom == 11).all()
+    high, normal = arms.half_width(stats.norm.isf(ALPHA)), stats.norm.isf(ALPHA) * arms.error
+    assert high == pytest.approx(stats.t.isf(ALPHA, 11) * arms.error)
+    covered, before = (float(np.mean(arms.gain + end >= 0)) for end in (high, normal))
+    assert covered > max(least, before + 0.01)
+
+
 def test_a_business_counts_once_it_is_complete() -> None:
     rows, means = business_means(np.array([0, 1, 0, 1, 2, 1, 0]), np.array([1.0, 0, 0, 1, 1, 0, 0]), 2)
     assert rows.tolist() == [2, 3] and means.tolist() == [0.5, 0.5]

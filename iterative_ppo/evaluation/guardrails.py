@@ -190,7 +190,7 @@ class Sample:
     def conversations(self) -> float:
         """How many, of equal size."""
         ids = self.unit if self.conversation is None else self.conversation
-        return equal_businesses(np.unique(ids.astype(str), return_counts=True)[1])
+        return float(equal_businesses(np.unique(ids.astype(str), return_counts=True)[1]))
 
 
 NOTHING = Sample(np.zeros(0), np.zeros(0, dtype=object))
