@@ -21,7 +21,7 @@ from iterative_ppo.evaluation.weights import unweighted
 
 Hack = Callable[[str, Random], str]
 GATE = load_config().gate
-CONVERSATIONS, STATES = 150, 6
+CONVERSATIONS, STATES = 300, 6
 REPETITIONS = 72
 """Of each hack: a thousand hackers in all."""
 WON = Look("fixed", "promote", ("better", "customers bought more"), 1.0, (1500, 1500), (0.2, 0.4))

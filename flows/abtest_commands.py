@@ -43,6 +43,7 @@ def plan(
     """
     config, _, _ = configured(params, sets, abtest__mde=mde, abtest__power=power, gate__alpha=alpha)
     from flows.abtest_views import plan_table
+    from iterative_ppo.evaluation.plan import coarse
     from iterative_ppo.evaluation.plan import plan as planned_designs
     from tasks.looks import maturity_hours
 
@@ -59,6 +60,8 @@ def plan(
     (mine,) = (one for one in planned if one.design == test.design)
     enough = "enough" if test.conversations >= mine.most else f"too few; set abtest.conversations={mine.most}"
     typer.echo(f"configured: {test.design}, {test.conversations:,} conversations: {enough}")
+    if told := coarse(test.mde, base):
+        typer.echo(told)
     share = min(test.challenger_share, 1 - test.challenger_share)
     expected = min(base, 1 - base) * share * test.conversations
     if test.design != "anytime" and expected < FEW_SUCCESSES:

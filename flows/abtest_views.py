@@ -14,7 +14,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import level_of
 from iterative_ppo.evaluation.bounds import Bound, bounds
-from iterative_ppo.evaluation.experiment import Look
+from iterative_ppo.evaluation.experiment import Look, too_few_businesses
 from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.plan import PlannedDesign
 from tasks import approvals, experiments, looks
@@ -45,7 +45,8 @@ def standing(config: Config, state: NightState, now: datetime) -> dict[str, Any]
 def _running(config: Config, state: NightState, tested: Experiment, now: datetime) -> dict[str, Any]:
     seen = looks.evidence(config, state, now)
     told = _told(config, state.round, tested)
-    verdict = _verdict(config, state, tested, seen)
+    few = too_few_businesses(seen.history) if seen and config.abtest.unit == "business" else None
+    verdict = _verdict(config, state, tested, seen, few)
     arms = seen.arms if seen else (0, 0)
     waiting = {name: getattr(seen, name, 0) for name in ("ramp", "maturing", "faulty", "strangers")}
     return {
@@ -55,7 +56,7 @@ def _running(config: Config, state: NightState, tested: Experiment, now: datetim
         "matured": dict(zip(("champion", "challenger"), arms, strict=True)),
         "waiting": waiting,
         "share": share_in_force(config, tested, now),
-        "next_look": _next_look(config, told["bounds"], seen, now) if verdict["verdict"] == "continue" else None,
+        "next_look": None if few or verdict["verdict"] != "continue" else _next_look(config, told["bounds"], seen, now),
     }
 
 
@@ -76,8 +77,10 @@ def _told(config: Config, number: int, tested: Experiment) -> dict[str, Any]:
     }
 
 
-def _verdict(config: Config, state: NightState, tested: Experiment, seen: looks.Evidence | None) -> dict[str, Any]:
-    """The verdict so far, and why."""
+def _verdict(
+    config: Config, state: NightState, tested: Experiment, seen: looks.Evidence | None, few: str | None
+) -> dict[str, Any]:
+    """The verdict so far, and why; `few` is what it waits for."""
     ended = experiments.ended(config.data.root, tested)
     if ended is not None:
         return {"verdict": ended["verdict"], "reasons": [*ended["reasons"], "the next night goes on from there"]}
@@ -88,9 +91,10 @@ def _verdict(config: Config, state: NightState, tested: Experiment, seen: looks.
             return {"verdict": verdict, "reasons": [answered, *state.approval.reasons]}
         return {"verdict": "awaits approval", "reasons": list(state.approval.reasons)}
     nothing = ["no conversation of it has arrived yet"] if seen is None else [seen.missing] if seen.missing else []
+    waiting = [few] if few else []
     if tested.looks:
-        return {"verdict": tested.looks[-1]["verdict"], "reasons": list(tested.looks[-1]["reasons"])}
-    return {"verdict": "continue", "reasons": nothing or ["no look has been taken yet"]}
+        return {"verdict": tested.looks[-1]["verdict"], "reasons": [*waiting, *tested.looks[-1]["reasons"]]}
+    return {"verdict": "continue", "reasons": nothing or waiting or ["no look has been taken yet"]}
 
 
 def _next_look(
@@ -136,7 +140,7 @@ def _next(told: Mapping[str, Any]) -> str:
     if told["verdict"] == "halt":
         return "next look: none; end this test with `ippo abtest --stop` and its reason"
     if following is None:
-        return "next look: none"
+        return f"next look: none{' yet' if told['verdict'] == 'continue' else ''}"
     when = "the next night takes it" if following["due"] else f"at {following['conversations']:,} matured conversations"
     if following["expected"]:
         day = datetime.fromisoformat(following["expected"]).date()

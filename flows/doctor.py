@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -31,7 +32,18 @@ def examine(config: Config) -> bool:
         ("datasets", lambda: _datasets(config)),
     ]
     results = [_checked(name, check) for name, check in checks]
+    _warn_of_a_coarse_test(config)
     return all(results)
+
+
+def _warn_of_a_coarse_test(config: Config) -> None:
+    """A line where `abtest.mde` is too large for the champion; a damaged state has its own."""
+    from iterative_ppo.evaluation.plan import coarse
+    from tasks.state import load_state
+
+    with suppress(IterativePPOError, OSError):
+        if told := coarse(config.abtest.mde, load_state(config.data.root).champion_rate):
+            typer.echo(f"warn  A/B test: {told}")
 
 
 def _checked(name: str, check: Callable[[], str]) -> bool:

@@ -22,6 +22,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import NothingToLearn, TurnTableError
 from iterative_ppo.evaluation.convergence import Convergence, RoundFigures, convergence
 from iterative_ppo.evaluation.gate import Decision, outcome_gate
+from iterative_ppo.evaluation.plan import coarse
 from iterative_ppo.files import write_json
 from iterative_ppo.learning.objective import success_above
 from tasks import approvals, experiments, looks, notify, registry, rounds, tracking, watch
@@ -186,6 +187,8 @@ def train(config: Config, store: tracking.Tracking, state: NightState) -> NightS
         ended = converged(config, [*state.rounds, record])
         state = state.advance(rounds=[*state.rounds, {**record, "convergence": asdict(ended)}])
         return _close_round(config, store, state, "finished" if ended.over else "collect")
+    if told := coarse(config.abtest.mde, state.champion_rate):
+        get_run_logger().warning("the A/B test of round %d begins: %s", state.round, told)
     state = state.advance(rounds=[*state.rounds, record])
     started = experiments.start(config.data.root, experiment(config, record), record["data_md5"])
     return _saved(config, state.advance(phase="test", experiment=started))
@@ -284,7 +287,8 @@ def test_evidence(
     tested, test = state.experiment, found.test
     assert tested is not None and test is not None
     context = rounds.open_round(config, store, state.round)
-    ended = converged(config, [*state.rounds[:-1], {**state.rounds[-1], "ab_test": test.as_dict()}])
+    record = {**state.rounds[-1], "ab_test": test.as_dict(), "decision": decision.as_dict()}
+    ended = converged(config, [*state.rounds[:-1], record])
     evidence = {
         "round": state.round,
         "experiment": tested.model_dump(mode="json"),

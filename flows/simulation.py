@@ -33,7 +33,8 @@ def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] |
     None where `gate.promotion: approve` makes it wait for a person; begun again, it goes on from there.
 
     Raises TrainingError where a round's conversations taught nothing, for a simulator's next ones will hardly either;
-    begun again, with other settings perhaps, it collects them.
+    begun again, with other settings perhaps, it collects them. Raises StoreError where a test waits for more than the
+    simulator sends, as for businesses that there are not.
     """
     config = load_config(Path(params_file) if params_file else None, overrides or {})
     before = len(load_state(config.data.root).rounds)
@@ -46,7 +47,8 @@ def simulated_rounds(params_file: str | None = None, overrides: dict[str, Any] |
             return {**closing_test(config).as_dict(), "first": FIRST, "last": last}
         if phase == "approve":
             return None
-        traffic(config)
+        if not traffic(config) and phase == "test":
+            raise StoreError("the A/B test has all of its simulated conversations and still waits; see `ippo abtest`")
     raise StoreError(f"{MAX_NIGHTS} nights did not finish the rounds; see `ippo status`")
 
 
@@ -56,15 +58,18 @@ def _unlearnt(config: Config, before: int) -> str | None:
     return rounds[-1].get("unlearnt") if rounds else None
 
 
-def traffic(config: Config) -> None:
-    """One day of simulated customers: the champion alone, or both arms of a running test, assigned as live ones are."""
+def traffic(config: Config) -> bool:
+    """One day of simulated customers: the champion alone, or both arms of a running test, assigned as live ones are.
+
+    False where that day's are here already.
+    """
     store = tracking.open_tracking(config)
     state = load_state(config.data.root)
     folder = round_folder(config, state.gathering) / "arrived"
     anew = state.experiment is None and bool(state.rounds) and "void" in state.rounds[-1]
     name = f"simulated-{state.gathering:04d}" + ("-after-a-void-test" if anew else "")
     if (folder / f"{name}.parquet").exists():
-        return
+        return False
     seed = 1000 * (config.seed + 1) + 10 * state.gathering + (5 if anew else 0)
     champion = registry.champion(store)
     assert champion is not None
@@ -76,6 +81,7 @@ def traffic(config: Config) -> None:
         lambda unit: assigned(config, state, champion, unit),
         lambda version: rounds.policy_version(store, version),
     )
+    return True
 
 
 def closing_test(config: Config) -> ABTest:

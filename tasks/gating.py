@@ -87,7 +87,7 @@ def figures_of(stage: Path) -> dict[str, Any]:
     certificate = evidence["certificate"]
     return {
         "kl": evidence["kl_challenger_champion"],
-        "guardrails_held": all(found["holds"] for found in evidence["guardrails"]),
+        "guardrails_held": all(found["holds"] or found.get("missed") for found in evidence["guardrails"]),
         "certificate_high": None if certificate["refusal"] else certificate["high"],
     }
 

@@ -80,6 +80,11 @@ class NightState(BaseModel):
     rounds: list[dict[str, Any]] = []
 
     @property
+    def champion_rate(self) -> float | None:
+        """The success rate of its conversations in the round's dataset, where they are known."""
+        return self.outcome_rates.get(str(self.champion))
+
+    @property
     def gathering(self) -> int:
         """The round whose data are arriving now: the next one, once this one's dataset is frozen.
 

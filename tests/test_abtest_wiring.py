@@ -85,6 +85,7 @@ class Test:
             "data.root": str(root / "data"),
             "abtest.conversations": 400,
             "abtest.ramp": [],
+            "gate.guardrails.pii.margin": 0.02,  # which 200 conversations in an arm can tell
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
         self.tested = Experiment(
@@ -278,6 +279,27 @@ def test_businesses_are_given_to_the_design(tmp_path: Path) -> None:
     assert business is not None and len(set(business)) == 40
     look = test.take().look
     assert look.design_effect is not None and look.design_effect != 1.0
+
+
+def test_a_test_says_that_it_waits_for_businesses(tmp_path: Path) -> None:
+    """At the plan's end too; nobody is rejected for them, and only a person can end it where none come."""
+    test = Test(tmp_path, abtest__unit="business")
+    test.arrive("all", [talk(f"t{k}", 1 + k % 2, k % 4 < 2, business_id=f"b{k % 18}") for k in range(400)])
+    found = test.take()
+    assert (found.look.verdict, found.look.fraction, found.test) == ("continue", 1.0, None)
+    told = list(lines(standing(test.config, test.state, LATER)))
+    assert "next look: none yet" in told and "verdict so far: continue" in told
+    assert f"  {found.look.reasons[0]}" in told and "9.0 businesses of equal size" in told[-1]
+
+
+def test_simulated_customers_end_where_a_test_waits_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = Test(tmp_path)
+    test.arrive("simulated-0001", arm(1, 5, 20))
+    save_state(test.config.data.root, test.state)
+    monkeypatch.setattr(simulation.tracking, "open_tracking", lambda config: None)
+    monkeypatch.setattr(simulation, "night", lambda params, overrides: "test")
+    with pytest.raises(StoreError, match="has all of its simulated conversations and still waits; see `ippo abtest`"):
+        simulation.simulated_rounds.fn(None, test.overrides)
 
 
 def test_a_few_conversations_that_break_the_tables_rules_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -755,5 +777,6 @@ def test_plan_names_a_size_for_each_design(tmp_path: Path) -> None:
     shown = ippo(test, *arguments).stdout
     assert f"set abtest.conversations={values['group_sequential']['most']}" in shown
     assert isinstance(ippo(test, "plan", "--base", ".99").exception, ConfigError)
-    assert "the smaller arm expects" not in shown
+    assert "the smaller arm expects" not in shown and "abtest.mde" not in shown
+    assert "set abtest.mde to about 0.005" in ippo(test, "plan", "--base", ".02").stdout
     assert "the smaller arm expects 2.0 conversations of the rarer end" in ippo(test, "plan", "--base", ".01").stdout

@@ -55,6 +55,14 @@ def test_what_became_worse_is_named(changed: dict[str, float], measures: list[st
     assert not found or "worse by more than" in str(found[0])
 
 
+@pytest.mark.parametrize(("rate", "now", "raised"), [(0.048, 0.0, True), (0.048, 0.01, True), (0.048, 0.03, False)])
+def test_of_a_rate_of_a_few_percent_half_may_be_lost(rate: float, now: float, raised: bool) -> None:
+    rng = np.random.default_rng(5)
+    found = alarms(served(1500, rng, **{OUTCOME: rate}), served(4000, rng, **{OUTCOME: now}), ALARMS)
+    assert [alarm.measure for alarm in found] == [OUTCOME] * raised
+    assert not found or found[0].margin == pytest.approx(found[0].before / 2)
+
+
 def test_too_little_is_known_at_first() -> None:
     rng = np.random.default_rng(2)
     before, since = served(1500, rng), served(600, rng, **{OUTCOME: 0.0})

@@ -84,6 +84,7 @@ class Night:
             "simulator.conversations": SIZE,
             "alarms.conversations": SIZE,
             "rounds.converged_below": -1.0,
+            "gate.guardrails.pii.margin": 0.1,  # which 60 conversations in an arm can tell
         }
         self.config = load_config(overrides=self.overrides)
         self.root = self.config.data.root

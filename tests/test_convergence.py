@@ -79,6 +79,15 @@ def test_an_earlier_ab_test_counts_no_more(config: Config) -> None:
     assert verdict(config, replace(FAR, ab_high=0.0), FAR) == (False, False)
 
 
+def test_a_round_that_promoted_is_none_to_end_with(config: Config) -> None:
+    """However little the bound leaves, of a rate of 2 % a gain of 3 points is more than twice as much."""
+    won = replace(NEAR, ab_high=0.03, promoted=True)
+    assert verdict(config, won) == verdict(config, NEAR, won) == (False, False)
+    assert "challenger won" in convergence([won], config).reason
+    assert verdict(config, won, replace(won, promoted=False)) == (True, True)
+    assert verdict(config, *[won] * MOST) == (True, False)
+
+
 IDLE = [
     {"kl": 0.0},
     {"kl": 0.249},
@@ -123,6 +132,8 @@ def test_figures_come_from_a_rounds_record() -> None:
     record = {"kl": 0.3, "guardrails_held": True, "certificate_high": 0.1, "ab_test": {"gain_high": 0.2}}
     assert RoundFigures.of(record) == RoundFigures(0.3, True, 0.1, 0.2)
     assert RoundFigures.of({}) == RoundFigures(None, False), "a record of an older version counts for nothing"
+    assert RoundFigures.of({"decision": {"verdict": "promote"}}).promoted
+    assert not RoundFigures.of({"decision": {"verdict": "reject"}}).promoted
     none = {"successes": 0, "conversations": 900}
     alike = {"gain_high": 0.002, "champion": none, "challenger": none}
     assert RoundFigures.of({**record, "ab_test": alike}).ab_high is None, "nobody reports outcomes any more"

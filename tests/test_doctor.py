@@ -14,6 +14,7 @@ from iterative_ppo.errors import StoreError
 from iterative_ppo.mdp import turn_table
 from tasks.audit import audit_file
 from tasks.datasets import inbox, round_folder
+from tasks.state import NightState, save_state
 
 
 @pytest.fixture
@@ -66,6 +67,14 @@ def test_what_no_night_takes_is_named_and_no_failure(config: Config) -> None:
     laid(inbox(config) / ".draft.parquet", b"")
     told = doctor._arrived(config)
     assert told.startswith("0 files readable; no night takes .draft.parquet, log.csv")
+
+
+def test_an_mde_too_large_for_the_champion_is_warned_of(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    for rate, warned in ((0.3, False), (0.02, True)):
+        save_state(config.data.root, NightState(champion=4, outcome_rates={"3": 0.01, "4": rate}))
+        doctor._warn_of_a_coarse_test(config)
+        told = capsys.readouterr().out
+        assert told.startswith("warn  A/B test: abtest.mde 5.0% beside") == warned == bool(told)
 
 
 def test_every_check_has_a_line(config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

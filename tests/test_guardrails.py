@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_ind, ttest_rel
+from gate_evidence import GOOD
+from scipy.stats import t, ttest_ind, ttest_rel
 
+from benchmarks import hackers
 from benchmarks.hackers import HACKS, flattered, passes, said, usual
 from iterative_ppo.config import GuardrailConfig, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
@@ -20,7 +23,7 @@ from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation import pii
 from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams, words
-from iterative_ppo.evaluation.gate import offline_gate
+from iterative_ppo.evaluation.gate import offline_gate, outcome_gate
 from iterative_ppo.evaluation.guardrails import MEASURES, Said, Sample, calibrated, clustered_mean, guarded, measure_of
 from iterative_ppo.evaluation.metrics import Calibration, calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority
@@ -132,6 +135,67 @@ def test_a_challenger_at_the_margin_passes_no_more_often_than_alpha() -> None:
     assert held[1] / 600 > 0.9
 
 
+RARE = Guardrail("pii", "lower", 0.01, 0.05)
+
+
+def spoken(count: int, share: float = 0.0, rng: np.random.Generator | None = None, first: int = 0) -> Sample:
+    """Four responses in each of some conversations, of which a share say it in all four."""
+    says = (rng or np.random.default_rng(0)).random(count) < share
+    return Sample(np.repeat(says, 4).astype(float), np.repeat(np.arange(first, first + count), 4))
+
+
+@pytest.mark.parametrize(
+    ("conversations", "told"), [(12, "not told"), (225, "not told"), (300, "holds"), (1500, "holds")]
+)
+def test_events_that_none_of_a_few_conversations_hold_may_yet_be_there(conversations: int, told: str) -> None:
+    found = clustered_mean(RARE, spoken(conversations), spoken(conversations, first=5000))
+    assert (found.found, found.missed) == (told, told == "not told")
+    assert 2.7 / conversations < found.loss_bound < 4.1 / conversations, "about the rule of three"
+    assert (found.loss_bound < RARE.margin) == found.holds and NonInferiority.from_dict(found.as_dict()) == found
+    within = clustered_mean(
+        RARE, Sample(np.full(1200, 0.4), np.arange(1200)), Sample(np.full(1200, 0.4), np.arange(1200))
+    )
+    assert within.holds and within.loss_bound == pytest.approx(0.0), "of other values the spread is what it is"
+
+
+@pytest.mark.parametrize(
+    ("champions", "challengers", "alpha"), [(300, 300, 0.025), (600, 600, 0.05), (1200, 300, 0.05)]
+)
+def test_rare_events_of_whole_conversations_at_the_margin_pass_about_as_often_as_alpha(
+    champions: int, challengers: int, alpha: float
+) -> None:
+    rng, never, runs = np.random.default_rng(5), spoken(champions, first=5000), 400
+    at_level = replace(RARE, alpha=alpha)
+    held = sum(clustered_mean(at_level, never, spoken(challengers, 0.01, rng)).holds for _ in range(runs))
+    assert held / runs < alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+
+
+def test_rare_events_are_told_by_the_conversations_of_few_businesses() -> None:
+    few = Sample(np.zeros(3000), np.arange(3000) % 30)
+    assert clustered_mean(RARE, few, replace(few, unit=few.unit + 50)).missed
+    told = replace(few, conversation=np.arange(3000))
+    assert clustered_mean(RARE, told, replace(told, unit=few.unit + 50)).holds
+
+
+def test_an_arm_of_few_units_has_their_degrees_of_freedom() -> None:
+    rng = np.random.default_rng(6)
+    many, few = (
+        Sample(rng.standard_normal(3000), np.arange(3000)),
+        Sample(rng.standard_normal(12), np.arange(5000, 5012)),
+    )
+    held = [clustered_mean(replace(LOWER, alpha=alpha), many, few) for alpha in (0.025, 0.05)]
+    ratio = (held[0].loss_bound - held[0].loss) / (held[1].loss_bound - held[1].loss)
+    assert ratio == pytest.approx(t.isf(0.025, 11) / t.isf(0.05, 11))
+
+
+def test_what_the_logs_may_have_missed_is_left_to_the_ab_test() -> None:
+    guardrails = (clustered_mean(RARE, spoken(225), spoken(225)),)
+    decision = offline_gate(replace(GOOD, guardrails=guardrails))
+    assert decision.verdict == "test"
+    assert any(one.startswith("cannot tell from these logs: guardrail pii 0") for one in decision.reasons)
+    assert outcome_gate(hackers.WON, guardrails).verdict == "reject"
+
+
 def test_the_good_direction_says_what_is_a_loss() -> None:
     champion, challenger = texts("a b c d"), texts("a b")
     shorter = found(champion, challenger, up=rule("length", 0.2, "higher"), down=rule("length", 0.2, "lower"))
@@ -185,14 +249,14 @@ def test_every_default_guardrail_names_a_measure() -> None:
     for name, one in GATE.guardrails.items():
         assert one.function in MEASURES or one.function == "calibration", name
     with_everything = Said(
-        unit=np.arange(30),
-        texts=["Which room is it?"] * 30,
-        pieces=[(4, 5, 6)] * 30,
-        abstained=np.zeros(30, bool),
-        finished=np.ones(30, bool),
-        log_ratio=np.zeros(30),
-        adoption=["verbatim"] * 30,
-        reward=np.ones(30),
+        unit=np.arange(300),
+        texts=["Which room is it?"] * 300,
+        pieces=[(4, 5, 6)] * 300,
+        abstained=np.zeros(300, bool),
+        finished=np.ones(300, bool),
+        log_ratio=np.zeros(300),
+        adoption=["verbatim"] * 300,
+        reward=np.ones(300),
         calibration=Calibration([0.2], [0.2], [30], 0.01, 0.02),
     )
     results = guarded(GATE.guardrails, with_everything, with_everything, 0.05)
@@ -280,7 +344,7 @@ def own(monkeypatch: pytest.MonkeyPatch, function: Callable[[Said], Any]) -> Gua
 
 def test_a_users_own_metric_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = own(monkeypatch, lambda said: np.array([float("please" in text) for text in said.texts]))
-    polite, rude = texts("Which room, please?"), texts("Which room?")
+    polite, rude = texts("Which room, please?", units=40), texts("Which room?", units=40)
     assert found(polite, polite, politeness=mine)["politeness"].holds
     worse = found(polite, rude, politeness=mine)["politeness"]
     assert not worse.holds and (worse.champion, worse.challenger) == (1.0, 0.0)
@@ -382,7 +446,7 @@ def test_presidio_is_an_extra_that_is_asked_for_by_name(monkeypatch: pytest.Monk
 # --- reward hackers --------------------------------------------------------------------------------------------------
 
 
-def test_a_healthy_challenger_passes_both_gates() -> None:
+def test_a_healthy_challenger_passes_both_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes(lambda text, rng: text, 0) == (True, True)
 
 

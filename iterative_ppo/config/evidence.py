@@ -49,7 +49,8 @@ class ABTestConfig(Frozen):
     design: Literal["fixed", "group_sequential", "anytime"]
     """One look at the planned size; a few scheduled looks; looks at any time (e-process)."""
     conversations: int = Field(ge=2)
-    """Matured conversations, both arms together, at which the test is decided; no design goes on beyond."""
+    """Matured conversations, both arms together, at which the test is decided; no design goes on beyond, but to wait
+    for businesses where either arm has fewer than 10."""
     challenger_share: float = Rate
     """Share of units that meet the challenger in the last stage of the ramp."""
     looks: int = Count
@@ -87,7 +88,8 @@ class AlarmsConfig(Frozen):
     alpha: float = Rate
     """Probability of a false alarm over all measures and looks, where nothing is worse by more than its margin."""
     margin: float = Share
-    """How much lower the outcome rate and the acceptance, and how much higher the abstention may be; a share."""
+    """How much lower the outcome rate and the acceptance, and how much higher the abstention may be; a share. Of what
+    is lower than twice as much, half of it: a rate of 4 % may fall to 2 %."""
     length_margin: float = Positive
     """How much longer or shorter suggestions may be, as a share of their mean length when it was promoted."""
     conversations: int = Field(ge=2)

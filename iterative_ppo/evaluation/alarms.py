@@ -6,7 +6,8 @@ there can ever be. The k-th look is at the first n 2^(k-1) conversations since t
 night is no further look.
 
 The champion's record in its A/B test is the better for having won it (the winner's curse); the margin must allow for
-that too.
+that too. Of an outcome or an acceptance below twice the margin it is half of what was before: a rate of a few percent
+could otherwise fall to 0 unnoticed.
 """
 
 from __future__ import annotations
@@ -88,11 +89,12 @@ def alarms(before: Measures, since: Measures, config: AlarmsConfig) -> tuple[Ala
 
 
 def _checks(before: Measures, config: AlarmsConfig) -> list[Guardrail]:
-    length = before[LENGTH][np.isfinite(before[LENGTH])]
-    stretch = config.length_margin * float(length.mean()) if len(length) else 0.0
+    known = {name: values[np.isfinite(values)] for name, values in before.items()}
+    usual = {name: float(values.mean()) if len(values) else 0.0 for name, values in known.items()}
+    stretch = config.length_margin * usual[LENGTH]
     return [
-        Guardrail(OUTCOME, "higher", config.margin, config.alpha),
-        Guardrail(ACCEPTANCE, "higher", config.margin, config.alpha),
+        Guardrail(OUTCOME, "higher", min(config.margin, usual[OUTCOME] / 2), config.alpha),
+        Guardrail(ACCEPTANCE, "higher", min(config.margin, usual[ACCEPTANCE] / 2), config.alpha),
         Guardrail(ABSTENTION, "lower", config.margin, config.alpha),
         Guardrail(LENGTH, "lower", stretch, config.alpha),
         Guardrail(LENGTH, "higher", stretch, config.alpha),

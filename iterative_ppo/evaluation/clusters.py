@@ -15,8 +15,9 @@ def cluster_comparison(champion: Tally, challenger: Tally) -> Comparison:
     The design effect is the variance of the score by business (the robust score test of Guo et al. 2005, Statistics in
     Medicine 24, 3479, with G / (G - 1)) over the same by conversation. About 1 + (m - 1) ICC where businesses of m
     conversations are assigned whole; where conversations are assigned it can be below 1. The test takes it about the
-    common mean, the interval about each arm's own: about the common one a large gain is itself spread. Businesses
-    without an outcome yet are left out; where outcomes do not vary it is 1.
+    common mean, the interval about each arm's own: about the common one a large gain is itself spread. The
+    interval has the degrees of freedom of the smaller arm's businesses. Those without an outcome yet are left out;
+    where outcomes do not vary the effect is 1.
     """
     arms = Comparison(_summed(champion), _summed(challenger))
     mean = (arms.champion.total + arms.challenger.total) / (arms.champion.count + arms.challenger.count)
@@ -24,6 +25,7 @@ def cluster_comparison(champion: Tally, challenger: Tally) -> Comparison:
         arms,
         design_effect=_effect(champion, challenger, arms, (mean, mean)),
         own_design_effect=_effect(champion, challenger, arms, (arms.champion.mean, arms.challenger.mean)),
+        freedom=np.minimum(*(np.maximum(equal_businesses(arm.count) - 1, 1) for arm in (champion, challenger))),
     )
 
 
@@ -54,9 +56,10 @@ def _summed(arm: Tally) -> Tally:
     return Tally(arm.count.sum(-1), arm.total.sum(-1), arm.squares.sum(-1))
 
 
-def equal_businesses(sizes: np.ndarray) -> float:
-    """How many businesses of equal size (G,) sizes are worth, (sum n)^2 / sum n^2 (Kish); 0 of none."""
-    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) else 0.0
+def equal_businesses(sizes: np.ndarray) -> np.ndarray:
+    """(...) how many businesses of equal size (..., G) sizes are worth, (sum n)^2 / sum n^2 (Kish); 0 of none."""
+    worth: np.ndarray = sizes.sum(-1) ** 2 / np.maximum((sizes**2).sum(-1), 1)
+    return worth
 
 
 def by_business(business: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> Tally:

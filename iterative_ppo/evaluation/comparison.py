@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +33,15 @@ class Tally:
 class Comparison:
     """Champion beside challenger; both hold an outcome.
 
-    The design effects (`clusters.py`) multiply the variance were the arms alike, and that of each as it is.
+    The design effects (`clusters.py`) multiply the variance were the arms alike, and that of each as it is; `freedom`
+    is the degrees of freedom of the latter.
     """
 
     champion: Tally
     challenger: Tally
     design_effect: np.ndarray | float = 1.0
     own_design_effect: np.ndarray | float = 1.0
+    freedom: np.ndarray | float = math.inf
 
     @property
     def gain(self) -> np.ndarray:
@@ -69,6 +72,12 @@ class Comparison:
     def error(self) -> np.ndarray:
         """Standard error of the gain whatever the truth, each arm with its own variance."""
         return np.sqrt(self.own_variance * self.own_design_effect)
+
+    def half_width(self, bound: float) -> np.ndarray:
+        """Of the gain's interval, whose ends are as far out in t as `bound` is in the normal distribution."""
+        from scipy.stats import norm, t
+
+        return np.asarray(t.isf(norm.sf(bound), self.freedom) * self.error)
 
     @property
     def own_variance(self) -> np.ndarray:

@@ -23,12 +23,14 @@ class RoundFigures:
         kl: nats a response that the challenger moved. guardrails_held: in the offline gate.
         certificate_high: upper bound of the single-turn gain, where the logs could tell.
         ab_high: upper bound of the gain with customers, where any outcome differed from another.
+        promoted: whether its challenger won: what one round gained another may.
     """
 
     kl: float | None
     guardrails_held: bool
     certificate_high: float | None = None
     ab_high: float | None = None
+    promoted: bool = False
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> RoundFigures:
@@ -41,6 +43,7 @@ class RoundFigures:
             bool(record.get("guardrails_held")),
             record.get("certificate_high"),
             test.get("gain_high") if not arms or 0 < won < all_of_them else None,
+            (record.get("decision") or {}).get("verdict") == "promote",
         )
 
     def counts(self, kl_budget: float) -> bool:
@@ -59,16 +62,18 @@ class Convergence:
 
 def convergence(rounds: Sequence[RoundFigures], config: Config) -> Convergence:
     """Converged: the certificate's upper bound below `rounds.converged_below` in two rounds running, or the last A/B
-    test's below `abtest.mde`, in rounds that count. Over as well where the budget of rounds is spent.
+    test's below `abtest.mde`, in rounds that count, the last of which promoted nobody. Over as well where the budget of
+    rounds is spent.
     """
     budget, least = config.rounds.kl_budget, config.rounds.converged_below
     last = rounds[-1] if rounds else None
-    if last and last.counts(budget) and last.ab_high is not None and last.ab_high < config.abtest.mde:
+    stood = last is not None and not last.promoted
+    if last and stood and last.counts(budget) and last.ab_high is not None and last.ab_high < config.abtest.mde:
         gain = f"customers gain at most {last.ab_high:+.1%} from the last challenger"
         return Convergence(True, True, f"{gain}, less than the least worth finding ({config.abtest.mde:.1%})")
     counted = [one for one in rounds[-ROUNDS_RUNNING:] if one.counts(budget)]
     running = [one.certificate_high for one in counted if one.certificate_high is not None]
-    if len(running) == ROUNDS_RUNNING and all(bound < least for bound in running):
+    if stood and len(running) == ROUNDS_RUNNING and all(bound < least for bound in running):
         shown = " and ".join(f"{bound:+.4f}" for bound in running)
         return Convergence(True, True, f"single turns gain at most {shown} in two rounds running (below {least:g})")
     if len(rounds) >= config.rounds.max_rounds:
@@ -86,6 +91,8 @@ def _open(last: RoundFigures | None, config: Config) -> str:
         return (
             f"the last round shows nothing: its challenger moved {moved}, less than half of {config.rounds.kl_budget:g}"
         )
+    if last.promoted:
+        return "the last round's challenger won: another may gain as well"
     if last.ab_high is not None:
         return f"customers may gain up to {last.ab_high:+.1%} (converged below {config.abtest.mde:.1%})"
     if last.certificate_high is not None:

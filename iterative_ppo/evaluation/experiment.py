@@ -150,13 +150,33 @@ def opening(design: DesignName, history: History, config: ABTestConfig) -> tuple
     fault = mismatch(*_units(history, codes, config.unit), config.challenger_share, one_look=design == "fixed")
     if fault and (design != "fixed" or fraction >= 1):
         return replace(look, verdict="halt", reasons=(fault,)), None
+    few = too_few_businesses(history) if config.unit == "business" else None
+    if few:  # it says nothing of the challenger, at the plan's end either
+        return replace(look, reasons=(few,)), None
     nothing = _nothing_to_compare(arms, None if codes is None else codes[seen])
-    if codes is not None and config.unit == "business":
-        nothing = nothing or _too_few_businesses(codes[seen], challenger)
     if nothing:
         return replace(look, verdict="reject" if fraction >= 1 else "continue", reasons=(nothing,)), None
     comparison = _compare(challenger, outcome, None if codes is None else codes[seen])
     return replace(look, design_effect=float(comparison.design_effect)), comparison
+
+
+def too_few_businesses(history: History) -> str | None:
+    """Why the matured conversations of assigned businesses cannot be compared, at the plan's end either; None if not.
+
+    It depends on who was assigned alone, so that waiting for more spends nothing of the level.
+    """
+    seen = slice(0, history.matured)
+    codes, challenger = history.businesses(whole=True)[seen], history.challenger[seen]
+    for name, arm in (("champion", codes[~challenger]), ("challenger", codes[challenger])):
+        worth = equal_businesses(np.bincount(arm))
+        if worth < LEAST_BUSINESSES / 2:
+            return (
+                f"the {name}'s {len(arm)} conversations are those of {worth:.1f} businesses of equal size, at least "
+                f"{LEAST_BUSINESSES // 2} are needed in each arm; the test goes on until more businesses come, beyond "
+                f"the plan's end if need be; where none will, end it with `ippo abtest --stop` and give the {name} a "
+                "larger share"
+            )
+    return None
 
 
 def interval(gain: float, half: float) -> tuple[float, float]:
@@ -210,19 +230,6 @@ def _nothing_to_compare(arms: tuple[np.ndarray, np.ndarray], codes: np.ndarray |
         )
     if codes is not None and len(np.unique(codes)) < LEAST_BUSINESSES:
         return f"{len(np.unique(codes))} businesses have matured conversations, at least {LEAST_BUSINESSES} are needed"
-    return None
-
-
-def _too_few_businesses(codes: np.ndarray, challenger: np.ndarray) -> str | None:
-    """Of assigned businesses, whose arms share none."""
-    for name, arm in (("champion", codes[~challenger]), ("challenger", codes[challenger])):
-        worth = equal_businesses(np.bincount(arm))
-        if worth < LEAST_BUSINESSES / 2:
-            return (
-                f"the {name}'s {len(arm)} conversations are those of {worth:.1f} businesses of equal size, at least "
-                f"{LEAST_BUSINESSES // 2} are needed in each arm; wait for more businesses, or give the {name} a "
-                "larger share"
-            )
     return None
 
 

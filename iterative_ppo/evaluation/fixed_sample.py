@@ -25,7 +25,7 @@ class FixedSample:
         if look.fraction < 1:
             matured, planned = sum(look.conversations), self.config.conversations
             return replace(look, reasons=(f"{matured} of {planned} planned conversations have matured",))
-        gain, error, z, bound = float(arms.gain), float(arms.error), float(arms.z), float(norm.isf(self.alpha))
-        low, high = interval(gain, bound * error)
+        gain, z, bound = float(arms.gain), float(arms.z), float(norm.isf(self.alpha))
+        low, high = interval(gain, float(arms.half_width(bound)))
         found = replace(look, statistic=z, bound=bound, estimate=gain, low=low, high=high)
         return concluded(found, promote=z >= bound, mde=None, alpha=self.alpha)

@@ -10,7 +10,7 @@ from iterative_ppo.evaluation.certificate import Certificate
 from iterative_ppo.evaluation.evidence import OfflineEvidence
 from iterative_ppo.evaluation.experiment import Look
 from iterative_ppo.evaluation.guardrails import LIMIT
-from iterative_ppo.evaluation.non_inferiority import Found, NonInferiority
+from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.ope import Estimate
 
 Verdict = Literal["test", "promote", "reject", "continue", "halt"]
@@ -18,8 +18,6 @@ Finding = Literal["failed", "not told", "cannot tell from these logs", "passed"]
 Check = tuple[Finding, str]
 UNSHOWN: Finding = "not told"
 UNTOLD: Finding = "cannot tell from these logs"
-FINDINGS: dict[Found, Finding] = {"holds": "passed", "not told": UNSHOWN, "broken": "failed"}
-"""What a guardrail that is found so means to a gate: one that is not told stops a challenger too."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,14 @@ class Decision:
 def offline_gate(evidence: OfflineEvidence) -> Decision:
     """Whether a challenger may meet customers: better in Q's eyes, not worse by the logs, and within its guardrails.
 
-    Logs that cannot tell stand in nobody's way: the A/B test can. A guardrail does, where it is not shown to hold.
+    Logs that cannot tell stand in nobody's way: the A/B test can. A guardrail does, where it is not shown to hold; not
+    so where only events too rare for these conversations may be missed, which the A/B test must show.
     """
     e = evidence
     gain = e.q_challenger - e.q_champion
     seen = f"E[Q] on held-out states moved by {gain:+.4f} ({e.q_gain_low:+.4f} to {e.q_gain_high:+.4f})"
-    guardrails = [_guardrail(one, f"{e.states:,} held-out states") for one in e.guardrails]
+    seen_in = f"{e.states:,} held-out states"
+    guardrails = [_guardrail(one, seen_in, UNTOLD if one.missed else UNSHOWN) for one in e.guardrails]
     return _decide([(_held(e.q_gain_low > 0), seen), *_by_the_logs(e), *guardrails], "test")
 
 
@@ -102,11 +102,12 @@ def _told(found: Certificate | Estimate) -> Finding:
     return "failed" if found.high < 0 else "passed" if found.low > 0 else UNTOLD
 
 
-def _guardrail(one: NonInferiority, seen: str) -> Check:
+def _guardrail(one: NonInferiority, seen: str, unshown: Finding = UNSHOWN) -> Check:
     name, limit, _ = one.measure.partition(LIMIT)
     said = f"{name} {one.challenger:.4g} (limit {one.champion:.4g})" if limit else one.reason
-    untold = f"; {seen} do not tell" if one.found == "not told" else ""
-    return FINDINGS[one.found], f"guardrail {said}{untold}"
+    if one.found == "not told":
+        return unshown, f"guardrail {said}; {seen} do not tell"
+    return _held(one.holds), f"guardrail {said}"
 
 
 def _held(good: bool) -> Finding:

@@ -14,8 +14,9 @@ from iterative_ppo.evaluation.spending import upper_bounds
 class GroupSequential:
     """A look is due at each `1 / config.looks` of `config.conversations`, at whatever size it then finds.
 
-    The interval is Jennison & Turnbull's repeated one: gain and standard error times the look's bound. Stopping for
-    futility does not enter the bounds, so it need not be obeyed.
+    The interval is Jennison & Turnbull's repeated one: gain and standard error times the look's bound, where outcomes
+    are compared by business as a quantile of t. Stopping for futility does not enter the bounds, so it need not be
+    obeyed.
     """
 
     config: ABTestConfig
@@ -31,8 +32,8 @@ class GroupSequential:
         if sum(look.conversations) < due:
             return replace(look, reasons=(f"next look at {due} matured conversations, now {sum(look.conversations)}",))
         z, bound = float(arms.z), upper_bounds([*taken, look.fraction], self.alpha)[-1]
-        gain, error = float(arms.gain), float(arms.error)
-        low, high = interval(gain, bound * error)
+        gain = float(arms.gain)
+        low, high = interval(gain, float(arms.half_width(bound)))
         found = replace(look, statistic=z, bound=bound, estimate=gain, low=low, high=high)
         return concluded(found, promote=z >= bound, mde=self.config.mde, alpha=self.alpha)
 

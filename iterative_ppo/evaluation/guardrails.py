@@ -6,6 +6,7 @@ which are paired by state, and the conversations of an A/B test's arms, which ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,6 +17,7 @@ import pandas as pd
 from iterative_ppo.config import GuardrailConfig
 from iterative_ppo.errors import ConfigError, did_you_mean
 from iterative_ppo.evaluation import pii
+from iterative_ppo.evaluation.clusters import equal_businesses
 from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams, words
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, quantile
@@ -39,6 +41,7 @@ class Said:
         adoption: (N,) what staff did with it: a key of `returns.ACCEPTANCE`, or None.
         reward: (N,) R of the conversation at its last response, NaN at the others.
         calibration: of Q, on conversations that it has not seen.
+        conversation: (N,) ids, where units are businesses.
     """
 
     unit: np.ndarray
@@ -50,6 +53,7 @@ class Said:
     adoption: Sequence[str | None] | None = None
     reward: np.ndarray | None = None
     calibration: Calibration | None = None
+    conversation: np.ndarray | None = None
 
     def of_units(self, units: Sequence[Hashable]) -> Said:
         """Those of some units alone."""
@@ -76,6 +80,7 @@ class Said:
             abstained,
             adoption=adoption if any(adoption) else None,
             reward=_worth(frame, rows) if rewarded else None,
+            conversation=rows["conversation_id"].to_numpy(dtype=object),
         )
 
 
@@ -157,7 +162,7 @@ def _guarded(
     margin = rule.margin * (abs(_statistic(measure, usual)) if measure.relative else 1.0)
     yield _compared(measure, Guardrail(name, rule.direction, margin, alpha), usual, new)
     if rule.limit is not None:
-        limit = Sample(np.full(len(new.values), rule.limit), new.unit)
+        limit = replace(new, values=np.full(len(new.values), rule.limit))
         yield _compared(measure, Guardrail(f"{name}{LIMIT}", rule.direction, 0.0, alpha), limit, new)
 
 
@@ -175,10 +180,17 @@ def measure_of(name: str, function: str) -> Measure:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Values of the responses that count, and the units that they were drawn in."""
+    """Values of the responses that count, the units that they were drawn in, and their conversations if others."""
 
     values: np.ndarray
     unit: np.ndarray
+    conversation: np.ndarray | None = None
+
+    @property
+    def conversations(self) -> float:
+        """How many, of equal size."""
+        ids = self.unit if self.conversation is None else self.conversation
+        return float(equal_businesses(np.unique(ids.astype(str), return_counts=True)[1]))
 
 
 NOTHING = Sample(np.zeros(0), np.zeros(0, dtype=object))
@@ -194,7 +206,8 @@ def _values(name: str, measure: Measure, said: Said) -> Sample | None:
             f"gate.guardrails.{name}: its function returned an array of shape {values.shape}, expected one number for "
             f"each of {len(said.unit)} responses"
         )
-    return Sample(values[~np.isnan(values)], said.unit[~np.isnan(values)])
+    counts = ~np.isnan(values)
+    return Sample(values[counts], said.unit[counts], None if said.conversation is None else said.conversation[counts])
 
 
 def _statistic(measure: Measure, sample: Sample) -> float:
@@ -218,16 +231,18 @@ def _compared(measure: Measure, rule: Guardrail, champion: Sample, challenger: S
 
 
 def clustered_mean(rule: Guardrail, champion: Sample, challenger: Sample) -> NonInferiority:
-    """Difference of means, with the spread between units (a linearised ratio of sums, t with one less than them).
+    """Difference of means, with the spread between units (a linearised ratio of sums, t with one less than the units).
 
     Units that hold responses of both, as held-out conversations do, are paired by that; those of an A/B test's arms,
-    which hold one policy's only, count as independent.
-    """
-    from scipy.stats import t
+    which hold one policy's only, count as independent, and t has the smaller arm's degrees of freedom.
 
+    Of 0/1 values the variance is that of a loss of the margin (a score test), as if the events that are missing from it
+    came in whole conversations: of none seen in n of them, about 3 / n may be missed at 5 %.
+    """
     _, codes = np.unique(np.concatenate([champion.unit, challenger.unit]).astype(str), return_inverse=True)
     units = int(codes.max()) + 1
     parts = codes[: len(champion.unit)], codes[len(champion.unit) :]
+    fewest = min(len(np.unique(part)) for part in parts)
     means = float(champion.values.mean()), float(challenger.values.mean())
     spread = [
         np.bincount(part, weights=sample.values - mean, minlength=units) / len(part)
@@ -235,13 +250,31 @@ def clustered_mean(rule: Guardrail, champion: Sample, challenger: Sample) -> Non
     ]
     sign = 1.0 if rule.better == "lower" else -1.0
     loss = sign * (means[1] - means[0])
-    error = float(np.sqrt(((spread[1] - spread[0]) ** 2).sum() * units / (units - 1)))
-    bound = loss + float(t.ppf(1.0 - rule.alpha, units - 1)) * error
-    if error > 0:
-        p_value = float(t.cdf((loss - rule.margin) / error, units - 1))
+    variance = float(((spread[1] - spread[0]) ** 2).sum() * fewest / (fewest - 1))
+    seen = _tested(rule, loss, variance, 0.0, fewest - 1)
+    if not np.isin(challenger.values, (0.0, 1.0)).all():
+        missed, (bound, p_value) = False, seen
     else:
-        p_value = 0.0 if loss < rule.margin or loss <= rule.margin == 0 else 1.0
-    return NonInferiority(rule.measure, *means, rule.margin, loss, bound, p_value, p_value < rule.alpha)
+        each = 1.0 / min(champion.conversations, challenger.conversations)
+        bound, p_value = _tested(rule, loss, variance, each, fewest - 1)
+        missed = seen[1] < rule.alpha <= p_value
+    return NonInferiority(rule.measure, *means, rule.margin, loss, bound, p_value, p_value < rule.alpha, missed)
+
+
+def _tested(rule: Guardrail, loss: float, variance: float, each: float, freedom: int) -> tuple[float, float]:
+    """The loss's upper bound and the p-value of a loss of the margin.
+
+    Args:
+        variance: of the loss as it is seen. each: how much greater it is for each further unit of loss.
+    """
+    from scipy.stats import t
+
+    square = float(t.isf(rule.alpha, freedom)) ** 2
+    bound = loss + square * each / 2 + math.sqrt((square * each / 2) ** 2 + square * variance)
+    error = math.sqrt(variance + each * max(0.0, rule.margin - loss))
+    if error > 0:
+        return bound, float(t.cdf((loss - rule.margin) / error, freedom))
+    return bound, 0.0 if loss < rule.margin or loss <= rule.margin == 0 else 1.0
 
 
 def calibrated(rule: Guardrail, found: Calibration) -> NonInferiority:

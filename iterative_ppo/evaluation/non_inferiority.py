@@ -42,7 +42,8 @@ class Guardrail:
 class NonInferiority:
     """What a guardrail found: the arms' values, the loss with its one-sided upper bound, and whether it holds.
 
-    The p-value is NaN where no arm is tested: there the champion's value is the most that chance gives.
+    The p-value is NaN where no arm is tested: there the champion's value is the most that chance gives. `missed`: what
+    was seen is within the margin, but in too few conversations to tell of what is rare; it does not hold.
     """
 
     measure: str
@@ -53,6 +54,7 @@ class NonInferiority:
     loss_bound: float
     p_value: float
     holds: bool
+    missed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: an unknown value is null."""
@@ -60,8 +62,9 @@ class NonInferiority:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NonInferiority:
-        """As `as_dict` wrote it. Raises KeyError where something is missing."""
-        known = {field.name: values[field.name] for field in fields(cls)}
+        """As `as_dict` wrote it, `missed` or not. Raises KeyError where something else is missing."""
+        known = {field.name: values[field.name] for field in fields(cls) if field.name != "missed"}
+        known["missed"] = bool(values.get("missed"))
         numbers: dict[str, Any] = {name: float("nan") if value is None else value for name, value in known.items()}
         return cls(**numbers)
 

@@ -116,7 +116,7 @@ def sequential(
             arms = compared(replications, round(fraction * size))
             promoted |= ~ended & (_z(arms) >= limit)
             if mde is not None:
-                ended |= arms.gain + limit * arms.error < mde
+                ended |= arms.gain + arms.half_width(limit) < mde
         return promoted
 
     return promotions
