@@ -446,7 +446,7 @@ def test_presidio_is_an_extra_that_is_asked_for_by_name(monkeypatch: pytest.Monk
 # --- reward hackers --------------------------------------------------------------------------------------------------
 
 
-def test_a_healthy_challenger_passes_both_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_healthy_challenger_passes_both_gates() -> None:
     assert passes(lambda text, rng: text, 0) == (True, True)
 
 
