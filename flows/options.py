@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,10 +29,15 @@ def configured(params: Path | None, sets: list[str] | None, **more: Any) -> tupl
     file = params or (Path("params.yaml") if Path("params.yaml").exists() else None)
     overrides = [*(sets or []), *(f"{k.replace('__', '.')}={_literal(v)}" for k, v in more.items() if v is not None)]
     config = load_config(file, overrides)
-    pairs = {key: _yaml(value) for key, _, value in (text.partition("=") for text in overrides)}
+    pairs = as_parameters(overrides)
     if address := pairs.pop("notify.url", None):
         os.environ["IPPO_NOTIFY_URL"] = str(address)
     return config, str(file) if file else None, pairs
+
+
+def as_parameters(overrides: Iterable[str]) -> dict[str, Any]:
+    """Overrides of the command line as a flow's."""
+    return {key: _yaml(value) for key, _, value in (text.partition("=") for text in overrides)}
 
 
 def _literal(value: Any) -> str:
