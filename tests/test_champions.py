@@ -12,7 +12,7 @@ import pytest
 from policy_store import registered
 from prefect.logging import disable_run_logger
 
-from flows import champions, night
+from flows import champions, night, simulation
 from flows.abtest_views import lines, standing
 from flows.reporting import status_lines
 from flows.suggesting import answerer, suggestion_for
@@ -183,6 +183,28 @@ def test_a_larger_budget_goes_on_from_the_last_test(it: Night, told: Told) -> No
     assert (state.phase, state.round, state.champion) == ("train", 1, 2)
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_larger_budget_waits_for_conversations_of_a_champion_who_was_not_tested(
+    it: Night, told: Told, saved_models: Path, deleted: bool
+) -> None:
+    """Put back by a person, or a pi_0 made anew where all versions were deleted: the test's are none of its own."""
+    it.set(rounds__max_rounds=1)
+    it.arrive("simulated-0001", champion_1=0.2, challenger_2=1.0)
+    assert it.step().phase == "finished"
+    if deleted:
+        for version in (1, 2, 3):
+            it.store.client.delete_model_version(POLICY, str(version))
+        registry.promote(it.store, registered(it.store, saved_models, 3), {"reason": "pi_0"}, "flow", it.root)
+    else:
+        it.move(3)
+    it.set(rounds__max_rounds=2)
+    state = it.step()
+    assert (state.phase, state.round) == ("collect", 1)
+    simulation.traffic(it.config)
+    state = it.step()
+    assert (state.phase, state.round, state.champion) == ("train", 1, 4 if deleted else 3)
+
+
 def test_a_larger_budget_goes_on_after_a_round_that_was_not_tested(it: Night, told: Told) -> None:
     fell = {**ROUND, "offline": {"verdict": "reject", "reasons": ["failed: "]}}
     save_state(it.root, NightState(phase="finished", champion=1, rounds=[fell]))
@@ -326,6 +348,14 @@ def test_once_approved_it_goes_on(asking: Night, told: Told) -> None:
     assert told.events == ["approval", "verdict"] and asking.moves.count(("promote", 1, 2)) == 1
     with pytest.raises(StoreError, match=r"nothing waits for an approval \(phase train\)"):
         answer(asking)
+
+
+def test_once_approved_another_may_be_promoted_before_the_night(asking: Night, told: Told) -> None:
+    answer(asking)
+    registry.promote(asking.store, 3, {"reason": "now"}, "me", asking.root)
+    state = asking.step()
+    assert (state.phase, state.round, state.experiment, state.approval) == ("collect", 1, None, None)
+    assert state.rounds[0]["decision"]["verdict"] == "promote"
 
 
 def test_once_declined_it_goes_on(asking: Night, told: Told) -> None:
