@@ -220,8 +220,14 @@ def deploy(
     """
     from flows.deployment import deploy_all
 
+    overrides, secrets = as_parameters(sets or [])
+    if secrets:
+        raise ConfigError(
+            "--set: an address that is a secret, and Prefect shows a deployment's parameters; set "
+            f"{', '.join(secrets)} in the environment of the worker instead"
+        )
     check_prefect()
-    deploy_all(params, as_parameters(sets or []))
+    deploy_all(params, overrides)
 
 
 @app.command()

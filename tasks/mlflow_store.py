@@ -136,7 +136,7 @@ def _resolved(uri: str) -> str:
     """A SQLite file by its absolute path, so that a later change of directory changes nothing."""
     scheme = uri.partition("://")[0].partition("+")[0]
     if scheme not in SCHEMES:
-        raise StoreError(f"tracking.uri {uri!r}: expected sqlite:///FILE, a database or a server (http://...)")
+        raise StoreError(f"tracking.uri {shown(uri)!r}: expected sqlite:///FILE, a database or a server (http://...)")
     if scheme != "sqlite":
         return uri
     file, mark, settings = uri.partition(":///")[2].partition("?")

@@ -42,6 +42,8 @@ def test_every_deployment_keeps_what_it_was_given(api: str, tmp_path: Path) -> N
     [
         (("--params", "none.yaml"), ("none.yaml", "no such params file")),
         (("--set", "rounds.max_round=7"), ("rounds.max_round", "did you mean 'max_rounds'")),
+        (("--set", "gamma"), ("override 'gamma'", "expected section.key=value")),
+        (("--set", "tracking.uri=mysql://me:pass@there/x"), ("a secret", "set MLFLOW_TRACKING_URI in the environment")),
     ],
 )
 def test_what_no_night_could_read_is_refused(

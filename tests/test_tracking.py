@@ -271,6 +271,7 @@ def test_stores_that_cannot_serve_are_refused_at_once(config: Config) -> None:
     refused(config, r"//\*\*\*@127.0.0.1:9/x: cannot be reached", uri="postgresql+psycopg2://me:secret@127.0.0.1:9/x")
     for uri in ("mlruns", "file:///tmp/mlruns", "sqlit:///a.db"):
         refused(config, rf"tracking.uri '{uri}': expected sqlite:///FILE, a database or a server", uri=uri)
+    refused(config, r"tracking.uri 'psql://\*\*\*@there/x': expected", uri="psql://me:secret@there/x")
     for uri in ("sqlite:///:memory:", "sqlite://"):
         refused(config, r"runs must outlive the process", uri=uri)
 
