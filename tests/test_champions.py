@@ -387,7 +387,7 @@ def test_killed_while_a_person_answers_nothing_is_lost(asking: Night, monkeypatc
 def test_what_waits_for_approval_can_become_void(asking: Night) -> None:
     asking.move(3)
     assert "void" in asking.status and "waits for you" not in asking.status
-    with pytest.raises(StoreError, match=r"compares it with version 1, but the champion is 3"):
+    with pytest.raises(StoreError, match=r"is void: policy version 2 was tested against 1, but 3 became the champion"):
         answer(asking)
     state = asking.step()
     assert (state.phase, state.round, state.approval, asking.champion) == ("collect", 1, None, 3)
