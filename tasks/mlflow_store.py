@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import socket
 import sqlite3
 from collections.abc import Iterator
@@ -194,7 +195,10 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path, uri: str) -> s
             location = artifacts.as_uri()
         return client.create_experiment(name, artifact_location=location)
     if found.lifecycle_stage != "active":
-        raise StoreError(f"experiment {name!r} was deleted; run `mlflow experiments restore -x {found.experiment_id}`")
+        where = f"MLFLOW_TRACKING_URI={shlex.quote(shown(uri))}"  # else it looks in the working folder
+        raise StoreError(
+            f"experiment {name!r} was deleted; run `{where} mlflow experiments restore -x {found.experiment_id}`"
+        )
     there = local_path(found.artifact_location)
     if there is not None and not there.is_dir():
         raise StoreError(f"experiment {name!r} keeps its artifacts in {there}, which is gone; bring that folder back")

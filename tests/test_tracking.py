@@ -281,7 +281,13 @@ def test_a_deleted_experiment_and_lost_artifacts_are_told(config: Config, tracki
     refused(config, r"keeps its artifacts in .*artifacts, which is gone; bring that folder back")
     Path("artifacts").mkdir()
     tracking.client.delete_experiment(tracking.experiment_id)
-    refused(config, r"'iterative-ppo' was deleted; run `mlflow experiments restore -x \d+`")
+    said = r"'iterative-ppo' was deleted; run `MLFLOW_TRACKING_URI='sqlite:.*' mlflow experiments restore -x \d+`"
+    refused(config, said)
+    with pytest.raises(StoreError) as told:
+        open_tracking(config)
+    advised, path = str(told.value).split("`")[1], f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(advised, shell=True, check=True, env={**os.environ, "PATH": path}, cwd="/", capture_output=True)
+    assert open_tracking(config).experiment_id == tracking.experiment_id
 
 
 def test_a_store_that_another_holds_is_told(
