@@ -33,17 +33,24 @@ def deploy_all(params: Path | None, overrides: dict[str, Any]) -> None:
             "PREFECT_API_URL is not set: start a server (`prefect server start`), then "
             "`export PREFECT_API_URL=http://127.0.0.1:4200/api` and deploy again"
         )
-    given = {name: _parameters(own, params, overrides) for name, own in _deployments().items()}
+    given = {one["name"]: _parameters(one.get("parameters") or {}, params, overrides) for one in _deployments()}
     _prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
     for name, parameters in given.items():  # by itself: of parameters that come with `--all`, Prefect takes none
         _prefect("--no-prompt", "deploy", "--name", name, "--params", json.dumps(parameters))
     watch_for_lost_runs()
 
 
-def _deployments() -> dict[str, dict[str, Any]]:
-    """The parameters that prefect.yaml gives each deployment."""
+def _deployments() -> list[dict[str, Any]]:
+    """Those of prefect.yaml. Raises ConfigError where a worker would not find their flows."""
     told = yaml.safe_load((PROJECT / "prefect.yaml").read_text(encoding="utf-8"))
-    return {one["name"]: one.get("parameters") or {} for one in told["deployments"]}
+    deployments: list[dict[str, Any]] = told["deployments"]
+    for one in deployments:
+        file = one["entrypoint"].partition(":")[0]
+        if not (_home() / file).is_file():
+            raise ConfigError(
+                f"IPPO_HOME {_home()}: has no {file}, so no night could run; `export IPPO_HOME={PROJECT}`"
+            )
+    return deployments
 
 
 def _parameters(own: dict[str, Any], params: Path | None, overrides: dict[str, Any]) -> dict[str, Any]:

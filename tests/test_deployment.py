@@ -50,3 +50,9 @@ def test_what_no_night_could_read_is_refused(
     api: str, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     refused(ippo(tmp_path, "deploy", *options, PREFECT_API_URL=api), 2, *words)
+
+
+def test_a_home_without_the_flows_is_refused(api: str, tmp_path: Path) -> None:
+    """A worker would find nothing to run there, night after night."""
+    done = ippo(tmp_path, "deploy", PREFECT_API_URL=api, IPPO_HOME=str(tmp_path))
+    refused(done, 2, f"IPPO_HOME {tmp_path}", "flows/night.py", "export IPPO_HOME=")
