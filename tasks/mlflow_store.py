@@ -51,6 +51,7 @@ def open_store(config: TrackingConfig) -> tuple[str, str]:
             _initialise(_file(uri))
         else:
             _reach(uri)
+            _drive(uri)
         return uri, _experiment(client_of(uri), config.experiment, config.artifacts.absolute(), uri)
 
 
@@ -184,6 +185,21 @@ def _reach(uri: str) -> None:
     except OSError as error:
         reason = type(error).__name__
         raise StoreError(f"tracking store {shown(uri)}: cannot be reached ({reason}); is it running?") from None
+
+
+def _drive(uri: str) -> None:
+    """Raises StoreError where the driver of a database is not installed."""
+    if uri.startswith(("http", "databricks")):
+        return
+    from sqlalchemy import make_url
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ImportError as error:
+        raise StoreError(
+            f"tracking store {shown(uri)}: its driver {error.name or error} is not installed; install it, that of "
+            "PostgreSQL by `pip install -c constraints.txt -e '.[postgres]'`, or name one that is (dialect+driver://...)"
+        ) from None
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: Path, uri: str) -> str:

@@ -276,6 +276,19 @@ def test_stores_that_cannot_serve_are_refused_at_once(config: Config) -> None:
         refused(config, r"runs must outlive the process", uri=uri)
 
 
+def test_a_database_without_its_driver_is_refused_at_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        place = f"127.0.0.1:{there.getsockname()[1]}/x"
+        said = rf"//\*\*\*@{place}: its driver psycopg is not installed; install it, .*'\.\[postgres\]'"
+        refused(config, said, uri=f"postgresql://me:secret@{place}")
+        refused(
+            config,
+            rf"//\*\*\*@{place}: Can't load plugin: .*postgresql.nosuch",
+            uri=f"postgresql+nosuch://me:x@{place}",
+        )
+
+
 def test_a_deleted_experiment_and_lost_artifacts_are_told(config: Config, tracking: Tracking) -> None:
     shutil.rmtree("artifacts")
     refused(config, r"keeps its artifacts in .*artifacts, which is gone; bring that folder back")
