@@ -13,7 +13,7 @@ import typer
 
 from flows import abtest_commands, registry_commands
 from flows.environment import check_prefect, mendable
-from flows.options import Params, Sets, configured
+from flows.options import Params, Sets, as_parameters, configured
 from iterative_ppo.config import DEFAULTS, Config
 from iterative_ppo.errors import ConfigError, SourceError
 
@@ -210,12 +210,24 @@ def stage(
 
 
 @app.command()
-def deploy(params: Params = None) -> None:
-    """Register the nightly deployment of prefect.yaml on the server that PREFECT_API_URL names."""
+def deploy(
+    params: Annotated[Path | None, typer.Option("--params", "-p", help="The nights' params.yaml.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Register the deployments of prefect.yaml on the server that PREFECT_API_URL names, with these parameters.
+
+    Without --params, the nights have the file that prefect.yaml names, else the defaults.
+    """
     from flows.deployment import deploy_all
 
+    overrides, secrets = as_parameters(sets or [])
+    if secrets:
+        raise ConfigError(
+            "--set: an address that is a secret, and Prefect shows a deployment's parameters; set "
+            f"{', '.join(secrets)} in the environment of the worker instead"
+        )
     check_prefect()
-    deploy_all(params)
+    deploy_all(params, overrides)
 
 
 @app.command()

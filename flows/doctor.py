@@ -77,8 +77,9 @@ def _disk(config: Config) -> str:
 
 def _store(config: Config) -> str:
     from tasks import tracking
+    from tasks.mlflow_store import shown
 
-    return str(tracking.open_tracking(config).uri)
+    return shown(tracking.open_tracking(config).uri)
 
 
 def _champion(config: Config) -> str:

@@ -111,7 +111,15 @@ def further(config: Config, store: tracking.Tracking, state: NightState) -> Nigh
     """Go on from a last round that is the last no longer: the budget was raised, or it was a log's, rejected."""
     if state.phase != "finished" or converged(config, state.rounds).over:
         return state
-    if "decision" in state.rounds[-1]:  # a test's conversations are here
+    if "decision" in state.rounds[-1]:
+        return with_the_tests_data(config, store, state)
+    return _saved(config, state.advance(round=state.round + 1, phase="collect"))
+
+
+def with_the_tests_data(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
+    """The last test's conversations are the next round's data, unless somebody whom it did not test is champion now."""
+    last = state.rounds[-1]
+    if registry.champion(store) in (last["champion"], last["challenger"]):
         return freeze(config, store, state, state.round + 1)
     return _saved(config, state.advance(round=state.round + 1, phase="collect"))
 
@@ -330,7 +338,7 @@ def conclude(config: Config, store: tracking.Tracking, state: NightState, eviden
     if evidence["last"]:
         return _close_round(config, store, state, "finished")
     store.finish(context.run_id)
-    return freeze(config, store, state.advance(experiment=None, approval=None), state.round + 1)
+    return with_the_tests_data(config, store, state.advance(experiment=None, approval=None))
 
 
 def tell_verdict(config: Config, record: dict[str, Any], decision: dict[str, Any]) -> None:

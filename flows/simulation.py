@@ -61,16 +61,17 @@ def _unlearnt(config: Config, before: int) -> str | None:
 def traffic(config: Config) -> bool:
     """One day of simulated customers: the champion alone, or both arms of a running test, assigned as live ones are.
 
-    False where that day's are here already.
+    Where a round still awaits conversations, those that it has are an ended test's, or another champion's: more come.
+    False where those of a running test are here already.
     """
     store = tracking.open_tracking(config)
     state = load_state(config.data.root)
-    folder = round_folder(config, state.gathering) / "arrived"
-    anew = state.experiment is None and bool(state.rounds) and "void" in state.rounds[-1]
-    name = f"simulated-{state.gathering:04d}" + ("-after-a-void-test" if anew else "")
-    if (folder / f"{name}.parquet").exists():
+    name = f"simulated-{state.gathering:04d}"
+    before = len(list((round_folder(config, state.gathering) / "arrived").glob(f"{name}*.parquet")))
+    if before and state.experiment:
         return False
-    seed = 1000 * (config.seed + 1) + 10 * state.gathering + (5 if anew else 0)
+    name += f"-{before}" if before else ""
+    seed = 1000 * (config.seed + 1) + 10 * state.gathering + before % 10
     champion = registry.champion(store)
     assert champion is not None
     deliver(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_ppo.errors import StoreError
-from tasks import registry
+from tasks import experiments, registry
 from tasks.audit import ABANDONED, INTENT, append, history, locked, standing
 from tasks.state import Approval, Experiment, NightState
 from tasks.tracking import Tracking
@@ -18,7 +18,8 @@ DECLINED = "declined"
 def approve(tracking: Tracking, state: NightState, reason: str, actor: str, data_root: Path) -> registry.Move:
     """Carry out what waits, at once; repeated, it changes nothing.
 
-    Raises StoreError, with nothing changed, where nothing waits, it was declined, or it cannot be carried out any more.
+    Raises StoreError, with nothing changed, where nothing waits, it was declined, its A/B test is void, or it cannot be
+    carried out any more.
     """
     request = _waiting(state)
     if _declined(history(data_root), request):
@@ -27,6 +28,11 @@ def approve(tracking: Tracking, state: NightState, reason: str, actor: str, data
     if request.kind == "rollback":
         return registry.rollback(tracking, evidence, actor, data_root, leaving=request.version)
     tested = Experiment.model_validate(evidence["experiment"])
+    ended = experiments.ended(data_root, tested)
+    if ended is not None and ended["verdict"] == "void":
+        raise StoreError(
+            f"{request.id}: its A/B test is void: {ended['reasons'][0]}; the next night goes on from there"
+        )
     return registry.promote(
         tracking,
         request.version,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import socket
 import sqlite3
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def open_store(config: TrackingConfig) -> tuple[str, str]:
             _initialise(_file(uri))
         else:
             _reach(uri)
+            _drive(uri)
         return uri, _experiment(client_of(uri), config.experiment, config.artifacts.absolute(), uri)
 
 
@@ -136,7 +138,7 @@ def _resolved(uri: str) -> str:
     """A SQLite file by its absolute path, so that a later change of directory changes nothing."""
     scheme = uri.partition("://")[0].partition("+")[0]
     if scheme not in SCHEMES:
-        raise StoreError(f"tracking.uri {uri!r}: expected sqlite:///FILE, a database or a server (http://...)")
+        raise StoreError(f"tracking.uri {shown(uri)!r}: expected sqlite:///FILE, a database or a server (http://...)")
     if scheme != "sqlite":
         return uri
     file, mark, settings = uri.partition(":///")[2].partition("?")
@@ -185,6 +187,21 @@ def _reach(uri: str) -> None:
         raise StoreError(f"tracking store {shown(uri)}: cannot be reached ({reason}); is it running?") from None
 
 
+def _drive(uri: str) -> None:
+    """Raises StoreError where the driver of a database is not installed."""
+    if uri.startswith(("http", "databricks")):
+        return
+    from sqlalchemy import make_url
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ImportError as error:
+        raise StoreError(
+            f"tracking store {shown(uri)}: its driver {error.name or error} is not installed; install it, that of "
+            "PostgreSQL by `pip install -c constraints.txt -e '.[postgres]'`, or name one that is (dialect+driver://...)"
+        ) from None
+
+
 def _experiment(client: MlflowClient, name: str, artifacts: Path, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -194,7 +211,10 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path, uri: str) -> s
             location = artifacts.as_uri()
         return client.create_experiment(name, artifact_location=location)
     if found.lifecycle_stage != "active":
-        raise StoreError(f"experiment {name!r} was deleted; run `mlflow experiments restore -x {found.experiment_id}`")
+        where = f"MLFLOW_TRACKING_URI={shlex.quote(shown(uri))}"  # else it looks in the working folder
+        raise StoreError(
+            f"experiment {name!r} was deleted; run `{where} mlflow experiments restore -x {found.experiment_id}`"
+        )
     there = local_path(found.artifact_location)
     if there is not None and not there.is_dir():
         raise StoreError(f"experiment {name!r} keeps its artifacts in {there}, which is gone; bring that folder back")

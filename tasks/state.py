@@ -143,11 +143,13 @@ def sweep(root: Path) -> None:
 
     Who delivers to the inbox holds no lock of ours, so a draft there counts as left only after a day.
     """
-    for folder in ("inbox", "quarantine", "rounds", "turns"):
-        for path in [p for p in (root / folder).rglob(".*") if DRAFT.fullmatch(p.name)]:
-            if folder == "inbox" and path.exists() and time() - path.stat().st_mtime < DELIVERY_SECONDS:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    places = [root.glob(f".{state_file(root).name}.*")]
+    places += [(root / folder).rglob(".*") for folder in ("inbox", "quarantine", "rounds", "turns")]
+    for path in [p for place in places for p in place if DRAFT.fullmatch(p.name)]:
+        arriving = path.is_relative_to(root / "inbox") and path.exists()
+        if arriving and time() - path.stat().st_mtime < DELIVERY_SECONDS:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from prefect.cache_policies import NO_CACHE
 from iterative_ppo.config import Config
 from iterative_ppo.errors import StoreError
 from iterative_ppo.files import write_bytes
+from tasks.mlflow_store import shown
 
 REMOTE = "store"
 LOCK_SECONDS = 600.0
@@ -180,7 +181,7 @@ def _plain_errors(doing: str) -> Iterator[None]:
         ImportError,
         OSError,
     ) as error:
-        raise StoreError(f"{doing}: {' '.join(COLOUR.sub('', str(error)).split())}") from error
+        raise StoreError(shown(f"{doing}: {' '.join(COLOUR.sub('', str(error)).split())}")) from error
 
 
 @contextmanager
@@ -243,6 +244,7 @@ def _push_lost(repo: Any, out: Any) -> None:
 
 
 def _remote_url(root: Path, remote: str | None) -> str:
+    remote = os.environ.get("IPPO_DATA_REMOTE") or remote
     if not remote:
         return str(root / "remote")
     return remote if "://" in remote else str(Path(remote).expanduser().absolute())
@@ -279,7 +281,9 @@ def _check_out(repo: Any, target: Path) -> None:
         repo.checkout([str(target)], force=True)
     except (CheckoutError, DownloadError):
         url, md5 = repo.config["remote"][REMOTE]["url"], _read(target)["md5"]
-        raise StoreError(f"{target.stem} ({md5}): {url} lacks some of its files, or they are damaged there") from None
+        raise StoreError(
+            f"{target.stem} ({md5}): {shown(url)} lacks some of its files, or they are damaged there"
+        ) from None
 
 
 def _refuse_loss(repo: Any, place: Path) -> None:

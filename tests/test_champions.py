@@ -12,7 +12,7 @@ import pytest
 from policy_store import registered
 from prefect.logging import disable_run_logger
 
-from flows import champions, night
+from flows import champions, night, simulation
 from flows.abtest_views import lines, standing
 from flows.reporting import status_lines
 from flows.suggesting import answerer, suggestion_for
@@ -184,6 +184,28 @@ def test_a_larger_budget_goes_on_from_the_last_test(it: Night, told: Told) -> No
     assert (state.phase, state.round, state.champion) == ("train", 1, 2)
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_larger_budget_waits_for_conversations_of_a_champion_who_was_not_tested(
+    it: Night, told: Told, saved_models: Path, deleted: bool
+) -> None:
+    """Put back by a person, or a pi_0 made anew where all versions were deleted: the test's are none of its own."""
+    it.set(rounds__max_rounds=1)
+    it.arrive("simulated-0001", champion_1=0.2, challenger_2=1.0)
+    assert it.step().phase == "finished"
+    if deleted:
+        for version in (1, 2, 3):
+            it.store.client.delete_model_version(POLICY, str(version))
+        registry.promote(it.store, registered(it.store, saved_models, 3), {"reason": "pi_0"}, "flow", it.root)
+    else:
+        it.move(3)
+    it.set(rounds__max_rounds=2)
+    state = it.step()
+    assert (state.phase, state.round) == ("collect", 1)
+    simulation.traffic(it.config)
+    state = it.step()
+    assert (state.phase, state.round, state.champion) == ("train", 1, 4 if deleted else 3)
+
+
 def test_a_larger_budget_goes_on_after_a_round_that_was_not_tested(it: Night, told: Told) -> None:
     fell = {**ROUND, "offline": {"verdict": "reject", "reasons": ["failed: "]}}
     save_state(it.root, NightState(phase="finished", champion=1, rounds=[fell]))
@@ -329,6 +351,14 @@ def test_once_approved_it_goes_on(asking: Night, told: Told) -> None:
         answer(asking)
 
 
+def test_once_approved_another_may_be_promoted_before_the_night(asking: Night, told: Told) -> None:
+    answer(asking)
+    registry.promote(asking.store, 3, {"reason": "now"}, "me", asking.root)
+    state = asking.step()
+    assert (state.phase, state.round, state.experiment, state.approval) == ("collect", 1, None, None)
+    assert state.rounds[0]["decision"]["verdict"] == "promote"
+
+
 def test_once_declined_it_goes_on(asking: Night, told: Told) -> None:
     for _ in range(2):
         approvals.decline(load_state(asking.root), "the tone", "me", asking.root)
@@ -358,7 +388,7 @@ def test_killed_while_a_person_answers_nothing_is_lost(asking: Night, monkeypatc
 def test_what_waits_for_approval_can_become_void(asking: Night) -> None:
     asking.move(3)
     assert "void" in asking.status and "waits for you" not in asking.status
-    with pytest.raises(StoreError, match=r"compares it with version 1, but the champion is 3"):
+    with pytest.raises(StoreError, match=r"is void: policy version 2 was tested against 1, but 3 became the champion"):
         answer(asking)
     state = asking.step()
     assert (state.phase, state.round, state.approval, asking.champion) == ("collect", 1, None, 3)

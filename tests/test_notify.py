@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from flows.options import configured
+from flows.options import ADDRESSES, configured
 from iterative_ppo.config import Config, load_config
 from tasks import notify
 
@@ -122,6 +123,35 @@ def test_an_address_on_the_command_line_does_not_become_a_flow_parameter(
     config, _, parameters = configured(None, [f"notify.url={receiver.url}/{SECRET}", "seed=3"])
     assert parameters == {"seed": 3} and config.seed == 3
     assert notify.tell(load_config(overrides=parameters), "verdict", "a", "b"), "the flow knows it all the same"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "tracking.uri=postgresql+psycopg2://me:SECRET@127.0.0.1:9/x",
+        'tracking={uri: "postgresql+psycopg2://127.0.0.1:9/x?password=SECRET"}',
+        "data.remote=https://me:SECRET@127.0.0.1:9/x",
+    ],
+)
+def test_an_address_with_a_password_does_not_become_a_flow_parameter(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ADDRESSES.values():
+        monkeypatch.setenv(variable, "", prepend=None)
+    address = given.partition("=")[2].removeprefix('{uri: "').removesuffix('"}')
+    assert configured(None, [given, "seed=3"])[2] == {"seed": 3}
+    assert [os.environ[variable] for variable in ADDRESSES.values() if os.environ[variable]] == [address]
+    configured(None, [given.replace("SECRET", "other")])
+    assert address in os.environ.values(), "what the environment had stays"
+
+
+def test_an_address_without_a_password_is_a_flow_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ADDRESSES.values():
+        monkeypatch.setenv(variable, "", prepend=None)
+    plain = {"tracking.uri": "sqlite:///a.db?timeout=5", "data.remote": "s3://bucket/turns", "data.root": "here"}
+    given = [f"{key}={value}" for key, value in plain.items() if key != "data.root"]
+    assert configured(None, [*given, "data={root: here}"])[2] == plain
+    assert not any(os.environ[variable] for variable in ADDRESSES.values())
 
 
 def test_an_address_in_the_configuration_is_masked_wherever_it_is_printed() -> None:

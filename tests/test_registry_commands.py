@@ -208,6 +208,14 @@ def test_approve_reject_declines(it: Pipeline) -> None:
     assert "promote declined" in it.ippo("history") and "the tone" in it.ippo("history")
 
 
+def test_a_test_that_was_stopped_cannot_be_approved(it: Pipeline) -> None:
+    asked(it)
+    it.ippo("abtest", "--stop", "the wrong greeting")
+    with pytest.raises(IterativePPOError, match="is void: stopped by someone, command line: the wrong greeting; the"):
+        it.ippo("approve", "--reason", "go")
+    assert registry.champion(it.store) == 2 and "waits for you" not in it.ippo("status")
+
+
 def asked(it: Pipeline) -> None:
     evidence = {"experiment": experiment(1).model_dump(), "data_md5": MD5[1]}
     request = Approval(id="p", kind="promote", version=3, reasons=("better",), evidence=evidence, resume="test")

@@ -331,6 +331,7 @@ def test_drafts_of_a_killed_night_are_swept_and_nothing_else(tmp_path: Path) -> 
         draft(tmp_path / "rounds" / "0000" / ".q.a1b2c3d4" / "model" / "weights", 30),
         draft(tmp_path / "turns" / "round=0000" / ".turns.parquet.a1b2c3d4", 30),
         draft(tmp_path / "inbox" / ".night.parquet.a1b2c3d4", 30),
+        draft(tmp_path / ".state.json.a1b2c3d4", 0),
     ]
     kept = [
         draft(tmp_path / "turns" / "round=0000" / "turns.parquet", 30),

@@ -271,8 +271,22 @@ def test_stores_that_cannot_serve_are_refused_at_once(config: Config) -> None:
     refused(config, r"//\*\*\*@127.0.0.1:9/x: cannot be reached", uri="postgresql+psycopg2://me:secret@127.0.0.1:9/x")
     for uri in ("mlruns", "file:///tmp/mlruns", "sqlit:///a.db"):
         refused(config, rf"tracking.uri '{uri}': expected sqlite:///FILE, a database or a server", uri=uri)
+    refused(config, r"tracking.uri 'psql://\*\*\*@there/x': expected", uri="psql://me:secret@there/x")
     for uri in ("sqlite:///:memory:", "sqlite://"):
         refused(config, r"runs must outlive the process", uri=uri)
+
+
+def test_a_database_without_its_driver_is_refused_at_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        place = f"127.0.0.1:{there.getsockname()[1]}/x"
+        said = rf"//\*\*\*@{place}: its driver psycopg is not installed; install it, .*'\.\[postgres\]'"
+        refused(config, said, uri=f"postgresql://me:secret@{place}")
+        refused(
+            config,
+            rf"//\*\*\*@{place}: Can't load plugin: .*postgresql.nosuch",
+            uri=f"postgresql+nosuch://me:x@{place}",
+        )
 
 
 def test_a_deleted_experiment_and_lost_artifacts_are_told(config: Config, tracking: Tracking) -> None:
@@ -280,7 +294,13 @@ def test_a_deleted_experiment_and_lost_artifacts_are_told(config: Config, tracki
     refused(config, r"keeps its artifacts in .*artifacts, which is gone; bring that folder back")
     Path("artifacts").mkdir()
     tracking.client.delete_experiment(tracking.experiment_id)
-    refused(config, r"'iterative-ppo' was deleted; run `mlflow experiments restore -x \d+`")
+    said = r"'iterative-ppo' was deleted; run `MLFLOW_TRACKING_URI='sqlite:.*' mlflow experiments restore -x \d+`"
+    refused(config, said)
+    with pytest.raises(StoreError) as told:
+        open_tracking(config)
+    advised, path = str(told.value).split("`")[1], f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(advised, shell=True, check=True, env={**os.environ, "PATH": path}, cwd="/", capture_output=True)
+    assert open_tracking(config).experiment_id == tracking.experiment_id
 
 
 def test_a_store_that_another_holds_is_told(

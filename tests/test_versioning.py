@@ -239,6 +239,16 @@ def test_a_remote_that_cannot_be_is_a_store_error(config: Config, remote: str) -
     version(0, config)
 
 
+def test_the_environments_remote_wins_and_its_password_is_not_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect(config, 0)
+    monkeypatch.setenv("IPPO_DATA_REMOTE", "gopher://me:secret@127.0.0.1/x")
+    with pytest.raises(StoreError, match=r"pushing round=0000 to gopher://\*\*\*@127.0.0.1/x: ") as refused:
+        version(0, config)
+    assert "secret" not in str(refused.value)
+
+
 def test_git_sees_nothing_of_it(tmp_path: Path) -> None:
     shutil.copy(ROOT / ".gitignore", tmp_path)
     (tmp_path / "data").mkdir()

@@ -21,7 +21,7 @@ from iterative_ppo.config.learning import (
     RuntimeConfig,
     SupervisedConfig,
 )
-from iterative_ppo.config.loading import DEFAULTS, load_config
+from iterative_ppo.config.loading import DEFAULTS, load_config, read_overrides
 from iterative_ppo.config.traffic import (
     ClassifierConfig,
     DataConfig,
@@ -65,4 +65,5 @@ __all__ = [
     "SupervisedConfig",
     "TrackingConfig",
     "load_config",
+    "read_overrides",
 ]

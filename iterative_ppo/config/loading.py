@@ -33,7 +33,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
     """
     defaults = _read_yaml(DEFAULTS)
     users = [] if path is None else [(_read_yaml(path), str(path))]
-    users += [(_nested(key, value), f"override {key!r}") for key, value in _pairs(overrides)]
+    users += [(_nested(key, value), f"override {key!r}") for key, value in read_overrides(overrides)]
     names = list(defaults["profiles"])
     profiles = [_profiles_of(layer, where, defaults, names) for layer, where in [(defaults, "defaults"), *users]]
     kind = _laid_over(defaults, users)["source"]["kind"]
@@ -102,7 +102,8 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return nested
 
 
-def _pairs(overrides: Mapping[str, Any] | Iterable[str]) -> Iterable[tuple[str, Any]]:
+def read_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> Iterable[tuple[str, Any]]:
+    """Key and value of each override. Raises ConfigError for a string that is not `key=value`, its value YAML."""
     if isinstance(overrides, Mapping):
         yield from overrides.items()
         return

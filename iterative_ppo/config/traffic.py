@@ -14,7 +14,7 @@ class DataConfig(Frozen):
     root: Path
     """Folder of the turn table, quarantine, rounds and state."""
     remote: str | None
-    """DVC remote; null means `<root>/remote`."""
+    """DVC remote; null means `<root>/remote`. The environment's IPPO_DATA_REMOTE wins over it."""
     split_by: Literal["customer", "business"]
     """The id whose hash puts a conversation in the fit or the evidence part."""
     evidence_share: float = Rate
