@@ -37,7 +37,7 @@ from benchmarks.results_file import write
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.files import read_json, whole_directory, write_json
-from tasks.traffic import copying_lessons, environment, scripted_corpus, to_rows
+from tasks.traffic import environment, scripted_corpus, to_rows
 
 GREEDY = 1e-3
 """A temperature at which sampling takes the likeliest token."""
@@ -89,7 +89,7 @@ def _begin(config: Config, method: str, draft: Path) -> None:
             "q": load_config(None, {"seed": config.seed}).q,
         }
     )
-    stage = initial_policy_stage(shared, scripted_corpus(config), "scripted", copying_lessons(config))
+    stage = initial_policy_stage(shared, scripted_corpus(config), "scripted")
     (draft / "model").symlink_to((stage.path / "model").resolve())
     if config.q.corpus_epochs:
         (draft / "q").symlink_to((stage.path / "q").resolve())

@@ -77,15 +77,10 @@ class Prompts:
     dataset: Dataset
 
 
-def initial_policy_stage(
-    config: Config, corpus: list[Conversation], source: str, lessons: Sequence[Conversation] = ()
-) -> Stage:
+def initial_policy_stage(config: Config, corpus: list[Conversation], source: str) -> Stage:
     """Line 1: pi_0, the base model as it is or fine-tuned on a corpus, and a Q of the corpus to start from.
 
     Killed, it goes on from the checkpoint that it keeps beside itself.
-
-    Args:
-        lessons: more to fine-tune on, whose outcomes mean nothing.
     """
     inputs = {
         "q": config.q.model_dump(),
@@ -96,7 +91,6 @@ def initial_policy_stage(
         "source": source,
         "conversations": len(corpus),
         "corpus": fingerprint(*corpus),
-        "lessons": fingerprint(*lessons),
         "code": 2,
     } | _credit(config)
     place = Path(config.policy.base_model) if config.policy.base_model else None
@@ -131,9 +125,9 @@ def initial_policy_stage(
             else:
                 policy = LanguagePolicy.load(base, settings, config.runtime.device, config.policy.lora)
                 _check_trainable(config, policy, "q", "improve", *(["supervised"] if tunes else []))
-            encoded = [policy.renderer.encode(talk) for talk in (*corpus, *lessons)]
+            encoded = [policy.renderer.encode(talk) for talk in corpus]
             forgotten = [cut for _, cut in encoded]
-            metrics |= cut_by_limits(corpus, forgotten[: len(corpus)], policy.renderer, config.policy)
+            metrics |= cut_by_limits(corpus, forgotten, policy.renderer, config.policy)
             sequences = [sequence for pieces, _ in encoded for sequence in pieces]
             if tunes:
                 with progress("fine-tuning pi_0") as report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,11 +89,9 @@ def open_round(config: Config, store: tracking.Tracking, round_number: int) -> R
 
 
 @task(name="initial policy", cache_policy=NO_CACHE)
-def initialize(
-    context: RoundContext, corpus: list[Conversation], source: str, lessons: Sequence[Conversation] = ()
-) -> PolicyVersion:
+def initialize(context: RoundContext, corpus: list[Conversation], source: str) -> PolicyVersion:
     """Line 1: pi_0, registered and made the first champion, ungated."""
-    stage = initial_policy_stage(context.config, corpus, source, lessons)
+    stage = initial_policy_stage(context.config, corpus, source)
     context.log("initial policy", stage)
     tags = {"round": "0", "verdict": "initial", "source": source}
     version = _registered(context, registry.POLICY, stage.path / "model", tags)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from iterative_ppo.config import Config
 from iterative_ppo.environments.own import Scripted, own_code, own_environment, script_of, version_of
-from iterative_ppo.environments.renovation import OUTCOMES, Renovation, Script, copying_curriculum
+from iterative_ppo.environments.renovation import OUTCOMES, Renovation, Script
 from iterative_ppo.environments.rollout import Customer, collect, customers, serve
 from iterative_ppo.errors import ConfigError, SourceError
 from iterative_ppo.files import content_hash, write_json
@@ -66,30 +66,22 @@ def scripted_corpus(config: Config) -> list[Conversation]:
         return collect(agent, world, s.corpus_conversations, config.seed + 100, "script")
 
 
-def copying_lessons(config: Config) -> list[Conversation]:
-    """A short curriculum in copying from the prompt, which a tiny model learns last."""
-    lessons = copying_curriculum(
-        int(config.simulator.copying_share * config.simulator.corpus_conversations), config.seed
-    )
-    return [Conversation(f"copying-{k}", turns, f"copying-{k}") for k, turns in enumerate(lessons)]
-
-
-def first_corpus(config: Config) -> tuple[list[Conversation], str, list[Conversation]]:
-    """What a night's pi_0 is made from where there is no champion yet: a corpus, its name, and lessons beside it.
+def first_corpus(config: Config) -> tuple[list[Conversation], str]:
+    """What a night's pi_0 is made from where there is no champion yet: a corpus and its name.
 
     Raises ConfigError where only the simulator could give one, and the customers are a team's own.
     """
     kind = config.source.kind
     if kind == "renovation":
-        return scripted_corpus(config), "scripted", copying_lessons(config)
+        return scripted_corpus(config), "scripted"
     if kind == "environment" and (config.policy.fine_tuned or isinstance(environment(config), Scripted)):
-        return scripted_corpus(config), f"scripted, {version_of_environment(config)}", []
+        return scripted_corpus(config), f"scripted, {version_of_environment(config)}"
     if config.policy.fine_tuned:
         raise ConfigError(
             f"no champion yet, and at night source.kind {kind} brings no corpus to fine-tune one on; begin with `ippo "
             f"run --source {kind} --path LOG`, or set policy.init to prompt and policy.base_model to a model that talks"
         )
-    return [], "base model", []
+    return [], "base model"
 
 
 def simulate(config: Config, policy: PolicyVersion, conversations: int, seed: int) -> list[Conversation]:

@@ -84,8 +84,8 @@ def test_the_closing_comparison_counts_successes_as_an_ab_test_does(monkeypatch:
 
 
 def test_its_script_writes_the_corpus() -> None:
-    corpus, name, lessons = first_corpus(config_of("flower_shop:Florist", **{"simulator.corpus_conversations": 30}))
-    assert len(corpus) == 30 and not lessons
+    corpus, name = first_corpus(config_of("flower_shop:Florist", **{"simulator.corpus_conversations": 30}))
+    assert len(corpus) == 30
     assert name == f"scripted, flower_shop:Florist {content_hash(Path(flower_shop.__file__))}"
     said = {turn.suggestion.text for talk in corpus for turn in talk.turns if turn.suggestion}
     assert said == {flower_shop.ASK, flower_shop.OFFER, flower_shop.CHAT}
@@ -96,7 +96,7 @@ def test_without_a_script_pi_0_is_a_base_model_as_it_is() -> None:
         with pytest.raises(ConfigError, match=r"source.path: Unscripted has no script\(seed\).*policy.init to prompt"):
             begins(config_of("flower_shop:Unscripted", **{"data.root": "nowhere"}))
     as_it_is = {"policy.init": "prompt", "policy.base_model": "somewhere"}
-    assert first_corpus(config_of("flower_shop:Unscripted", **as_it_is)) == ([], "base model", [])
+    assert first_corpus(config_of("flower_shop:Unscripted", **as_it_is)) == ([], "base model")
 
 
 def test_an_instance_or_a_function_serves_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,6 @@ from iterative_ppo.environments.renovation import (
     Session,
     all_hidden,
     believed,
-    copying_curriculum,
     posterior,
     replies,
     right_act,
@@ -420,17 +419,6 @@ def test_counterfactual_futures_succeed_as_often_as_fresh_ones() -> None:
     play(Script(1.0, seed=1), sessions, seed=0)
     resumed = float(np.mean([session.turns[-1].outcomes[0] for session in sessions]))
     assert abs(fresh - resumed) < 4 * np.sqrt(2 * fresh * (1 - fresh) / 1000)
-
-
-def test_the_copying_lessons_repeat_what_the_customer_named() -> None:
-    lessons = list(copying_curriculum(60, seed=0))
-    assert len(lessons) == 60
-    for first, last in lessons:
-        assert first.suggestion is not None and first.customer_message is not None
-        act = parse(first.suggestion.text or "")
-        assert act.kind == "offer" and act.room in first.customer_message
-        assert last.terminal and last.outcomes == (0.0,)
-    assert len({parse(first.suggestion.text or "") for first, _ in lessons if first.suggestion}) == 12
 
 
 def test_what_was_told_stays_told_along_a_conversation(mixed: list[Conversation]) -> None:

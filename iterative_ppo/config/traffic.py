@@ -85,8 +85,6 @@ class SimulatorConfig(Frozen):
     """Conversations of the scripted agent that pi_0 is fine-tuned on."""
     corpus_skill: float = Share
     """How often that agent does the right thing."""
-    copying_share: float = Share
-    """Share of the corpus that is a short curriculum in copying slot values."""
     conversations: int = Count
     """Conversations collected in round 0."""
     max_business_turns: int = Count

@@ -11,7 +11,7 @@ exact. The hidden state serves evaluation only; a `State` holds nothing but what
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise, product
@@ -350,17 +350,3 @@ def right_act(known: Believed) -> Act | None:
     if known.tier is None:
         return Act("ask_budget")
     return Act("offer", known.room, known.tier)
-
-
-def copying_curriculum(conversations: int, seed: int) -> Iterator[tuple[Turn, ...]]:
-    """Short dialogues whose only lesson is to repeat the room and the budget's package in an offer."""
-    rng = random.Random(f"copying:{seed}")
-    for _ in range(conversations):
-        room, tier, tone = rng.choice(ROOMS), rng.choice(TIERS), rng.choice(TONES)
-        opening = rng.choice(openings(tone, room, True))
-        told = rng.choice(customer_phrases("tells_budget", None, tone, room, tier))
-        offer = rng.choice(business_phrases(Act("offer", room, tier)))
-        yield (
-            Turn(f"{opening} {told}", (0.0,), Suggestion(offer, "suggested"), offer, "verbatim"),
-            Turn(None, (0.0,)),
-        )
