@@ -19,11 +19,12 @@ from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation import pii
-from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams
+from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams, words
 from iterative_ppo.evaluation.gate import offline_gate
 from iterative_ppo.evaluation.guardrails import MEASURES, Said, Sample, calibrated, clustered_mean, guarded, measure_of
 from iterative_ppo.evaluation.metrics import Calibration, calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority
+from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
 from iterative_ppo.mdp.turn_table import to_frame
 
 GATE = load_config().gate
@@ -64,6 +65,24 @@ def test_loops_compress_and_sentences_do_not() -> None:
     assert compression("!" * 60) > 4
     assert math.isnan(compression(""))
     assert compression("你好，" * 30) > 5, "bytes, not letters"
+
+
+def test_words_are_what_spaces_part_and_letters_where_a_script_has_none() -> None:
+    assert words("Very well: 3 rooms,\nin May.") == ["Very", "well:", "3", "rooms,", "in", "May."]
+    assert words("您好，Anna Li！") == ["您", "好", "，Anna", "Li！"]
+    assert words("ขอบคุณ") == list("ขอบคุณ")
+    assert words(" ") == []
+
+
+def test_a_loop_is_seen_in_an_arm_whose_language_has_no_spaces() -> None:
+    plain, loop = "您好，感谢您联系我们，今天会回复您。", "可以优惠" * 8
+    talks = [
+        Conversation(f"c{k}", (Turn("在吗", (0.0,), Suggestion(text, "suggested"), text), Turn(None, (0.0,))), f"u{k}")
+        for k, text in enumerate((plain, loop))
+    ]
+    arm = Said.of_turns(to_frame(talks, {"sold": 1.0}, 0.2))
+    repeated = MEASURES["repetition"].values(arm)
+    assert repeated is not None and dict(zip(arm.texts, repeated > 0.5, strict=True)) == {plain: False, loop: True}
 
 
 # --- the tests behind them -------------------------------------------------------------------------------------------

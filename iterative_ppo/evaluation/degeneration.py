@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Hashable, Sequence
+
+UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+"""Letters of scripts that part no words by spaces: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese characters."""
+_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+
+
+def words(text: str) -> list[str]:
+    """What spaces part in a text; in scripts that have none between words, each letter."""
+    return _WORD.findall(text)
 
 
 def repeated_ngrams(sequence: Sequence[Hashable], n: int = 2) -> float:

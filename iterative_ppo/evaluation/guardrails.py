@@ -16,7 +16,7 @@ import pandas as pd
 from iterative_ppo.config import GuardrailConfig
 from iterative_ppo.errors import ConfigError, did_you_mean
 from iterative_ppo.evaluation import pii
-from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams
+from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams, words
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, quantile
 from iterative_ppo.mdp.returns import ACCEPTANCE
@@ -72,7 +72,7 @@ class Said:
         return cls(
             rows[unit].to_numpy(dtype=object),
             texts,
-            [text.split() for text in texts],
+            [words(text) for text in texts],
             abstained,
             adoption=adoption if any(adoption) else None,
             reward=_worth(frame, rows) if rewarded else None,
