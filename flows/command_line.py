@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import abtest_commands, registry_commands
-from flows.environment import check_prefect, mendable
+from flows.environment import check_prefect, mendable, server_apart
 from flows.options import Params, Sets, as_parameters, configured
 from iterative_ppo.config import DEFAULTS, Config
 from iterative_ppo.errors import ConfigError, SourceError
@@ -82,6 +82,7 @@ def _ready(config: Config) -> None:
         if not config.source.path.exists():
             raise SourceError(f"{config.source.path}: no such file or folder")
     check_prefect()
+    server_apart()
     with only_one(config.data.root):
         load_state(config.data.root)
 
@@ -269,18 +270,34 @@ def _show_closing(test: dict[str, Any]) -> None:
     )
 
 
-def _stopped(number: int, _: object) -> None:
-    """As after Ctrl-C, so that what was started, such as Prefect's temporary server, is stopped too."""
-    raise SystemExit(128 + number)
+def _stop_at_signals() -> list[int]:
+    """Signals end the process as an exit does, so that what it started, such as Prefect's temporary server, is stopped.
+
+    Returns the signals that came; it fills as they do. One that is ignored, as by nohup, stays so.
+    """
+    came: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        came.append(number)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    return came
 
 
 def main() -> None:
     """Run the command line; an error that a user can mend is one line on standard error and its own exit code."""
-    signal.signal(signal.SIGTERM, _stopped)
+    came = _stop_at_signals()
     try:
         app()
-    except Exception as error:
-        told = mendable(error)
+    except BaseException as error:
+        if came:  # whatever else broke on the way out
+            name = signal.Signals(came[0]).name
+            typer.echo(f"ippo: stopped by {name}; what is finished is kept, start again to go on", err=True)
+            sys.exit(128 + came[0])
+        told = mendable(error) if isinstance(error, Exception) else None
         if told is None:
             raise
         typer.echo(f"ippo: {told}", err=True)

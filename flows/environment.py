@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 
 from iterative_ppo.errors import IterativePPOError, StoreError
 
@@ -83,6 +86,19 @@ def check_prefect() -> str:
             "permissions, or set PREFECT_HOME to a folder that can"
         ) from None
     return f"a temporary server, home {settings.home}"
+
+
+def server_apart() -> None:
+    """Start Prefect's temporary server, if one is started, in a session of its own.
+
+    Ctrl-C goes to a terminal's whole process group. A server that dies of it first leaves the run to wait for an answer
+    while it wants to tell of its own end, after which it stops its server itself.
+    """
+    from prefect.server.api import server
+
+    if hasattr(server, "subprocess"):
+        popen = partial(subprocess.Popen, start_new_session=True)
+        vars(server)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
 
 
 def _reach(url: str) -> None:

@@ -292,8 +292,8 @@ def test_evidence(
     config: Config, store: tracking.Tracking, state: NightState, found: looks.Finding, decision: Decision
 ) -> dict[str, Any]:
     """All that a verdict rests on, also on the round's MLflow run."""
-    tested, test = state.experiment, found.test
-    assert tested is not None and test is not None
+    tested, test, counted = state.experiment, found.test, found.counted
+    assert tested is not None and test is not None and counted is not None
     context = rounds.open_round(config, store, state.round)
     record = {**state.rounds[-1], "ab_test": test.as_dict(), "decision": decision.as_dict()}
     ended = converged(config, [*state.rounds[:-1], record])
@@ -302,6 +302,7 @@ def test_evidence(
         "experiment": tested.model_dump(mode="json"),
         "data_md5": state.rounds[-1]["data_md5"],
         "test": test.as_dict(),
+        "counted": counted.as_dict(),
         "look": found.look.as_dict(),
         "guardrails": [one.as_dict() for one in found.guardrails],
         "decision": decision.as_dict(),

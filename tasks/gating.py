@@ -20,6 +20,7 @@ from iterative_ppo.evaluation.degeneration import repeated_ngrams
 from iterative_ppo.evaluation.evidence import OfflineEvidence, paired_gain
 from iterative_ppo.evaluation.gate import Decision, offline_gate
 from iterative_ppo.evaluation.guardrails import Said, guarded
+from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.ope import Estimate, LoggedTurns, estimates, untold
 from iterative_ppo.files import content_hash, fingerprint, write_json
 from iterative_ppo.learning.objective import outcome_range
@@ -84,10 +85,11 @@ def decision_of(stage: Stage) -> Decision:
 def figures_of(stage: Path) -> dict[str, Any]:
     """What a round's record keeps of a gate stage for the rule of convergence."""
     evidence = load_stage(stage).read("evidence.json")
-    certificate = evidence["certificate"]
+    certificate, guardrails = evidence["certificate"], [*map(NonInferiority.from_dict, evidence["guardrails"])]
     return {
         "kl": evidence["kl_challenger_champion"],
-        "guardrails_held": all(found["holds"] or found.get("missed") for found in evidence["guardrails"]),
+        "guardrails_held": all(one.holds or one.missed for one in guardrails),
+        "guardrails_broken": any(one.broken for one in guardrails),
         "certificate_high": None if certificate["refusal"] else certificate["high"],
     }
 

@@ -19,6 +19,7 @@ from iterative_ppo.evaluation.doubts import label_doubts
 from iterative_ppo.files import content_hash, read_json, write_json
 from iterative_ppo.mdp.conversation import REPORTED
 from iterative_ppo.mdp.labels import CLASSIFIER, RULE, as_reported, by_rule, counts, unreported, with_labels
+from iterative_ppo.mdp.labels import judged as judged_by
 from iterative_ppo.mdp.turn_table import ORIGIN
 from tasks.datasets import arrived, datasets_before
 from tasks.stage import Stage, run_stage
@@ -33,10 +34,7 @@ TABLE, FACTS = "labels.parquet", "labels.json"
 
 def judged(frame: pd.DataFrame, config: Config) -> pd.DataFrame:
     """Outcomes that a policy may be judged by: as reported and, where they are labelled by rule, by rule."""
-    table = as_reported(frame, config.outcomes)
-    if config.labels.kind != RULE:
-        return table
-    return with_labels(table, by_rule(table, config.labels.rules), RULE, config.outcomes)
+    return judged_by(frame, config.outcomes, config.labels.rules if config.labels.kind == RULE else None)
 
 
 def definition(config: Config) -> Any:

@@ -20,6 +20,7 @@ import pandas as pd
 from iterative_ppo.config import Config
 from iterative_ppo.errors import ConfigError, StoreError, TurnTableError
 from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.assigned import Counted, assigned
 from iterative_ppo.evaluation.clusters import equal_businesses
 from iterative_ppo.evaluation.designs import design_of
 from iterative_ppo.evaluation.experiment import LEAST_BUSINESSES, History, Look, comparable
@@ -70,6 +71,7 @@ class Evidence:
     Attributes:
         history: the matured conversations of the ramp's last stage.
         turns: their rows of the turn table. begun: the rows of all since the start, for what needs no outcome.
+        counted: which conversations the first are.
         ramp, maturing: conversations of the ramp's safety stages, and later ones that have not matured. faulty:
             conversations left out because they break the turn table's rules, as validation will. strangers: because
             they are of neither arm, nor led by a persona. earlier: because they began before the test did. pace: of
@@ -79,6 +81,7 @@ class Evidence:
     history: History
     turns: pd.DataFrame
     begun: pd.DataFrame
+    counted: Counted
     ramp: int
     maturing: int
     faulty: int = 0
@@ -105,11 +108,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a look found. `test` is None where it compared nothing or the test goes on."""
+    """What a look found. `test` is None where it compared nothing or the test goes on.
+
+    `counted` tells the conversations that it compared, None where it compared nothing.
+    """
 
     look: Look
     guardrails: tuple[NonInferiority, ...] = ()
     test: ABTest | None = None
+    counted: Counted | None = None
 
     def kept_in(self, tested: Experiment) -> Experiment:
         """The experiment with this look among its own."""
@@ -189,7 +196,8 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     begun = frame[frame["conversation_id"].isin(table.index[times.hours >= 0])]
     ramp, maturing = int((~times.last_stage).sum()), int((times.last_stage & ~due).sum())
     left_out = faulty, strangers, int(earlier.sum())
-    return Evidence(history, turns, begun, ramp, maturing, *left_out, _pace(times, config, tested))
+    counted = Counted.of(chosen["start"])
+    return Evidence(history, turns, begun, counted, ramp, maturing, *left_out, _pace(times, config, tested))
 
 
 def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
@@ -212,7 +220,7 @@ def take(config: Config, tested: Experiment, seen: Evidence) -> Finding:
     look = waiting(look, seen.history.earlier, guardrails)
     decides = look.verdict != "continue"
     test = inference(config.abtest, config.gate.alpha, seen.history, look) if decides else None
-    return Finding(look, guardrails, test)
+    return Finding(look, guardrails, test, seen.counted)
 
 
 def _arms(config: Config, tested: Experiment, turns: pd.DataFrame) -> tuple[Said, Said]:
@@ -241,24 +249,9 @@ def _sound(frame: pd.DataFrame, config: Config, state: NightState) -> tuple[pd.D
 
 
 def _conversations(frame: pd.DataFrame, tested: Experiment, config: Config) -> pd.DataFrame:
-    """One row a conversation of either arm, in order of arrival, by its id.
-
-    It is its first answerer's, which is whom it was assigned to. What a persona led began before the test. What comes
-    after the window is no outcome.
-    """
-    kept = frame[_of_either_arm(frame, tested) & frame["persona"].isna()]
-    grouped = kept.groupby("conversation_id", sort=False)
-    table = grouped.agg(
-        version=("policy_version", "first"),
-        arm=("arm", "first"),
-        business=("business_id", "first"),
-        start=("timestamp", "min"),
-        end=("timestamp", "max"),
-        outcome=("outcome", "sum"),
-    )
-    window = config.data.outcome_window_hours * HOUR
-    in_time = table["start"].isna() | (table["end"] - table["start"] <= window)
-    success = table["outcome"].where(in_time, 0.0) > success_above(config)
+    """`assigned` of either arm, with whether that is the challenger's and whether it is a success."""
+    table = assigned(frame, _versions(tested), config.data.outcome_window_hours)
+    success = table["outcome"].where(table["in_time"], 0.0) > success_above(config)
     return table.assign(challenger=(table["version"] == str(tested.challenger)).astype(bool), success=success)
 
 
@@ -275,7 +268,11 @@ def _of_earlier_tests(table: pd.DataFrame, tested: Experiment, state: NightState
 
 def _of_either_arm(frame: pd.DataFrame, tested: Experiment) -> pd.Series:
     """(N,) bool: rows that the test's champion or challenger answered."""
-    return frame["policy_version"].isin([str(tested.champion), str(tested.challenger)])
+    return frame["policy_version"].isin(_versions(tested))
+
+
+def _versions(tested: Experiment) -> list[str]:
+    return [str(tested.champion), str(tested.challenger)]
 
 
 def _strangers(frame: pd.DataFrame, tested: Experiment) -> int:

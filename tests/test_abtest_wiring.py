@@ -25,6 +25,7 @@ from iterative_ppo.environments.renovation import Script
 from iterative_ppo.environments.rollout import Customer, serve
 from iterative_ppo.errors import ConfigError, IterativePPOError, StoreError, TurnTableError
 from iterative_ppo.evaluation.ab_test import Arm, ab_test, assign
+from iterative_ppo.evaluation.assigned import Counted
 from iterative_ppo.evaluation.bounds import bounds
 from iterative_ppo.evaluation.designs import design_of
 from iterative_ppo.evaluation.experiment import Look
@@ -248,6 +249,8 @@ def test_only_what_surely_is_here_counts_as_matured(tmp_path: Path) -> None:
     test.arrive("all", arm(1, 50, 100, 0.0), arm(2, 50, 100, 99.0))
     seen = test.evidence()
     assert seen.history.now == pytest.approx(199.0) and seen.arms == (56, 0) and seen.maturing == 144
+    begun = [START, START + timedelta(hours=55)]
+    assert seen.counted == Counted.from_dict(dict(zip(("from", "to"), (at.isoformat() for at in begun), strict=True)))
     earlier = test.evidence(START + timedelta(hours=160))
     assert earlier.arms == (17, 0), "by the clock, where rows claim to be of the future"
 

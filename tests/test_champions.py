@@ -20,6 +20,7 @@ from iterative_ppo.config import Config, TrackingConfig, load_config
 from iterative_ppo.environments.renovation import Renovation, Script
 from iterative_ppo.environments.rollout import collect
 from iterative_ppo.errors import StoreError
+from iterative_ppo.files import read_json
 from iterative_ppo.mdp.conversation import State
 from iterative_ppo.report.record import RunRecord
 from tasks import approvals, experiments, notify, registry
@@ -168,6 +169,7 @@ def test_a_verdict_is_carried_out_recorded_and_told(it: Night, told: Told) -> No
     assert promotion["evidence"]["test"] == state.rounds[0]["ab_test"]
     (ended,) = it.events("experiment ended")
     assert ended["verdict"] == "promote"
+    assert read_json(it.root / "rounds" / "0000" / "ab_test.json")["counted"] == {"from": None, "to": None}
     assert told == [
         ("verdict", "round 0: policy 2 against 1: promote", "\n".join(state.rounds[0]["decision"]["reasons"]))
     ]

@@ -12,8 +12,11 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -61,18 +64,53 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_stopped_run_takes_its_server_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP))],
+)
+def test_a_stopped_run_takes_its_server_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    """Its whole process group hears the signal, as after Ctrl-C in a terminal."""
     command = [sys.executable, "-m", "flows.command_line", "run", "--set", "simulator.corpus_conversations=60"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+    heard: dict[str, Any] = {"start_new_session": True, "preexec_fn": partial(signal.signal, number, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **heard) as run:
         assert run.stderr
         lines = takewhile(lambda line: "fine-tuning" not in line, run.stderr)
         port = next(int(found[1]) for line in lines if (found := re.search(r"server on http://127.0.0.1:(\d+)", line)))
         assert all("Traceback" not in line for line in lines), "it has begun to train"
         assert reachable(port)
-        run.send_signal(signal.SIGTERM)
+        os.killpg(run.pid, number)
         told = run.stderr.read()
-    assert run.returncode == 128 + signal.SIGTERM, told
+    assert run.returncode == 128 + number, told
+    (said,) = (line for line in told.splitlines() if line.startswith("ippo:"))
+    assert f"stopped by {number.name}" in said and "Traceback" not in told
     assert not reachable(port)
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Are what they were after `main` was called in this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_what_breaks_after_a_stop_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise ConnectionError("All connection attempts failed")
+
+    monkeypatch.setattr(command_line, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert said == "ippo: stopped by SIGTERM; what is finished is kept, start again to go on\n"
 
 
 def reachable(port: int) -> bool:

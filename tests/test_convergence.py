@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from gate_evidence import GOOD
 from tabular import EVIDENCE_SHARE, OUTCOMES, TabularSteps, pairs
 
 from benchmarks import idle
 from benchmarks.chain_logs import CHAIN, GAMMA, Log, divergence, explored, tilted_by
 from iterative_ppo.algorithm import iterative_ppo
 from iterative_ppo.config import Config, load_config
+from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.evaluation.certificate import Certificate, certify
 from iterative_ppo.evaluation.convergence import Convergence, RoundFigures, convergence
+from iterative_ppo.evaluation.non_inferiority import Guardrail, proportion
+from iterative_ppo.files import write_json
 from iterative_ppo.mdp.returns import rewards
 from iterative_ppo.mdp.turn_table import actions, last_rows
+from tasks.gating import figures_of
 
 BUDGET, EPSILON, MDE, MOST = 0.5, 0.01, 0.05, 10
 MOVED = RoundFigures(kl=0.4, guardrails_held=True)
@@ -123,9 +129,35 @@ def test_reasons_carry_the_figure(config: Config) -> None:
     assert "up to +0.0500" in convergence([FAR], config).reason
     assert "customers may gain up to +20.0%" in convergence([replace(FAR, ab_high=0.2)], config).reason
     assert "0.10 nats a response, less than half of 0.5" in convergence([replace(FAR, kl=0.1)], config).reason
-    assert "broke a guardrail" in convergence([replace(FAR, guardrails_held=False)], config).reason
     assert "cannot tell" in convergence([MOVED], config).reason
     assert "no round" in convergence([], config).reason
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (True, "its challenger broke a guardrail"),
+        (False, "a guardrail of its challenger is not told"),
+        (None, "no challenger is known to hold its guardrails"),
+    ],
+)
+def test_a_guardrail_that_is_not_told_is_not_called_broken(broken: bool | None, said: str, config: Config) -> None:
+    last = replace(FAR, guardrails_held=False, guardrails_broken=broken)
+    assert convergence([last], config).reason == f"the last round shows nothing: {said}"
+
+
+def test_a_rounds_record_tells_a_broken_guardrail_from_one_that_is_not_told(tmp_path: Path) -> None:
+    limit = Guardrail("repetition", "lower", margin=0.1, alpha=0.05)
+    worse = {"holds": (0, 400), "not told": (1, 3), "broken": (200, 400)}
+    for found, counts in worse.items():
+        guardrail = proportion(limit, Arm(0, counts[1]), Arm(*counts))
+        assert guardrail.found == found
+        evidence = replace(GOOD, guardrails=(guardrail,)).as_dict()
+        write_json(tmp_path / found / "evidence.json", evidence)
+        write_json(tmp_path / found / "stage.json", {"key": "", "metrics": {}, "content": ""})
+        record = figures_of(tmp_path / found)
+        assert (record["guardrails_held"], record["guardrails_broken"]) == (found == "holds", found == "broken")
+        assert RoundFigures.of(record).guardrails_broken == record["guardrails_broken"]
 
 
 def test_figures_come_from_a_rounds_record() -> None:

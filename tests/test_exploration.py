@@ -247,6 +247,22 @@ def test_q_extrapolates_where_no_like_state_saw_a_like_action() -> None:
     assert coverage(log(("which room", "")), log(*[("which room", "")] * 3)).extrapolated == 0.0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("heard", "said", "like", "unlike"),
+    [
+        ("我想订一个房间", "请问您要哪个房间", "您要哪个房间", "谢谢光临"),
+        ("部屋を予約したい", "どの部屋がよろしいですか", "どの部屋がいいですか", "またね"),
+        ("ผมอยากจองห้อง", "คุณต้องการห้องไหน", "ต้องการห้องไหนคะ", "บาย"),
+    ],
+    ids=["chinese", "japanese", "thai"],
+)
+def test_languages_without_spaces_have_words_too(heard: str, said: str, like: str, unlike: str) -> None:
+    """A customer says nearly the same and is answered nearly the same; as whole clauses nothing would be alike."""
+    logged = log(*[(heard, said)] * 20, *[("price?", unlike)] * 20)
+    shares = [coverage(log((heard[1:], answer)), logged).extrapolated for answer in (like, unlike)]  # type: ignore[union-attr]
+    assert shares == [0.0, 1.0]
+
+
 def test_more_kinds_of_actions_are_seen_wherever_they_lie_in_the_table() -> None:
     own, other = [("hi", "a")] * 100, [("hi", f"b{k}") for k in range(100)]
     found = [coverage(log(("hi", "a")), log(*rows)) for rows in (own, own + other, other + own)]

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 from ab_arms import decided
 from gate_evidence import GOOD
 
-from iterative_ppo.config import load_config
+from iterative_ppo.config import RuleConfig, load_config
 from iterative_ppo.environments.phrases import Act, business_phrases, customer_phrases, openings
 from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test, p_in_words
@@ -587,6 +587,82 @@ def test_the_last_tests_conversations_are_shown_as_the_test_judged_them_whoever_
     frame.to_parquet(place, index=False)
     found = {group.policy: (group.role, group.success) for group in RunRecord.read(fake.root).tested}
     assert found == {"2": ("champion", TESTS[2][0]), "4": ("challenger", TESTS[2][1])}
+
+
+def timed(one: Conversation, hour: int, lasts: float = 1.0, origin: str = "reported") -> Conversation:
+    """The conversation begun `hour` hours after NOW, with its outcome said by `origin`."""
+    begun = NOW + timedelta(hours=hour)
+    *turns, last = (replace(turn, timestamp=begun) for turn in one.turns)
+    end = replace(last, timestamp=begun + timedelta(hours=lasts))
+    return replace(one, turns=(*turns, end), outcome_origin=origin)
+
+
+def judged(fake: Fake, **recorded: Any) -> str:
+    """A test of 2 against 1 that counted four conversations of each, and what else came of them; its page's text.
+
+    A classifier guessed two sales of the champion's, and one of the challenger's came after its window.
+    """
+    arms = ((1, "champion", Arm(8, 8)), (2, "challenger", Arm(7, 8)))
+    one, two = ([timed(each, k) for k, each in enumerate(talks(*arm, seed=9))] for arm in arms)
+    one[:2] = [replace(each, outcome_origin="classifier:1") for each in one[:2]]
+    two[0] = timed(two[0], 0, lasts=73.0)
+    fake.learn(0, fake.data(0, [replace(each, outcome_origin="classifier:1") for each in talks(1, None, FIRST, 0)]))
+    fake.learn(1, fake.data(1, one + two))
+    test = ab_test(Arm(2, 4), Arm(3, 4), 0.05)
+    settings = {"labels": "reported", "data.outcome_window_hours": 72.0}
+    experiment = {"champion": 1, "challenger": 2, "settings": settings}
+    found = {"test": test.as_dict(), "decision": decided(test.champion, test.challenger).as_dict()}
+    write_json(fake.folder(0) / "ab_test.json", {"experiment": experiment, **found, **recorded})
+    fake.state("train", 1, [row(0, 1, fake.gate(0), test)])
+    return text_of(page(fake.root, fake.root.parent))
+
+
+COUNTED = {"from": NOW.isoformat(), "to": (NOW + timedelta(hours=3)).isoformat()}
+
+
+def test_of_a_test_the_page_shows_what_it_counted_as_it_judged_it(tmp_path: Path) -> None:
+    said = judged(fake := Fake(tmp_path / "data"), counted=COUNTED)
+    last = RunRecord.read(fake.root).rounds[1]
+    assert {group.arm: group.success for group in last.groups} == {"champion": Arm(2, 4), "challenger": Arm(3, 4)}
+    assert [group.outcomes["purchase"].value for group in last.groups] == [0.5, 0.75]
+    assert last.conversations == 16 and last.origins == {"reported": 14, "classifier:1": 2}
+    assert "An outcome that only a classifier said counts as none" in said and "all that came" not in said
+    assert "61 by classifier" not in said and "First data policy 1 300 0.0%" in said
+
+
+def test_of_a_test_that_did_not_say_what_it_counted_all_that_came_is_shown(tmp_path: Path) -> None:
+    said = judged(fake := Fake(tmp_path / "data"))
+    found = {group.arm: group.success for group in RunRecord.read(fake.root).rounds[1].groups}
+    assert found == {"champion": Arm(6, 8), "challenger": Arm(7, 8)}, "without guesses"
+    assert "A/B test of round 0, all that came policy 1 (champion) 8 75.0%" in said
+
+
+def test_guesses_pay_no_return(tmp_path: Path) -> None:
+    judged(fake := Fake(tmp_path / "data"), counted=COUNTED)
+    returned = [group.returned for one in RunRecord.read(fake.root).rounds for group in one.groups]
+    assert returned[0] is not None and returned[0].value == 0.0
+    assert returned[1] is not None and returned[1].value == pytest.approx(CONFIG.gamma**2 / 2)
+
+
+def test_conversations_without_times_all_counted(tmp_path: Path) -> None:
+    """Nor need they name their arms; while no round has taken them as its data, the test's rules judge them."""
+    fake = finished(tmp_path / "data", closing=False)
+    place = fake.folder(3) / "arrived" / "night.parquet"
+    frame = turn_table.read(place, OUTCOMES)
+    frame = frame.assign(arm=None, outcome=0.0, outcome_purchase=0.0, outcome_origin=None)
+    turn_table.write(frame, place, OUTCOMES)
+    rule = RuleConfig(side="customer", pattern="Deal", first_turn=1, last_turn=None, value=1.0).model_dump(mode="json")
+    settings = {"labels": {"purchase": rule}, "data.outcome_window_hours": 72.0}
+    experiment = {"champion": 2, "challenger": 4, "settings": settings}
+    test = ab_test(*TESTS[2], 0.05)
+    found = {"test": test.as_dict(), "decision": decided(*TESTS[2]).as_dict(), "counted": {"from": None, "to": None}}
+    write_json(fake.folder(2) / "ab_test.json", {"experiment": experiment, **found})
+    tested = RunRecord.read(fake.root).tested
+    assert [(group.role, group.success) for group in tested] == [
+        ("champion", TESTS[2][0]),
+        ("challenger", TESTS[2][1]),
+    ]
+    assert [group.outcomes["purchase"].value for group in tested] == [arm.rate for arm in TESTS[2]]
 
 
 def test_many_rounds_are_drawn_without_crowding(run_folder: Path) -> None:

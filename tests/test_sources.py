@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -888,6 +889,28 @@ def test_table_csv_tells_null_from_empty(tmp_path: Path) -> None:
     aside = the_bad(log, good=2)
     assert (aside.conversation_id, aside.row) == ("b", 4)
     assert "expected 7 columns, found 4" in aside.reason
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC], ids=["all", "nonnumeric"])
+def test_table_reads_a_csv_that_quotes_what_is_missing(tmp_path: Path, quoting: Any) -> None:
+    """An empty text is no number, time, status or adoption, so it is null there; among texts it is one."""
+    columns = [*HEADER.split(","), "timestamp", "behaviour_logprob", "adoption", "suggestion_status"]
+    rows = [
+        ["a", 1, "hi", "s", "s", None, "2025-01-01T00:00:00Z", -1.5, "verbatim", "suggested"],
+        ["a", 2, "and", "", "s", None, None, None, None, None],
+        ["a", 3, None, None, None, 1, None, None, None, None],
+    ]
+    with (tmp_path / "log.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, quoting=quoting).writerows([columns, *rows])
+    first, second, last = only(import_table(tmp_path / "log.csv", ONE, CONFIG.data)).turns
+    assert first.adoption == "verbatim" and first.suggestion and first.suggestion.logprob == -1.5
+    assert second.suggestion and second.suggestion.status == "abstained" and second.timestamp is None
+    assert last.outcomes == (1.0,)
+
+
+def test_an_empty_text_for_an_outcome_reports_nothing(tmp_path: Path) -> None:
+    log = csv_log(tmp_path, *csv_talk("a"), 'b,1,hi,s,s,""', 'b,2,,,,""')
+    assert {talk.conversation_id: talk.outcome_origin for talk in log.conversations} == {"a": "reported", "b": None}
 
 
 HEADER = "conversation_id,turn,customer_message,suggestion,business_message,outcome"

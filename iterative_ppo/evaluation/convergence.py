@@ -13,6 +13,11 @@ from typing import Any
 from iterative_ppo.config import Config
 
 ROUNDS_RUNNING = 2
+NOT_HELD = {
+    True: "its challenger broke a guardrail",
+    False: "a guardrail of its challenger is not told",
+    None: "no challenger is known to hold its guardrails",
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class RoundFigures:
     """What a round measured; None where it did not, or could not tell.
 
     Attributes:
-        kl: nats a response that the challenger moved. guardrails_held: in the offline gate.
+        kl: nats a response that the challenger moved. guardrails_held: in the offline gate. guardrails_broken: there;
+            what does not hold may just not be told.
         certificate_high: upper bound of the single-turn gain, where the logs could tell.
         ab_high: upper bound of the gain with customers, where any outcome differed from another.
         promoted: whether its challenger won: what one round gained another may.
@@ -31,6 +37,7 @@ class RoundFigures:
     certificate_high: float | None = None
     ab_high: float | None = None
     promoted: bool = False
+    guardrails_broken: bool | None = None
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> RoundFigures:
@@ -44,6 +51,7 @@ class RoundFigures:
             record.get("certificate_high"),
             test.get("gain_high") if not arms or 0 < won < all_of_them else None,
             (record.get("decision") or {}).get("verdict") == "promote",
+            record.get("guardrails_broken"),
         )
 
     def counts(self, kl_budget: float) -> bool:
@@ -85,7 +93,7 @@ def _open(last: RoundFigures | None, config: Config) -> str:
     if last is None:
         return "no round has ended yet"
     if not last.guardrails_held:
-        return "the last round shows nothing: its challenger broke a guardrail"
+        return f"the last round shows nothing: {NOT_HELD[last.guardrails_broken]}"
     if not last.counts(config.rounds.kl_budget):
         moved = "an unknown distance" if last.kl is None else f"{last.kl:.2f} nats a response"
         return (

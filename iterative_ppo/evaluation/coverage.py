@@ -1,6 +1,7 @@
 """How well a log covers what the policy says: distinct actions among like states, and where Q can only extrapolate.
 
-States are alike by the words of the last two messages (cosine of TF-IDF), actions by the words that they share.
+States are alike by the words of the last two messages (cosine of TF-IDF), actions by the words that they share; in
+scripts that part no words by spaces each letter is one.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from iterative_ppo.evaluation.degeneration import UNSPACED
 from iterative_ppo.mdp.turn_table import actions
 
 NEIGHBOURS, STATES, LOGGED_AT_MOST, ALIKE = 20, 500, 20_000, 0.5
 USUAL = 0.95
 """Share of a policy's own held-out states that are counted as within reach of what V was fitted to."""
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
 
 
 @dataclass(frozen=True)

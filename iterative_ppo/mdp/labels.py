@@ -13,7 +13,7 @@ import pandas as pd
 
 from iterative_ppo.config import RuleConfig
 from iterative_ppo.mdp.conversation import REPORTED
-from iterative_ppo.mdp.turn_table import ORIGIN, outcome_columns
+from iterative_ppo.mdp.turn_table import ORIGIN, named_columns, outcome_columns
 
 RULE, CLASSIFIER = "rule", "classifier"
 ORIGINS = rf"^(?:{REPORTED}|{RULE}|{CLASSIFIER}:\d+)$"
@@ -33,6 +33,28 @@ def as_reported(frame: pd.DataFrame, outcomes: Mapping[str, float]) -> pd.DataFr
     reported = paid.groupby(frame["conversation_id"], dropna=False).transform("any").astype(bool)
     origin = frame[ORIGIN].mask(reported & ~labelled, REPORTED)
     return weighted(frame.assign(**named.where(labelled, named.fillna(0.0)), **{ORIGIN: origin}), outcomes)
+
+
+def judged(
+    frame: pd.DataFrame, outcomes: Mapping[str, float], rules: Mapping[str, RuleConfig] | None = None
+) -> pd.DataFrame:
+    """Outcomes that a policy may be judged by: as reported and, where there are rules, by rule."""
+    table = as_reported(frame, outcomes)
+    return with_labels(table, by_rule(table, rules), RULE, outcomes) if rules else table
+
+
+def guessed(frame: pd.DataFrame) -> pd.Series:
+    """(N,) bool: the rows of conversations whose outcome a classifier said."""
+    return frame[ORIGIN].str.startswith(CLASSIFIER).fillna(False).astype(bool)
+
+
+def without_outcome(frame: pd.DataFrame, rows: pd.Series) -> pd.DataFrame:
+    """The table with outcomes of 0 in these rows.
+
+    Args:
+        rows: (N,) bool, of whole conversations.
+    """
+    return frame.assign(**{name: frame[name].mask(rows, 0.0) for name in ("outcome", *named_columns(frame))})
 
 
 def by_rule(frame: pd.DataFrame, rules: Mapping[str, RuleConfig]) -> pd.DataFrame:

@@ -54,6 +54,11 @@ def outcome_columns(outcomes: Iterable[str]) -> list[str]:
     return [f"{OUTCOME_PREFIX}{name}" for name in outcomes]
 
 
+def named_columns(frame: pd.DataFrame) -> list[str]:
+    """The columns of a table's named outcomes."""
+    return [str(c) for c in frame.columns if str(c).startswith(OUTCOME_PREFIX) and c != ORIGIN]
+
+
 def turn_schema(outcomes: Mapping[str, float]) -> pa.Schema:
     """The Arrow schema. `outcomes` maps each named outcome to its weight in R, which column `outcome` holds."""
     named = [(column, pa.float64(), False) for column in outcome_columns(outcomes)]
@@ -287,7 +292,7 @@ def conversations(frame: pd.DataFrame) -> Iterator[Conversation]:
 
 
 def _block(frame: pd.DataFrame) -> Iterator[Conversation]:
-    names = [c for c in frame.columns if c.startswith(OUTCOME_PREFIX) and c != ORIGIN]
+    names = named_columns(frame)
     columns = {c: _python_values(frame[c]) for c in frame.columns}
     ids = columns["conversation_id"]
     start = 0

@@ -16,6 +16,7 @@ from iterative_ppo.errors import StoreError, TurnTableError
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.evaluation.metrics import proportion_interval
 from iterative_ppo.mdp import turn_table
+from iterative_ppo.mdp.labels import guessed, without_outcome
 from iterative_ppo.report.words import LOGGED
 
 ADOPTIONS = ("verbatim", "edited", "rejected", "none")
@@ -105,11 +106,15 @@ def read_returns(file: Path) -> pd.Series | None:
 
 
 def groups(frame: pd.DataFrame, above: float, returns: pd.Series | None = None) -> tuple[Group, ...]:
-    """One group a policy version and arm, the champion's first.
+    """One group a policy version and arm, the champion's first; what a classifier guessed is no outcome here.
 
     Args:
         above: the R above which a conversation is a success.
     """
+    guesses = guessed(frame)
+    if returns is not None:  # of a conversation that nobody reported on, a guess is all that there is
+        returns = returns.mask(returns.index.isin(frame["conversation_id"][guesses]), 0.0)
+    frame = without_outcome(frame, guesses)
     parted = frame.groupby(["policy_version", "arm"], dropna=False, sort=False)
     found = [_group(_label(version), _label(arm), rows, above, returns) for (version, arm), rows in parted]
     return tuple(sorted(found, key=lambda group: (group.role != CHAMPION, group.policy, group.arm or "")))
@@ -140,9 +145,7 @@ def _group(policy: str | None, arm: str | None, rows: pd.DataFrame, above: float
 
 def _named(frame: pd.DataFrame) -> list[tuple[str, str]]:
     """Each named outcome and its column."""
-    prefix = turn_table.OUTCOME_PREFIX
-    columns = [str(c) for c in frame if str(c).startswith(prefix) and c != turn_table.ORIGIN]
-    return [(column.removeprefix(prefix), column) for column in columns]
+    return [(column.removeprefix(turn_table.OUTCOME_PREFIX), column) for column in turn_table.named_columns(frame)]
 
 
 def _first_returns(returns: pd.Series | None, ends: pd.DataFrame) -> pd.Series:

@@ -58,6 +58,7 @@ def render(run: RunRecord, title: str = TITLE, now: datetime | None = None) -> s
         abtest=ab_rows.ab_section(run),
         credit=q_rows.credit_section(run),
         outcomes=q_rows.outcomes_section(run),
+        guesses=rows.guesses(run),
         glossary=words.glossary(run.outcomes, run.success_above),
         footer=footer(run, now or datetime.now(UTC)),
     )

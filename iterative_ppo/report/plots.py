@@ -177,10 +177,10 @@ def labelled_groups(run: RunRecord) -> list[tuple[str, str, Group]]:
     found: list[tuple[str, str, Group]] = []
     before = None
     for one in run.rounds:
-        found += [(origin(before, one), _owner(group), group) for group in one.groups]
+        found += [(gathered(before, one), _owner(group), group) for group in one.groups]
         before = one
     if before:
-        found += [(origin(before, None), _owner(group), group) for group in run.tested]
+        found += [(gathered(before, None), _owner(group), group) for group in run.tested]
     return found
 
 
@@ -193,3 +193,9 @@ def origin(before: RoundRecord | None, one: RoundRecord | None) -> str:
     if before and before.test:
         return f"A/B test of round {before.number}"
     return "First data" if before is None or one is None else f"Data of round {one.number}"
+
+
+def gathered(before: RoundRecord | None, one: RoundRecord | None) -> str:
+    """The same of all that came, where a test of an earlier version does not say which of it it counted."""
+    told = before is None or before.test is None or before.counted
+    return origin(before, one) if told else f"{origin(before, one)}, all that came"

@@ -8,7 +8,7 @@ from typing import Any
 
 from iterative_ppo.report import words
 from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group, Mean
-from iterative_ppo.report.plots import origin
+from iterative_ppo.report.plots import gathered
 from iterative_ppo.report.q_record import CreditRecord, OutcomeRecord
 from iterative_ppo.report.record import RunRecord
 
@@ -66,16 +66,13 @@ def _q(name: str, outcome: OutcomeRecord) -> dict[str, str]:
 
 
 def _tests(run: RunRecord) -> list[tuple[str, Group, Group]]:
-    """Conversations of A/B tests: where they come from, and the groups of the champion and of its challenger.
-
-    Others may be among them, that came late from the test before.
-    """
+    """Conversations of A/B tests: where they come from, and the groups of the champion and of its challenger."""
     found = []
     for one, after in zip_longest(run.rounds, run.rounds[1:]):
         groups = {(group.arm, group.policy): group for group in (after.groups if after else run.tested)}
         champion, challenger = groups.get((CHAMPION, one.champion)), groups.get((CHALLENGER, one.challenger))
         if champion and challenger:
-            found.append((origin(one, after), champion, challenger))
+            found.append((gathered(one, after), champion, challenger))
     return found
 
 

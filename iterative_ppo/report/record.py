@@ -14,10 +14,12 @@ from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest
 from iterative_ppo.files import fingerprint
 from iterative_ppo.learning.objective import usual_success
+from iterative_ppo.mdp.labels import judged
 from iterative_ppo.report.ab_record import ABRecord, ab_record
 from iterative_ppo.report.customers import CHALLENGER, CHAMPION, Group, groups, outcome_weights, read_turns
 from iterative_ppo.report.round_record import Numbers, RoundRecord, read_round
 from iterative_ppo.report.stored import label, optional, part, shaped, test_of
+from iterative_ppo.report.tested import TEST, read_tested
 
 STATE_FORMAT = 1
 PHASES = ("collect", "train", "test", "approve", "finished")
@@ -125,7 +127,7 @@ def _armed(rounds: list[RoundRecord]) -> tuple[RoundRecord, ...]:
     """The rounds; conversations that name no arm, of a challenger that the round before tested, are its arm's."""
     found = rounds[:1]
     for before, one in pairwise(rounds):
-        tested = before.challenger if before.test else None
+        tested = before.challenger if before.test and not before.counted else None
         told = [replace(g, arm=CHALLENGER) if g.arm is None and g.policy == tested else g for g in one.groups]
         found.append(replace(one, groups=tuple(told)))
     return tuple(found)
@@ -145,12 +147,18 @@ def _tested(root: Path, rounds: tuple[RoundRecord, ...], outcomes: Numbers) -> t
     """A decided test's conversations, which lie unfrozen where no round follows. A running test is not looked at."""
     if not rounds or rounds[-1].decision is None or rounds[-1].test is None:
         return ()
-    last, test = rounds[-1], rounds[-1].test
-    frame = read_turns(root / "rounds" / f"{last.number + 1:04d}" / "arrived", outcomes)
-    judged = {last.champion: (CHAMPION, test.champion), last.challenger: (CHALLENGER, test.challenger)}
+    last, test, folder = rounds[-1], rounds[-1].test, root / "rounds"
+    frame = read_turns(folder / f"{last.number + 1:04d}" / "arrived", outcomes)
+    if frame is None:
+        return ()
+    tested = read_tested(folder / f"{last.number:04d}" / TEST)
+    frame = judged(frame, outcomes, tested.rules if tested else None)
+    if tested:
+        return tuple(map(tested.judged, groups(tested.of(frame), last.success_above or 0.0)))
+    arms = {last.champion: (CHAMPION, test.champion), last.challenger: (CHALLENGER, test.challenger)}
     found = []
-    for group in groups(frame, last.success_above or 0.0) if frame is not None else ():
-        arm, success = judged.get(group.policy, (group.arm, group.success))
+    for group in groups(frame, last.success_above or 0.0):
+        arm, success = arms.get(group.policy, (group.arm, group.success))
         found.append(replace(group, arm=group.arm or arm, success=success))
     return tuple(found)
 

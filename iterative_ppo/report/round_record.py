@@ -25,6 +25,7 @@ from iterative_ppo.report.q_record import (
     outcomes_of,
 )
 from iterative_ppo.report.stored import decision_of, finite, label, numbers, optional, part, shaped, test_of
+from iterative_ppo.report.tested import TEST, read_tested
 
 STAGES = ("validated", "q", "improved", "gate")
 SAMPLED = ("ppo", "grpo", "rloo")
@@ -102,6 +103,8 @@ class RoundRecord:
     offline: Decision | None = None
     test: ABTest | None = None
     decision: Decision | None = None
+    counted: bool = False
+    """Whether its A/B test says which conversations it counted."""
     looks: tuple[float, ...] = ()
     """Looks at its A/B test, as shares of the planned conversations."""
     void: str | None = None
@@ -155,13 +158,17 @@ def _data(root: Path, folder: Path, outcomes: Numbers) -> dict[str, Any]:
     validation = _validation(folder / "validated" / "validation.json")
     above = validation.get("success_above")
     above = usual_success(outcomes) if above is None else above
-    found = groups(frame, above, read_returns(folder / "returns" / "returns.parquet")) if frame is not None else ()
+    tested = read_tested(folder.with_name(f"{int(folder.name) - 1:04d}") / TEST)
+    found: tuple[Group, ...] = ()
+    if frame is not None:
+        returns = read_returns(folder / "returns" / "returns.parquet")
+        found = groups(tested.of(frame) if tested else frame, above, returns)
     return {
         **validation,
         "success_above": above,
         "set_aside": _set_aside(folder / "import.json"),
-        "conversations": sum(group.success.conversations for group in found) if found else None,
-        "groups": found,
+        "conversations": None if frame is None else frame["conversation_id"].nunique(),
+        "groups": tuple(map(tested.judged, found)) if tested else found,
         "classifier": numbers(folder / "outcome_classifier" / "stage.json", "metrics"),
         "origins": counts(frame) if frame is not None else {},
         "mean_return": numbers(folder / "returns" / "stage.json", "metrics").get("mean_return"),
@@ -215,11 +222,12 @@ def _verdicts(folder: Path, row: Mapping[str, Any], state: Path) -> dict[str, An
         test, ended = test_of(row.get("ab_test")), row.get("convergence")
         looks = tuple(float(look["fraction"]) for look in (row.get("experiment") or {}).get("looks", []))
         convergence = f"{'yes' if ended['converged'] else 'no'}, {ended['reason']}" if ended else None
-    late_test, late_decision = _ab_test(folder / "ab_test.json")
+    late_test, late_decision = _ab_test(folder / TEST)
     return {
         "offline": offline or _gate(folder / "gate" / "decision.json"),
         "test": test or late_test,
         "decision": decision or late_decision,
+        "counted": read_tested(folder / TEST) is not None,
         "looks": looks,
         "void": label(row.get("void")),
         "convergence": convergence,

@@ -9,6 +9,7 @@ from typing import Any
 from iterative_ppo.evaluation.ab_test import p_in_words
 from iterative_ppo.evaluation.doubts import doubts, label_doubts
 from iterative_ppo.evaluation.gate import Decision
+from iterative_ppo.mdp.labels import CLASSIFIER
 from iterative_ppo.report import words
 from iterative_ppo.report.customers import ADOPTIONS, Group
 from iterative_ppo.report.record import RunRecord
@@ -130,6 +131,12 @@ def _facts(one: RoundRecord) -> Iterator[str]:
     if one.convergence:
         yield f"Converged: {one.convergence}"
     yield from one.warnings
+
+
+def guesses(run: RunRecord) -> str:
+    """What becomes of outcomes that a classifier said; empty where it said none."""
+    said = any(origin.startswith(CLASSIFIER) for one in run.rounds for origin in one.origins)
+    return "An outcome that only a classifier said counts as none, as in an A/B test." if said else ""
 
 
 def _classifier(figures: Mapping[str, float]) -> Iterator[str]:

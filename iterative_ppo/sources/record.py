@@ -100,7 +100,7 @@ def whole(name: str) -> str:
 
 def number(row: Row, field: str) -> float | None:
     """A finite number, or null. Raises BadDialogueError for anything else."""
-    value = _given(row, field)
+    value = _unquoted(_given(row, field))
     if value is None:
         return None
     try:
@@ -116,6 +116,11 @@ def _given(row: Row, field: str) -> Any:
     if field in REQUIRED and field not in row.values:
         raise refused(row, field, "missing; write null where there is nothing")
     return row.values.get(field)
+
+
+def _unquoted(value: Any) -> Any:
+    """The value of a field that holds no text: there "" is null, as a CSV whose writer quotes all has it."""
+    return None if isinstance(value, str) and not value else value
 
 
 def _outcomes(row: Row, outcomes: Mapping[str, float], data: DataConfig) -> tuple[float, ...]:
@@ -178,14 +183,14 @@ def _adoption(row: Row, action: Suggestion, sent: str | None, edited_at_least: f
 
 
 def _one_of(row: Row, field: str, known: Sequence[str]) -> Any:
-    value = row.values.get(field)
+    value = _unquoted(row.values.get(field))
     if value is not None and value not in known:
         raise refused(row, field, f"expected {', '.join(known)} or null, found {short(value)}")
     return value
 
 
 def _time(row: Row) -> datetime | None:
-    value = row.values.get("timestamp")
+    value = _unquoted(row.values.get("timestamp"))
     if isinstance(value, pd.Timestamp):
         value = value.to_pydatetime(warn=False)  # the turn table has microseconds
     try:
