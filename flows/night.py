@@ -135,10 +135,11 @@ def answered(config: Config, store: tracking.Tracking, state: NightState) -> Nig
     state = state.advance(phase=request.resume, approval=None)
     if request.kind == "rollback":
         return _saved(config, state)
-    decision = Decision("promote", request.reasons)
+    evidence = request.evidence
     if declined is not None:
         decision = Decision("reject", (f"failed: {declined}", *request.reasons))
-    return conclude(config, store, state, {**request.evidence, "decision": decision.as_dict()})
+        evidence = {**evidence, **judgement(config, state, evidence["test"], decision)}
+    return conclude(config, store, state, evidence)
 
 
 def await_conversations(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
@@ -295,8 +296,6 @@ def test_evidence(
     tested, test, counted = state.experiment, found.test, found.counted
     assert tested is not None and test is not None and counted is not None
     context = rounds.open_round(config, store, state.round)
-    record = {**state.rounds[-1], "ab_test": test.as_dict(), "decision": decision.as_dict()}
-    ended = converged(config, [*state.rounds[:-1], record])
     evidence = {
         "round": state.round,
         "experiment": tested.model_dump(mode="json"),
@@ -305,9 +304,7 @@ def test_evidence(
         "counted": counted.as_dict(),
         "look": found.look.as_dict(),
         "guardrails": [one.as_dict() for one in found.guardrails],
-        "decision": decision.as_dict(),
-        "convergence": asdict(ended),
-        "last": out_of_budget(config, state) or ended.over,
+        **judgement(config, state, test.as_dict(), decision),
     }
     if decision.verdict == "promote":
         watch.keep_what_it_is_promoted_on(config, state.round, tested.challenger)
@@ -315,6 +312,14 @@ def test_evidence(
     store.log(context.run_id, metrics=metrics)
     store.log_json(context.run_id, evidence, "ab_test.json")
     return evidence
+
+
+def judgement(config: Config, state: NightState, test: dict[str, Any], decision: Decision) -> dict[str, Any]:
+    """A verdict, and whether the rounds are over with it."""
+    record = {**state.rounds[-1], "ab_test": test, "decision": decision.as_dict()}
+    ended = converged(config, [*state.rounds[:-1], record])
+    over = out_of_budget(config, state) or ended.over
+    return {"decision": decision.as_dict(), "convergence": asdict(ended), "last": over}
 
 
 def conclude(config: Config, store: tracking.Tracking, state: NightState, evidence: dict[str, Any]) -> NightState:

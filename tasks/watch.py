@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from iterative_ppo.config import Config
-from iterative_ppo.evaluation.alarms import Alarm, alarms, measure
+from iterative_ppo.evaluation.alarms import ABSTENTION, ACCEPTANCE, LENGTH, OUTCOME, Alarm, alarms, measure
 from iterative_ppo.files import write_bytes
 from iterative_ppo.learning.objective import success_above
 from tasks.audit import DONE, INTENT, history, record, standing
@@ -54,8 +54,9 @@ def raised(config: Config, state: NightState) -> Raised | None:
         return None
     if not _baseline(config, promoted_in).exists():
         return None
-    before = pd.read_parquet(_baseline(config, promoted_in))
     since = _served(config, version, range(promoted_in + 1, state.gathering + 1))
+    kept = pd.read_parquet(_baseline(config, promoted_in))
+    before = kept.reindex(columns=since.columns)  # what an older one did not measure as today is unknown
     since = since[~since.index.isin(before.index)]
     found = alarms(_measures(before), _measures(since), config.alarms)
     return Raised(version, found) if found else None
@@ -109,7 +110,7 @@ def _in_order(frame: pd.DataFrame, label: str, until: pd.Timestamp) -> pd.DataFr
 
 def _measured(frame: pd.DataFrame | None, above: float) -> pd.DataFrame:
     if frame is None or frame.empty:
-        return pd.DataFrame({name: np.zeros(0) for name in ("outcome", "acceptance", "abstention", "length")})
+        return pd.DataFrame({name: np.zeros(0) for name in (OUTCOME, ACCEPTANCE, ABSTENTION, LENGTH)})
     return pd.DataFrame(
         measure(frame, above), index=pd.Index(frame["conversation_id"].unique(), name="conversation_id")
     )

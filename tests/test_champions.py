@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from policy_store import registered
 from prefect.logging import disable_run_logger
@@ -371,6 +372,7 @@ def test_once_declined_it_goes_on(asking: Night, told: Told) -> None:
     assert (state.phase, state.round, asking.champion) == ("train", 1, 1)
     assert state.rounds[0]["decision"]["verdict"] == "reject"
     assert state.rounds[0]["decision"]["reasons"][0] == "failed: declined by me: the tone"
+    assert "won" not in state.rounds[0]["convergence"]["reason"]
     assert registry.version(asking.store, POLICY, 2).tags["verdict"] == "rejected"
     assert "declined by me" in told[-1][2]
 
@@ -581,6 +583,15 @@ def test_a_champion_that_serves_worse_is_rolled_back(serving: Night, told: Told)
     assert "outcome" in told[0][2] and "rollback: policy version 1 is the champion" in told[1][1]
     assert "2 was tested" not in state.rounds[-1]["void"] and "1 became the champion" in state.rounds[-1]["void"]
     assert serving.step().phase == "collect" and len(serving.events("alarm")) == 1
+
+
+def test_a_length_that_was_kept_in_words_raises_no_alarm(serving: Night, told: Told) -> None:
+    """Before, the column was `length`, and in words."""
+    (kept,) = serving.root.glob("rounds/*/promoted_on.parquet")
+    older = pd.read_parquet(kept).rename(columns={"characters": "length"})
+    older.assign(length=older["length"] / 5).to_parquet(kept)
+    serving.arrive("served", champion_2=1.0, challenger_3=0.0)
+    assert serving.step().phase == "test" and serving.champion == 2 and not told
 
 
 def test_alarms_can_be_off(serving: Night, told: Told) -> None:

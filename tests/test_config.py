@@ -160,6 +160,15 @@ def test_an_unknown_key_is_named_with_its_nearest_neighbour(tmp_path: Path, text
         load_config(params(tmp_path, text))
 
 
+def test_a_retired_key_of_a_copy_of_older_defaults_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(params(tmp_path, "simulator: {copying_share: 0.3, conversations: 7}"))
+    assert config.simulator.conversations == 7
+    (warning,) = caplog.messages
+    assert "mine.yaml: simulator.copying_share has no meaning any more" in warning
+
+
 def test_an_unknown_key_in_an_override_is_named() -> None:
     with pytest.raises(ConfigError, match=r"override 'q\.epoch': unknown key 'q\.epoch' \(did you mean 'epochs'\?\)"):
         load_config(None, ["q.epoch=1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ NAMED = (("gate", "guardrails"), ("labels", "rules"))
 """Sections in which users name entries of their own."""
 WHOLE = (("outcomes",), ("data", "outcome_ranges"), ("exploration", "personas"))
 """Tables of users' own that are replaced whole."""
+RETIRED = (("simulator", "copying_share"),)
+"""Keys that a copy of older defaults still holds."""
 MERGE = "tag:yaml.org,2002:merge"
 DEFAULTS = Path(__file__).resolve().parents[2] / "params.yaml"
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:
@@ -34,6 +39,8 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
     defaults = _read_yaml(DEFAULTS)
     users = [] if path is None else [(_read_yaml(path), str(path))]
     users += [(_nested(key, value), f"override {key!r}") for key, value in read_overrides(overrides)]
+    for layer, where in users:
+        _drop_retired(layer, where)
     names = list(defaults["profiles"])
     profiles = [_profiles_of(layer, where, defaults, names) for layer, where in [(defaults, "defaults"), *users]]
     kind = _laid_over(defaults, users)["source"]["kind"]
@@ -50,6 +57,13 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | Iterabl
         given = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
         said = first["msg"].removeprefix("Value error, ")
         raise ConfigError(": ".join(filter(None, (where, key, f"{said}{given}")))) from None
+
+
+def _drop_retired(layer: dict[str, Any], where: str) -> None:
+    for section, key in RETIRED:
+        if isinstance(layer.get(section), dict) and key in layer[section]:
+            del layer[section][key]
+            _LOG.warning("%s: %s.%s has no meaning any more, and may be taken out", where, section, key)
 
 
 def _blamed(defaults: dict[str, Any], layers: Sequence[tuple[dict[str, Any], str]], fault: str) -> str | None:

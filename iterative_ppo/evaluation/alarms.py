@@ -24,7 +24,7 @@ from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, mean, proportion
 from iterative_ppo.mdp import turn_table
 
-OUTCOME, ACCEPTANCE, ABSTENTION, LENGTH = "outcome", "acceptance", "abstention", "length"
+OUTCOME, ACCEPTANCE, ABSTENTION, LENGTH = "outcome", "acceptance", "abstention", "characters"
 Measures = Mapping[str, np.ndarray]
 """By name, (N,) values, one a conversation in the order of service; NaN where a conversation has none."""
 
