@@ -106,8 +106,8 @@ def is_sqlite(uri: str) -> bool:
 
 
 def shown(uri: str) -> str:
-    """The URI without a password."""
-    return re.sub(r"//[^@/]*@", "//***@", uri)
+    """The URI, or a sentence with URIs, without passwords: before the host, or among the settings after a `?`."""
+    return re.sub(r"(?<!sqlite)(://[^\s?]*)\?\S+", r"\1?***", re.sub(r"//[^@/]*@", "//***@", uri))
 
 
 def _one_line(error: Exception) -> str:

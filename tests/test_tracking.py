@@ -24,6 +24,7 @@ from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.tiny import build_policy
 from iterative_ppo.mdp.conversation import Conversation, Turn
 from tasks import registry
+from tasks.mlflow_store import shown
 from tasks.tracking import Tracking, open_tracking
 
 MD5 = f"{'0123456789abcdef' * 2}.dir"
@@ -269,11 +270,19 @@ def test_damaged_files_are_named_and_left_alone(config: Config) -> None:
 def test_stores_that_cannot_serve_are_refused_at_once(config: Config) -> None:
     refused(config, r"http://127.0.0.1:9: cannot be reached \(ConnectionError\); is it", uri="http://127.0.0.1:9")
     refused(config, r"//\*\*\*@127.0.0.1:9/x: cannot be reached", uri="postgresql+psycopg2://me:secret@127.0.0.1:9/x")
+    settings = "postgresql+psycopg2://127.0.0.1:9/x?user=me&password=secret"
+    refused(config, r"//127.0.0.1:9/x\?\*\*\*: cannot be reached \(\w+\); is it running\?$", uri=settings)
     for uri in ("mlruns", "file:///tmp/mlruns", "sqlit:///a.db"):
         refused(config, rf"tracking.uri '{uri}': expected sqlite:///FILE, a database or a server", uri=uri)
     refused(config, r"tracking.uri 'psql://\*\*\*@there/x': expected", uri="psql://me:secret@there/x")
     for uri in ("sqlite:///:memory:", "sqlite://"):
         refused(config, r"runs must outlive the process", uri=uri)
+
+
+def test_an_address_is_shown_without_what_may_be_secret_in_it() -> None:
+    told = "lacks s3://me:secret@there/a?key=secret, and http://there/?token=secret too; is it up?"
+    assert shown(told) == "lacks s3://***@there/a?*** and http://there/?*** too; is it up?"
+    assert shown("sqlite:////there/a.db?mode=rwc") == "sqlite:////there/a.db?mode=rwc"
 
 
 def test_a_database_without_its_driver_is_refused_at_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
