@@ -11,10 +11,10 @@ from typing import Any
 from rich.table import Table
 
 from iterative_ppo.config import Config
-from iterative_ppo.errors import StoreError
+from iterative_ppo.errors import StoreError, TurnTableError
 from iterative_ppo.evaluation.ab_test import level_of
 from iterative_ppo.evaluation.bounds import Bound, bounds
-from iterative_ppo.evaluation.experiment import Look, too_few_businesses
+from iterative_ppo.evaluation.experiment import History, Look, too_few_businesses
 from iterative_ppo.evaluation.non_inferiority import NonInferiority
 from iterative_ppo.evaluation.plan import PlannedDesign
 from tasks import approvals, experiments, looks
@@ -45,7 +45,7 @@ def standing(config: Config, state: NightState, now: datetime) -> dict[str, Any]
 def _running(config: Config, state: NightState, tested: Experiment, now: datetime) -> dict[str, Any]:
     seen = looks.evidence(config, state, now)
     told = _told(config, state.round, tested)
-    few = too_few_businesses(seen.history) if seen and config.abtest.unit == "business" else None
+    few = _uncompared(seen.history) if seen and config.abtest.unit == "business" else None
     verdict = _verdict(config, state, tested, seen, few)
     arms = seen.arms if seen else (0, 0)
     waiting = {name: getattr(seen, name, 0) for name in ("ramp", "maturing", "faulty", "strangers")}
@@ -58,6 +58,14 @@ def _running(config: Config, state: NightState, tested: Experiment, now: datetim
         "share": share_in_force(config, tested, now),
         "next_look": None if few or verdict["verdict"] != "continue" else _next_look(config, told["bounds"], seen, now),
     }
+
+
+def _uncompared(history: History) -> str | None:
+    """Why businesses cannot be compared; None where they can. One in both arms fails a look, and is told here."""
+    try:
+        return too_few_businesses(history)
+    except TurnTableError as error:
+        return str(error)
 
 
 def _told(config: Config, number: int, tested: Experiment) -> dict[str, Any]:
@@ -80,7 +88,7 @@ def _told(config: Config, number: int, tested: Experiment) -> dict[str, Any]:
 def _verdict(
     config: Config, state: NightState, tested: Experiment, seen: looks.Evidence | None, few: str | None
 ) -> dict[str, Any]:
-    """The verdict so far, and why; `few` is what it waits for."""
+    """The verdict so far, and why; `few` is why the next look compares nothing."""
     ended = experiments.ended(config.data.root, tested)
     if ended is not None:
         return {"verdict": ended["verdict"], "reasons": [*ended["reasons"], "the next night goes on from there"]}

@@ -295,6 +295,17 @@ def test_a_test_says_that_it_waits_for_businesses(tmp_path: Path) -> None:
     assert f"  {found.look.reasons[0]}" in told and "9.0 businesses of equal size" in told[-1]
 
 
+def test_of_a_business_in_both_arms_the_standing_is_told_all_the_same(tmp_path: Path) -> None:
+    """The night's look fails for it; who looks what is wrong sees the reason and the counts."""
+    test = Test(tmp_path, abtest__unit="business")
+    mixed = [talk("x", 1, business_id="both"), talk("y", 2, business_id="both")]
+    test.arrive("all", [*(talk(f"t{k}", 1 + k % 2, business_id=f"b{k % 40}") for k in range(80)), *mixed])
+    found = standing(test.config, test.state, LATER)
+    assert (found["verdict"], found["next_look"]) == ("continue", None)
+    assert found["reasons"] == ["A/B test: business 'both' is in both arms, but businesses are assigned"]
+    assert found["matured"] == {"champion": 41, "challenger": 41}
+
+
 def test_simulated_customers_end_where_a_test_waits_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test = Test(tmp_path)
     test.arrive("simulated-0001", arm(1, 5, 20))
