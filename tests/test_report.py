@@ -637,11 +637,12 @@ def test_of_a_test_that_did_not_say_what_it_counted_all_that_came_is_shown(tmp_p
     assert "A/B test of round 0, all that came policy 1 (champion) 8 75.0%" in said
 
 
-def test_guesses_pay_no_return(tmp_path: Path) -> None:
+def test_guesses_and_what_came_after_the_window_pay_no_return(tmp_path: Path) -> None:
     judged(fake := Fake(tmp_path / "data"), counted=COUNTED)
     returned = [group.returned for one in RunRecord.read(fake.root).rounds for group in one.groups]
     assert returned[0] is not None and returned[0].value == 0.0
     assert returned[1] is not None and returned[1].value == pytest.approx(CONFIG.gamma**2 / 2)
+    assert returned[2] is not None and returned[2].value == pytest.approx(CONFIG.gamma**2 * 3 / 4)
 
 
 def test_conversations_without_times_all_counted(tmp_path: Path) -> None:

@@ -110,11 +110,11 @@ def groups(frame: pd.DataFrame, above: float, returns: pd.Series | None = None) 
 
     Args:
         above: the R above which a conversation is a success.
+        returns: by id, of all outcomes; one whose outcome is none here, as a guess or a late one, is taken as 0.
     """
-    guesses = guessed(frame)
-    if returns is not None:  # of a conversation that nobody reported on, a guess is all that there is
-        returns = returns.mask(returns.index.isin(frame["conversation_id"][guesses]), 0.0)
-    frame = without_outcome(frame, guesses)
+    frame = without_outcome(frame, guessed(frame))
+    if returns is not None:
+        returns = returns.where(returns.index.isin(frame["conversation_id"][frame["outcome"] != 0]), 0.0)
     parted = frame.groupby(["policy_version", "arm"], dropna=False, sort=False)
     found = [_group(_label(version), _label(arm), rows, above, returns) for (version, arm), rows in parted]
     return tuple(sorted(found, key=lambda group: (group.role != CHAMPION, group.policy, group.arm or "")))
