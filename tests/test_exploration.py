@@ -145,7 +145,8 @@ def test_traffic_logs_the_persona_and_its_exact_behaviour(
     tiny_policy: LanguagePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_policy.save(tmp_path / "policy")
-    table = {"calm": {"instruction": "", "temperature": 0.5}, "free": {"instruction": "", "temperature": 2.0}}
+    heat = {"calm": 0.5, "free": 2.0, "wild": 4.0}
+    table = {name: {"instruction": "", "temperature": temperature} for name, temperature in heat.items()}
     config = exploring(**{"data.root": str(tmp_path / "data"), "exploration.personas": table})
     traffic.deliver(
         config,
@@ -162,7 +163,7 @@ def test_traffic_logs_the_persona_and_its_exact_behaviour(
     }
     assert set(each["arm"][each["persona"].notna()]) == {"exploration"}
     mean = frame.groupby(frame["persona"].fillna("own"))["behaviour_logprob"].mean()
-    assert mean["calm"] > mean["own"] > mean["free"]
+    assert mean["calm"] > mean["own"] > mean["free"] > mean["wild"]
     assert served_by(frame, "1").all() and of_policy(frame, "1").equals(frame["persona"].isna())
     for named in ("logged", "some team's v7", None):
         assert of_policy(frame.assign(policy_version=named), "logged").all(), "a log is one policy's, whoever led it"

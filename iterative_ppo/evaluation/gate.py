@@ -39,7 +39,7 @@ def offline_gate(evidence: OfflineEvidence) -> Decision:
     """Whether a challenger may meet customers: better in Q's eyes, not worse by the logs, and within its guardrails.
 
     Logs that cannot tell stand in nobody's way: the A/B test can. A guardrail does, where it is not shown to hold; not
-    so where only events too rare for these conversations may be missed, which the A/B test must show.
+    so where only events too rare for these conversations may be missed: those that turns tell the A/B test must show.
     """
     e = evidence
     gain = e.q_challenger - e.q_champion
