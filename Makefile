@@ -35,6 +35,7 @@ bench-run: $(STAMP)
 
 bench-learning: $(STAMP)
 	$(BIN)/python -m benchmarks.learning
+	$(BIN)/python -m benchmarks.learning_plot
 
 bench-ppo: $(STAMP)
 	$(BIN)/python -m benchmarks.ppo
