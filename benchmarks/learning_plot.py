@@ -30,6 +30,7 @@ def draw(figures: list[dict[str, Any]], place: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
+    axes.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))
     for method, points in sorted(curves(figures).items(), key=lambda one: -one[1][-1][1]):
         rounds, means, lows, highs = zip(*points, strict=True)
         (line,) = axes.plot(rounds, means, marker="o", markersize=3, label=fill(method, 36))
