@@ -111,15 +111,13 @@ def further(config: Config, store: tracking.Tracking, state: NightState) -> Nigh
     """Go on from a last round that is the last no longer: the budget was raised, or it was a log's, rejected."""
     if state.phase != "finished" or converged(config, state.rounds).over:
         return state
-    if "decision" in state.rounds[-1]:
-        return with_the_tests_data(config, store, state)
-    return _saved(config, state.advance(round=state.round + 1, phase="collect"))
+    return next_round(config, store, state)
 
 
-def with_the_tests_data(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
-    """The last test's conversations are the next round's data, unless somebody whom it did not test is champion now."""
+def next_round(config: Config, store: tracking.Tracking, state: NightState) -> NightState:
+    """Its data are the last round's test's, if there was one and the champion is one of the two that it tested."""
     last = state.rounds[-1]
-    if registry.champion(store) in (last["champion"], last["challenger"]):
+    if "decision" in last and registry.champion(store) in (last["champion"], last["challenger"]):
         return freeze(config, store, state, state.round + 1)
     return _saved(config, state.advance(round=state.round + 1, phase="collect"))
 
@@ -344,7 +342,7 @@ def conclude(config: Config, store: tracking.Tracking, state: NightState, eviden
     if evidence["last"]:
         return _close_round(config, store, state, "finished")
     store.finish(context.run_id)
-    return with_the_tests_data(config, store, state.advance(experiment=None, approval=None))
+    return next_round(config, store, state.advance(experiment=None, approval=None))
 
 
 def tell_verdict(config: Config, record: dict[str, Any], decision: dict[str, Any]) -> None:
