@@ -19,13 +19,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from iterative_ppo.config import Config, load_config
 from iterative_ppo.environments.chain import ACTIONS, Chain
 from iterative_ppo.errors import ConfigError, ModelError, StoreError, TrainingError
-from iterative_ppo.learning.batching import EncodedTable, encode_table, inference_batches, training_batches
+from iterative_ppo.learning.batching import (
+    EncodedTable,
+    encode_table,
+    inference_batches,
+    shuffled_batches,
+    training_batches,
+)
 from iterative_ppo.learning.estimators.network import joined
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, bootstrap_weights, fit_q
 from iterative_ppo.learning.q_model import SETTINGS, QModel, QSettings
 from iterative_ppo.learning.regression import Regression, Targets, regress
 from iterative_ppo.learning.rounds import corpus_q, evaluate_policy, round_of
+from iterative_ppo.learning.supervised import LikeLengths
 from iterative_ppo.learning.tiny import build_policy
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, MISSING, Conversation, Turn
@@ -205,6 +212,27 @@ def test_training_batches_hold_every_sequence_once_an_epoch(
         assert sorted(np.concatenate([batch.row for batch in epoch]).tolist()) == rows
     assert len(list(training_batches(sequences, 8, 0.5, 0, np.random.default_rng(0)))) == 4
     assert list(training_batches([], 8, 3.0, 0, np.random.default_rng(0))) == []
+
+
+def test_batches_of_like_length_come_in_any_order() -> None:
+    lengths = np.random.default_rng(1).geometric(0.02, 4003)
+    batches = shuffled_batches(lengths, 16, np.random.default_rng(0))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(4003))
+    assert sorted(len(batch) for batch in batches) == [3] + [16] * 250
+    means = np.array([lengths[batch].mean() for batch in batches])
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.2, "no order by length"
+    assert np.mean([lengths[batch].std() for batch in batches]) < 0.2 * lengths.std()
+
+
+def test_an_incomplete_batch_does_not_tear_those_after_it_apart() -> None:
+    lengths, orders = np.arange(40) * 10, set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        drawn = list(LikeLengths(lengths, 16))
+        assert sorted(drawn) == list(range(40))
+        assert all(np.ptp(lengths[drawn[i : i + 16]]) == 150 for i in (0, 16))
+        orders.add(tuple(drawn))
+    assert len(orders) == 2
 
 
 def test_inference_batches_hold_every_sequence_once_within_their_size(

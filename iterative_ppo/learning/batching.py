@@ -100,7 +100,7 @@ def training_batches(
     """`epochs` (also a fraction) of shuffled batches; neighbours in length share one, batches come in any order."""
     steps, lengths = step_count(len(sequences), batch_size, epochs), lengths_of(sequences)
     while steps > 0:
-        for chosen in _shuffled(lengths, batch_size, rng):
+        for chosen in shuffled_batches(lengths, batch_size, rng):
             if steps == 0:
                 return
             yield collate([sequences[i] for i in chosen], pad)
@@ -112,7 +112,12 @@ def step_count(sequences: int, batch_size: int, epochs: float) -> int:
     return math.ceil(epochs * math.ceil(sequences / batch_size)) if sequences else 0
 
 
-def _shuffled(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterable[np.ndarray]:
+def shuffled_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Every index of `lengths` (N,) once, neighbours in length in one batch, the batches in any order.
+
+    Batches that come by length, as those of transformers' `group_by_length`, teach long sequences and short ones by
+    turns and cost a model much of what it could learn (docs/decisions.md).
+    """
     order = rng.permutation(len(lengths))
     window = 16 * batch_size
     batches: list[np.ndarray] = []

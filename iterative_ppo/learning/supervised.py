@@ -9,11 +9,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from iterative_ppo.config import SupervisedConfig
 from iterative_ppo.errors import TrainingError
 from iterative_ppo.learning import runtime
+from iterative_ppo.learning.batching import lengths_of, shuffled_batches
 from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.kept_trainer import DIVERGED, KeptTrainer
 from iterative_ppo.learning.language_model import LanguagePolicy
@@ -49,10 +51,11 @@ def fine_tune(
     from trl import SFTConfig, SFTTrainer
 
     class KeptSFTTrainer(KeptTrainer, SFTTrainer):
-        pass
+        def _get_train_sampler(self, _: Dataset | None = None) -> Sampler[int]:
+            return LikeLengths(lengths_of(taught), config.batch_size)
 
-    rows = [{"input_ids": list(s.tokens), "labels": labels(s)} for s in sequences if any(x.trains for x in s.spans)]
-    if not rows:
+    taught = [s for s in sequences if any(span.trains for span in s.spans)]
+    if not taught:
         raise TrainingError("no conversation holds a logged suggestion to clone")
     student = policy.trainable_copy()
     micro = config.micro_batch_size or config.batch_size
@@ -66,7 +69,6 @@ def fine_tune(
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             max_length=None,
-            train_sampling_strategy="group_by_length",
             logging_strategy="no",
             logging_nan_inf_filter=False,  # which would count such a loss as the mean of the others
             save_strategy="no",
@@ -85,7 +87,7 @@ def fine_tune(
             checkpoint=checkpoint,
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list([{"input_ids": list(s.tokens), "labels": labels(s)} for s in taught]),
             processing_class=copy.deepcopy(policy.tokenizer),
             callbacks=callbacks,
         )
@@ -94,6 +96,22 @@ def fine_tune(
     if not np.isfinite(loss) or not finite(student):
         raise TrainingError(DIVERGED.format(loss))
     return student, {"loss": loss}
+
+
+class LikeLengths(Sampler[int]):
+    """`shuffled_batches` anew each epoch, drawn from torch's random state, which a checkpoint keeps."""
+
+    def __init__(self, lengths: np.ndarray, batch_size: int) -> None:
+        self.lengths, self.batch_size = lengths, batch_size
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        batches = shuffled_batches(self.lengths, self.batch_size, rng)
+        batches.sort(key=len, reverse=True)  # an incomplete one between others would tear those after it apart
+        return iter(np.concatenate(batches).tolist())
 
 
 def finite(policy: LanguagePolicy) -> bool:
