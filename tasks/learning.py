@@ -91,7 +91,7 @@ def initial_policy_stage(config: Config, corpus: list[Conversation], source: str
         "source": source,
         "conversations": len(corpus),
         "corpus": fingerprint(*corpus),
-        "code": 3,
+        "code": 4,
     } | _credit(config)
     place = Path(config.policy.base_model) if config.policy.base_model else None
     if place and place.exists():  # else it is a name, and what it stands for is not here to be looked at

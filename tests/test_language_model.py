@@ -21,7 +21,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.learning.batching import EncodedTable, collate
 from iterative_ppo.learning.language_model import SETTINGS, LanguagePolicy, PolicySettings, Responses, threads
-from iterative_ppo.learning.tiny import messages, train_tokenizer
+from iterative_ppo.learning.tiny import build_model, messages, train_tokenizer
 from iterative_ppo.mdp.conversation import Conversation, Suggestion
 from iterative_ppo.mdp.rendering import single
 
@@ -369,3 +369,22 @@ def test_threads_are_set_for_a_block_alone() -> None:
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_fresh_tiny_models_last_attention_gives_back_what_it_looks_at(
+    tiny_config: Config, tiny_policy: LanguagePolicy, architecture: str
+) -> None:
+    config = tiny_config.policy.model_copy(update={"architecture": architecture})
+    model: Any = build_model(tiny_policy.tokenizer, config, 0)
+    size = config.hidden_size
+    attention = model.transformer.h[-1].attn if architecture == "gpt2" else model.model.layers[-1].self_attn
+    seen = torch.randn(1, 1, size)  # a token alone looks at itself
+    if architecture == "gpt2":
+        told = attention(seen)[0] - attention.c_proj.bias
+    else:
+        angles = model.model.rotary_emb(seen, torch.zeros(1, 1, dtype=torch.long))
+        told = attention(seen, position_embeddings=angles, attention_mask=None)[0]
+    assert torch.allclose(told, seen, atol=1e-4)
+    again: Any = build_model(tiny_policy.tokenizer, config, 0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

@@ -15,7 +15,7 @@ import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from iterative_ppo.config import Config
@@ -77,9 +77,17 @@ def renderer(request: pytest.FixtureRequest, bpe: PreTrainedTokenizerBase, word:
     return Renderer(bpe if request.param == "bpe" else word, ROOMY, ROOMY, ABSTAINS)
 
 
-def chatting(tokenizer: PreTrainedTokenizerBase, template: str, max_prompt_tokens: int = ROOMY) -> Renderer:
-    """A renderer of a copy of `tokenizer` with a chat template."""
+def as_written(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy of a byte-level tokenizer that puts no space before a text, as most of those that have chat templates."""
     tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def chatting(tokenizer: PreTrainedTokenizerBase, template: str, max_prompt_tokens: int = ROOMY) -> Renderer:
+    """A renderer of such a copy of `tokenizer` with a chat template."""
+    tokenizer = as_written(tokenizer)
     tokenizer.chat_template = template
     return Renderer(tokenizer, max_prompt_tokens, 64, ABSTAINS)
 
@@ -324,7 +332,7 @@ def test_a_chat_template_that_leaves_out_what_is_said_is_refused(bpe: PreTrained
 def test_the_chat_tells_what_was_suggested_sent_and_answered(bpe: PreTrainedTokenizerBase) -> None:
     turns = (Turn("c1", (), Suggestion("a1", "suggested"), "m1", "edited"), Turn("c2", (), ABSTAIN, None, "no_reply"))
     renderer = chatting(bpe, CHAT)
-    text = bpe.decode(list(renderer.prompt(State(turns, "c3", "a shop")).tokens))
+    text = as_written(bpe).decode(list(renderer.prompt(State(turns, "c3", "a shop")).tokens))
     business, suggestion = MARKERS["business"], MARKERS["suggestion"]
     assert text == (
         f"{business}Context: a shop\nCustomer: c1{suggestion}a1<|eos|>"
@@ -379,9 +387,11 @@ def test_a_prompt_holds_the_context_once_and_first(word: PreTrainedTokenizerBase
 
 
 def test_without_markers_in_the_vocabulary_plain_words_stand_for_them(bpe: PreTrainedTokenizerBase) -> None:
-    tokenizer = copy.deepcopy(bpe)
+    tokenizer = as_written(bpe)
     tokenizer.get_vocab = lambda: {}  # a tokenizer that someone else trained
-    text = bpe.decode(list(Renderer(tokenizer, ROOMY, ROOMY, ABSTAINS).prompt(one_turn(MISSING, None, None)).tokens))
+    text = tokenizer.decode(
+        list(Renderer(tokenizer, ROOMY, ROOMY, ABSTAINS).prompt(one_turn(MISSING, None, None)).tokens)
+    )
     assert (
         text
         == "\nCustomer: Hello.\nSuggestion: (not recorded)<|eos|>\nBusiness: (no reply)\nCustomer: And?\nSuggestion: "
@@ -627,3 +637,19 @@ def test_the_first_that_holds_is_found_from_anywhere() -> None:
 def test_a_word_for_abstaining_that_the_tokenizer_cannot_spell_is_refused(word: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ModelError, match=r"cannot spell policy\.abstain 'nothing to say'"):
         Renderer(word, 20, 10, "nothing to say")
+
+
+# --- a tiny model's tokenizer --------------------------------------------------------------------------------------
+
+
+@given(text=st.text(max_size=40).filter(lambda text: "<|" not in text))
+def test_a_tiny_tokenizer_gives_a_text_back(bpe: PreTrainedTokenizerBase, text: str) -> None:
+    told: Any = bpe.decode(bpe.encode(text, add_special_tokens=False))
+    assert told == text.removeprefix(" ")
+
+
+def test_a_word_is_the_same_tokens_wherever_it_stands(bpe: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    bpe.save_pretrained(tmp_path)
+    for tokenizer in (bpe, AutoTokenizer.from_pretrained(tmp_path)):
+        first, within = (tokenizer.encode(text, add_special_tokens=False) for text in ("tile", "the tile"))
+        assert within[-len(first) :] == first

@@ -48,8 +48,9 @@ def train_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTok
         trainer: Any = trainers.WordLevelTrainer(**how)
     else:
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        # The space before a message makes its first word the same token as within one, so that it can be copied.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocabulary,
             special_tokens=special,
@@ -99,7 +100,28 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: PolicyConfig, seed: 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config)
+        begin_by_copying(model)
+    return model
+
+
+def begin_by_copying(model: Any) -> None:
+    """Let the last layer's attention say again the tokens that it looks at: its output undoes its values.
+
+    Copying a customer's word is then a matter of looking at it; from weights at random it was not learnt in time.
+    Products of attention's weights near the identity as a start are of Trockman and Kolter (2023, arXiv 2305.09828).
+    """
+    size = model.config.hidden_size
+    rotation = torch.linalg.qr(torch.randn(size, size))[0]
+    with torch.no_grad():
+        if model.config.model_type == "gpt2":  # whose layers multiply from the right
+            last = model.transformer.h[-1].attn
+            last.c_attn.weight[:, 2 * size :] = rotation.T
+            last.c_proj.weight.copy_(rotation)
+        else:
+            last = model.model.layers[-1].self_attn
+            last.v_proj.weight.copy_(rotation)
+            last.o_proj.weight.copy_(rotation.T)
 
 
 def build_policy(
