@@ -25,7 +25,7 @@ from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test, p_in_words
 from iterative_ppo.evaluation.gate import offline_gate
 from iterative_ppo.evaluation.metrics import proportion_interval
-from iterative_ppo.evaluation.non_inferiority import Guardrail, mean
+from iterative_ppo.evaluation.non_inferiority import Guardrail, mean, proportion
 from iterative_ppo.files import write_json
 from iterative_ppo.learning.objective import WITHOUT_COST
 from iterative_ppo.mdp import turn_table
@@ -448,6 +448,27 @@ def rejected_by_customers(fake: Fake) -> str:
     )
 
 
+def held_back_by_a_guardrail(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    found, none = row(0, 1, fake.gate(0), ab_test(Arm(50, 200), Arm(120, 200), 0.05)), Arm(0, 200)
+    rule = Guardrail("pii", "lower", margin=0.01, alpha=0.05)
+    found["decision"] = {"verdict": "reject", "reasons": ["not told: guardrail pii 0", "passed: challenger 60.0%"]}
+    found["experiment"] = {"champion": 1, "challenger": 2, "guardrails": [proportion(rule, none, none).as_dict()]}
+    fake.state("finished", 0, [found, {**found, "round": 1}])
+    return (
+        "After 2 rounds 2 challengers did better with customers and were not promoted (guardrail pii not told), so the "
+        "assistant stays as it was."
+    )
+
+
+def declined_by_a_person(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    found = row(0, 1, fake.gate(0), ab_test(Arm(50, 200), Arm(120, 200), 0.05))
+    found["decision"] = {"verdict": "reject", "reasons": ["failed: declined by ann: not yet", "better: z 6"]}
+    fake.state("finished", 0, [found])
+    return "After 1 round 1 challenger did better with customers and was not promoted (declined by ann: not yet), so"
+
+
 def between_rounds(fake: Fake) -> str:
     test = ab_test(*TESTS[0], 0.05)
     fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
@@ -489,6 +510,8 @@ PARTIAL = (
     offline_on_logs,
     rejected_offline,
     rejected_by_customers,
+    held_back_by_a_guardrail,
+    declined_by_a_person,
     between_rounds,
     killed_before_the_state_was_saved,
     without_closing,

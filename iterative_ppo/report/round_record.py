@@ -105,6 +105,8 @@ class RoundRecord:
     decision: Decision | None = None
     counted: bool = False
     """Whether its A/B test says which conversations it counted."""
+    with_customers: Mapping[str, Guarded] = field(default_factory=dict)
+    """The same guardrails of its A/B test."""
     looks: tuple[float, ...] = ()
     """Looks at its A/B test, as shares of the planned conversations."""
     void: str | None = None
@@ -116,6 +118,16 @@ class RoundRecord:
     @property
     def promoted(self) -> bool:
         return self.decision is not None and self.decision.verdict == "promote"
+
+    @property
+    def held_back(self) -> tuple[str, ...]:
+        """Why its challenger was not promoted though customers showed it to be better; empty where that is not so."""
+        if self.promoted or self.decision is None or self.test is None or not self.test.better:
+            return ()
+        unheld = [(name, one.found) for name, one in self.with_customers.items() if one.found != "holds"]
+        return tuple(f"guardrail {name} {found}" for name, found in unheld) or (
+            self.decision.reasons[0].removeprefix("failed: "),
+        )
 
     @property
     def algorithm(self) -> str | None:
@@ -196,13 +208,12 @@ def _gating(folder: Path) -> dict[str, Any]:
     evidence = folder / "gate" / "evidence.json"
     return {
         "evidence": numbers(evidence),
-        "guardrails": _guardrails(evidence),
+        "guardrails": _guardrails(optional(evidence) or {}, evidence),
         "examples": _examples(folder / "gate" / "examples.json"),
     }
 
 
-def _guardrails(path: Path) -> dict[str, Guarded]:
-    values = optional(path) or {}
+def _guardrails(values: Mapping[str, Any], path: Path) -> dict[str, Guarded]:
     found: dict[str, Guarded] = {}
     with shaped(path):
         for one in values.get("guardrails", []):
@@ -220,7 +231,8 @@ def _verdicts(folder: Path, row: Mapping[str, Any], state: Path) -> dict[str, An
     with shaped(state):
         offline, decision = decision_of(row.get("offline")), decision_of(row.get("decision"))
         test, ended = test_of(row.get("ab_test")), row.get("convergence")
-        looks = tuple(float(look["fraction"]) for look in (row.get("experiment") or {}).get("looks", []))
+        experiment = row.get("experiment") or {}
+        looks = tuple(float(look["fraction"]) for look in experiment.get("looks", []))
         convergence = f"{'yes' if ended['converged'] else 'no'}, {ended['reason']}" if ended else None
     late_test, late_decision = _ab_test(folder / TEST)
     return {
@@ -229,6 +241,7 @@ def _verdicts(folder: Path, row: Mapping[str, Any], state: Path) -> dict[str, An
         "decision": decision or late_decision,
         "counted": read_tested(folder / TEST) is not None,
         "looks": looks,
+        "with_customers": _guardrails(experiment, state),
         "void": label(row.get("void")),
         "convergence": convergence,
     }
