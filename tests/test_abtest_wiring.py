@@ -793,4 +793,7 @@ def test_plan_names_a_size_for_each_design(tmp_path: Path) -> None:
     assert isinstance(ippo(test, "plan", "--base", ".99").exception, ConfigError)
     assert "the smaller arm expects" not in shown and "abtest.mde" not in shown
     assert "set abtest.mde to about 0.005" in ippo(test, "plan", "--base", ".02").stdout
+    small = Test(tmp_path, gate__guardrails__pii__margin=0.01)
+    shown = ippo(small, "plan", "--base", ".3", "--mde", ".14").stdout
+    assert "400 conversations: enough for the outcome\nguardrail pii needs " in shown
     assert "the smaller arm expects 2.0 conversations of the rarer end" in ippo(test, "plan", "--base", ".01").stdout
