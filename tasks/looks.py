@@ -2,8 +2,8 @@
 
 A conversation is assigned when it begins, by its first timestamp. Its outcome counts if it comes within
 `data.outcome_window_hours`. One that is left without an outcome is here only after a silence as long, so what began
-less than two windows ago may lack just those; it is not looked at yet. Traffic without any timestamps, as the
-simulator's, is ordered as it arrived, and all of it has matured.
+less than two windows ago may lack just those; it is not looked at yet. Simulated customers have no clock that a test
+could go by, whatever timestamps they bear: their conversations are ordered as they arrived, and all have matured.
 """
 
 from __future__ import annotations
@@ -176,6 +176,9 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     frame, faulty = _sound(frame, config, state)
     strangers = _strangers(frame, tested)
     table = _conversations(frame, tested, config)
+    began = table["start"]
+    if config.source.simulated:
+        table = table.assign(start=pd.Series(pd.NaT, began.index, began.dtype))
     earlier = _of_earlier_tests(table, tested, state)
     table = table[~earlier]
     _check(table, config, state)
@@ -196,7 +199,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     begun = frame[frame["conversation_id"].isin(table.index[times.hours >= 0])]
     ramp, maturing = int((~times.last_stage).sum()), int((times.last_stage & ~due).sum())
     left_out = faulty, strangers, int(earlier.sum())
-    counted = Counted.of(chosen["start"])
+    counted = Counted.of(began[chosen.index])
     return Evidence(history, turns, begun, counted, ramp, maturing, *left_out, _pace(times, config, tested))
 
 
