@@ -359,7 +359,7 @@ def out_of_budget(config: Config, state: NightState) -> bool:
 def converged(config: Config, records: Sequence[dict[str, Any]]) -> Convergence:
     """Line 9 of Algorithm 1, over the rounds' records."""
     ended = convergence([RoundFigures.of(record) for record in records], config)
-    get_run_logger().info("converged: %s, %s", "yes" if ended.converged else "no", ended.reason)
+    get_run_logger().info("converged: %s", ended.words)
     return ended
 
 

@@ -574,6 +574,20 @@ def test_a_rollback_to_the_first_policy_is_told(tmp_path: Path) -> None:
     assert "the first policy serves again" in verdict(RunRecord.read(fake.root)).sentence
 
 
+def test_a_finished_run_says_why_it_ended(tmp_path: Path) -> None:
+    reason = "customers gain at most +2.2% from the last challenger, less than the least worth finding (5.0%)"
+    fake = Fake(tmp_path / "data")
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    found = row(0, 1, fake.gate(0), ab_test(Arm(50, 200), Arm(48, 200), 0.05))
+    found["convergence"] = {"over": True, "converged": True, "reason": reason}
+    for phase, told in (("finished", True), ("collect", False)):
+        fake.state(phase, 0, [found])
+        assert verdict(RunRecord.read(fake.root)).detail.endswith(f"Converged: yes, {reason}.") is told
+    fake.state("finished", 0, [found])
+    fake.closing(Arm(400, 2000), Arm(900, 2000), 2)
+    assert verdict(RunRecord.read(fake.root)).detail.endswith(f"Converged: yes, {reason}.")
+
+
 def trail(fake: Fake, *moves: tuple[str, int]) -> None:
     """The audit trail of moves to these champions, the last one not done."""
     records = []

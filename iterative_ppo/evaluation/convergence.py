@@ -67,6 +67,11 @@ class Convergence:
     converged: bool
     reason: str
 
+    @property
+    def words(self) -> str:
+        """In plain words."""
+        return f"{'yes' if self.converged else 'no'}, {self.reason}"
+
 
 def convergence(rounds: Sequence[RoundFigures], config: Config) -> Convergence:
     """Converged: the certificate's upper bound below `rounds.converged_below` in two rounds running, or the last A/B

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.convergence import Convergence
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import Calibration
@@ -233,7 +234,7 @@ def _verdicts(folder: Path, row: Mapping[str, Any], state: Path) -> dict[str, An
         test, ended = test_of(row.get("ab_test")), row.get("convergence")
         experiment = row.get("experiment") or {}
         looks = tuple(float(look["fraction"]) for look in experiment.get("looks", []))
-        convergence = f"{'yes' if ended['converged'] else 'no'}, {ended['reason']}" if ended else None
+        convergence = Convergence(**ended).words if ended else None
     late_test, late_decision = _ab_test(folder / TEST)
     return {
         "offline": offline or _gate(folder / "gate" / "decision.json"),

@@ -44,7 +44,7 @@ def _closed(run: RunRecord, closing: Closing) -> Verdict:
     each = " each" if len(sizes) == 1 else ""
     fresh = f"Fresh customers, {' and '.join(words.count(n) for n in sizes)} conversations{each}."
     gain = f"The gain is {words.points(test.gain)} (95% interval {words.points_span(test.gain_low, test.gain_high)})."
-    return Verdict("Finished", "good" if test.better else "plain", sentence, f"{fresh} {gain}")
+    return Verdict("Finished", "good" if test.better else "plain", sentence, f"{fresh} {gain} {_ended(run)}".strip())
 
 
 def _open_test(run: RunRecord, last: RoundRecord) -> Verdict:
@@ -71,7 +71,7 @@ def _finished(run: RunRecord) -> Verdict:
     now = current(run)
     rate = f"; in its last A/B test the assistant {_rate(run, now)}" if now else ""
     sentence = f"After {_rounds(run)}, {kept} proved better with customers{rate}."
-    detail = f"{_tested(run)} The closing comparison with the first policy is not there yet."
+    detail = f"{_tested(run)} The closing comparison with the first policy is not there yet. {_ended(run)}"
     return Verdict("Finished", "good", sentence, detail.strip())
 
 
@@ -81,7 +81,14 @@ def _unchanged(run: RunRecord) -> Verdict:
     why = "the first policy serves again" if run.promotions else _held_back(run) or why
     sentence = f"After {_rounds(run)} {why}, so the assistant stays as it was."
     now = run.closing.test.challenger if run.closing else current(run)
-    return Verdict("Finished, nothing promoted", "plain", sentence, f"It {_rate(run, now)}." if now else "")
+    rate = f"It {_rate(run, now)}. " if now else ""
+    return Verdict("Finished, nothing promoted", "plain", sentence, f"{rate}{_ended(run)}".strip())
+
+
+def _ended(run: RunRecord) -> str:
+    """Why there is no further round, where the run is over."""
+    ended = run.rounds[-1].convergence if run.phase == "finished" else None
+    return f"Converged: {ended}." if ended else ""
 
 
 def _held_back(run: RunRecord) -> str:
