@@ -35,6 +35,7 @@ from iterative_ppo.mdp.turn_table import to_frame
 from iterative_ppo.report import plots, words
 from iterative_ppo.report.page import render, write_report
 from iterative_ppo.report.record import RunRecord
+from iterative_ppo.report.rows import examples
 from iterative_ppo.report.verdict import verdict
 
 CONFIG = load_config()
@@ -152,6 +153,7 @@ class Fake:
             q_r2=0.3,
             state_baseline_r2=float("nan"),
             guardrails=(mean(near, np.zeros(400), kl + np.linspace(-1, 1, 400)), *GOOD.guardrails),
+            differing=300,
         )
         decision, folder = offline_gate(found).as_dict(), self.folder(number) / "gate"
         write_json(folder / "evidence.json", found.as_dict())
@@ -359,6 +361,17 @@ def test_examples_show_both_policies_of_the_last_promoted_round(whole: str) -> N
     assert "After (policy 4) Q 0.38 Which room are you thinking about?" in said
     assert "Suggests nothing and leaves the answer to a person" in said
     assert "2 earlier messages" in said
+
+
+def test_examples_are_of_the_promoted_round_in_which_most_differ_and_those_come_first(tmp_path: Path) -> None:
+    fake = finished(tmp_path / "data")
+    alike = [{**EXAMPLES[0], "challenger": EXAMPLES[0]["champion"]}, *EXAMPLES[1:]]
+    write_json(fake.folder(0) / "gate" / "examples.json", alike)
+    write_json(fake.folder(2) / "gate" / "examples.json", alike[:2])
+    shown = examples(RunRecord.read(fake.root))
+    assert "moments of round 0, once" in shown["lead"] and "They differ in 300 of 400 states" in shown["lead"]
+    same = [talk["before"] == talk["after"] for talk in shown["talks"]]
+    assert same == [False, False, False, True]
 
 
 def test_the_same_run_gives_the_same_page(whole: str, tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ class Example:
     champion: Said
     challenger: Said
 
+    @property
+    def differs(self) -> bool:
+        return self.champion.text != self.challenger.text
+
 
 @dataclass(frozen=True)
 class Guarded:
@@ -139,6 +143,11 @@ class RoundRecord:
     def sampled(self) -> tuple[Numbers, ...]:
         """That algorithm's curve, one entry a rollout."""
         return self.curves[self.algorithm] if self.algorithm else ()
+
+    @property
+    def differing(self) -> int:
+        """Examples in which the two policies say something else."""
+        return sum(example.differs for example in self.examples)
 
     @property
     def kl_margin(self) -> float | None:
