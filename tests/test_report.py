@@ -579,6 +579,8 @@ def test_a_policy_is_not_compared_with_itself(tmp_path: Path) -> None:
     assert "Gain" not in said
     assert "first and last" not in said
     assert "shaded" not in said
+    closing = plots.steps(RunRecord.read(fake.root))[-1]
+    assert [(point.role, point.arm) for point in closing.points] == [("champion", Arm(405, 2000))], "one rate on a page"
 
 
 def test_a_rollback_to_the_first_policy_is_told(tmp_path: Path) -> None:

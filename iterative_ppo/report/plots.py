@@ -55,9 +55,11 @@ def steps(run: RunRecord) -> list[Step]:
         found.append(_tested(before))
     if run.closing:
         test, first, last = run.closing.test, run.closing.first, run.closing.last
-        points = (Point(CHAMPION, first, test.champion), Point(CHALLENGER, last, test.challenger))
-        both = Step("Closing:\nfirst and last", points)
-        found.append(both if run.changed else Step("Closing", points[:1]))
+        if run.changed:
+            points = (Point(CHAMPION, first, test.champion), Point(CHALLENGER, last, test.challenger))
+            found.append(Step("Closing:\nfirst and last", points))
+        else:
+            found.append(Step("Closing", (Point(CHAMPION, last, test.challenger),)))
     return found
 
 
