@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pandas as pd
 import pytest
 from ab_arms import decided
 from gate_evidence import GOOD
+from matplotlib import rc_context
 
 from iterative_ppo.config import RuleConfig, load_config
 from iterative_ppo.environments.phrases import Act, business_phrases, customer_phrases, openings
@@ -32,7 +34,7 @@ from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion, Turn
 from iterative_ppo.mdp.returns import monte_carlo, rewards
 from iterative_ppo.mdp.turn_table import to_frame
-from iterative_ppo.report import plots, words
+from iterative_ppo.report import plots, svg, words
 from iterative_ppo.report.page import render, write_report
 from iterative_ppo.report.record import RunRecord
 from iterative_ppo.report.rows import examples
@@ -724,6 +726,25 @@ def test_many_rounds_are_drawn_without_crowding(run_folder: Path) -> None:
     shown = re.findall(r"A/B test of</tspan>|>A/B test of<", html)
     assert html.count("<tbody>") == 90
     assert len(shown) < 40
+
+
+@pytest.mark.parametrize("rounds", [5, 10])
+def test_labels_of_neighbouring_rates_do_not_overprint(run_folder: Path, rounds: int) -> None:
+    """At a plateau, where the arms of all tests did about as well."""
+    run = RunRecord.read(run_folder)
+    flat = [
+        replace(run.rounds[k % 3], number=k, test=ab_test(Arm(860, 1000), Arm(850 + k, 1000), 0.05))
+        for k in range(rounds)
+    ]
+    found = plots.steps(replace(run, rounds=tuple(flat)))
+    with rc_context(svg.STYLE):
+        figure = plots.drawn(found, True)
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == plots.rates(found) == 2 * rounds + 3
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(axes.get_window_extent().y0 < box.y0 and box.y1 < axes.get_window_extent().y1 for box in boxes)
 
 
 def test_a_gain_that_may_be_chance_is_called_so(tmp_path: Path) -> None:
