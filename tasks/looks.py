@@ -101,9 +101,10 @@ class Evidence:
         empty = [name for name, count in zip(("champion", "challenger"), self.arms, strict=True) if not count]
         if not empty:
             return None
+        whose = f"the {empty[0]} arm holds no" if len(empty) == 1 else "neither arm holds a"
         waiting = f"{self.ramp} of the ramp's first stages, {self.maturing} still maturing"
         waiting += f", {self.earlier} from before it began" if self.earlier else ""
-        return f"the {' and the '.join(empty)} arm holds no matured conversation yet ({waiting})"
+        return f"{whose} matured conversation yet ({waiting})"
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,9 @@ def test_the_anytime_design_needs_an_order(tmp_path: Path) -> None:
 def test_nothing_and_an_empty_arm_are_no_evidence_yet(tmp_path: Path) -> None:
     test = Test(tmp_path)
     assert looks.evidence(test.config, test.state, LATER) is None
+    test.arrive("none", [talk("before", 1, hour=-1.0)])
+    assert str(test.evidence().missing).startswith("neither arm holds a matured conversation yet")
+    test = Test(tmp_path / "one")
     test.arrive("one", arm(1, 5, 20))
     seen = test.evidence()
     assert seen.arms == (20, 0)
