@@ -229,7 +229,7 @@ def _guardrails(values: Mapping[str, Any], path: Path) -> dict[str, Guarded]:
         for one in values.get("guardrails", []):
             name, limit, _ = str(one["measure"]).partition(LIMIT)
             told, value = NonInferiority.from_dict(one).found, finite(one)
-            if limit:
+            if limit and name in found:
                 found[name] = replace(found[name], found=max(found[name].found, told, key=get_args(Found).index))
             else:
                 found[name] = Guarded(value.get("challenger"), value.get("champion"), value.get("margin"), told)

@@ -78,8 +78,10 @@ def _finished(run: RunRecord) -> Verdict:
 def _unchanged(run: RunRecord) -> Verdict:
     tested = any(one.test for one in run.rounds)
     why = "no challenger proved better with customers" if tested else "no challenger passed the offline checks"
-    why = "the first policy serves again" if run.promotions else _held_back(run) or why
-    sentence = f"After {_rounds(run)} {why}, so the assistant stays as it was."
+    why = "the first policy serves again" if run.promotions else why
+    held = "" if run.promotions else _held_back(run)
+    found = f", {held}" if held else f" {why}"
+    sentence = f"After {_rounds(run)}{found}, so the assistant stays as it was."
     now = run.closing.test.challenger if run.closing else current(run)
     rate = f"It {_rate(run, now)}. " if now else ""
     return Verdict("Finished, nothing promoted", "plain", sentence, f"{rate}{_ended(run)}".strip())
