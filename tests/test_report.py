@@ -471,8 +471,8 @@ def held_back_by_a_guardrail(fake: Fake) -> str:
     found["experiment"] = {"champion": 1, "challenger": 2, "guardrails": [proportion(rule, none, none).as_dict()]}
     fake.state("finished", 0, [found, {**found, "round": 1}])
     return (
-        "After 2 rounds 2 challengers did better with customers and were not promoted (guardrail pii not told), so the "
-        "assistant stays as it was."
+        "After 2 rounds, 2 challengers did better with customers and were not promoted (guardrail pii not told), so "
+        "the assistant stays as it was."
     )
 
 
@@ -481,7 +481,7 @@ def declined_by_a_person(fake: Fake) -> str:
     found = row(0, 1, fake.gate(0), ab_test(Arm(50, 200), Arm(120, 200), 0.05))
     found["decision"] = {"verdict": "reject", "reasons": ["failed: declined by ann: not yet", "better: z 6"]}
     fake.state("finished", 0, [found])
-    return "After 1 round 1 challenger did better with customers and was not promoted (declined by ann: not yet), so"
+    return "After 1 round, 1 challenger did better with customers and was not promoted (declined by ann: not yet), so"
 
 
 def between_rounds(fake: Fake) -> str:
@@ -857,6 +857,7 @@ def test_a_threshold_of_its_own_is_that_of_the_round(tmp_path: Path) -> None:
 
 
 def test_numbers_are_written_as_readers_expect() -> None:
+    assert (words.times(1), words.times(5)) == ("once", "5 times")
     assert words.percent(0.7134) == "71.3%"
     assert words.span(0.6931, 0.7329) == "69.3–73.3%"
     assert words.points(-0.0123) == "−1.2 points"

@@ -125,7 +125,7 @@ def _facts(one: RoundRecord) -> Iterator[str]:
         yield f"Quarantined, {words.count(count)}: {reason}"
     if one.looks:
         shares = ", ".join(f"{fraction:.0%}" for fraction in one.looks)
-        yield f"The A/B test was looked at {words.count(len(one.looks), 'times')}, at {shares} of its plan"
+        yield f"The A/B test was looked at {words.times(len(one.looks))}, at {shares} of its plan"
     if one.void:
         yield f"The A/B test ended without a verdict: {one.void}"
     if one.convergence:
