@@ -43,7 +43,7 @@ def plan(
     """
     config, _, _ = configured(params, sets, abtest__mde=mde, abtest__power=power, gate__alpha=alpha)
     from flows.abtest_views import plan_table
-    from iterative_ppo.evaluation.plan import coarse
+    from iterative_ppo.evaluation.plan import misgivings
     from iterative_ppo.evaluation.plan import plan as planned_designs
     from tasks.looks import maturity_hours
 
@@ -58,9 +58,13 @@ def plan(
     )
     show(plan_table(planned))
     (mine,) = (one for one in planned if one.design == test.design)
-    enough = "enough" if test.conversations >= mine.most else f"too few; set abtest.conversations={mine.most}"
+    enough = (
+        "enough for the outcome"
+        if test.conversations >= mine.most
+        else f"too few; set abtest.conversations={mine.most}"
+    )
     typer.echo(f"configured: {test.design}, {test.conversations:,} conversations: {enough}")
-    if told := coarse(test.mde, base):
+    for told in misgivings(config, base):
         typer.echo(told)
     share = min(test.challenger_share, 1 - test.challenger_share)
     expected = min(base, 1 - base) * share * test.conversations

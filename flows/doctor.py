@@ -32,17 +32,17 @@ def examine(config: Config) -> bool:
         ("datasets", lambda: _datasets(config)),
     ]
     results = [_checked(name, check) for name, check in checks]
-    _warn_of_a_coarse_test(config)
+    _warn_of_the_test(config)
     return all(results)
 
 
-def _warn_of_a_coarse_test(config: Config) -> None:
-    """A line where `abtest.mde` is too large for the champion; a damaged state has its own."""
-    from iterative_ppo.evaluation.plan import coarse
+def _warn_of_the_test(config: Config) -> None:
+    """A line for whatever speaks against the A/B test as it is configured; a damaged state has its own."""
+    from iterative_ppo.evaluation.plan import misgivings
     from tasks.state import load_state
 
     with suppress(IterativePPOError, OSError):
-        if told := coarse(config.abtest.mde, load_state(config.data.root).champion_rate):
+        for told in misgivings(config, load_state(config.data.root).champion_rate):
             typer.echo(f"warn  A/B test: {told}")
 
 

@@ -22,7 +22,7 @@ from iterative_ppo.config import Config, load_config
 from iterative_ppo.errors import NothingToLearn, TurnTableError
 from iterative_ppo.evaluation.convergence import Convergence, RoundFigures, convergence
 from iterative_ppo.evaluation.gate import Decision, outcome_gate
-from iterative_ppo.evaluation.plan import coarse
+from iterative_ppo.evaluation.plan import misgivings
 from iterative_ppo.files import write_json
 from iterative_ppo.learning.objective import success_above
 from tasks import approvals, experiments, looks, notify, registry, rounds, tracking, watch
@@ -194,7 +194,7 @@ def train(config: Config, store: tracking.Tracking, state: NightState) -> NightS
         ended = converged(config, [*state.rounds, record])
         state = state.advance(rounds=[*state.rounds, {**record, "convergence": asdict(ended)}])
         return _close_round(config, store, state, "finished" if ended.over else "collect")
-    if told := coarse(config.abtest.mde, state.champion_rate):
+    for told in misgivings(config, state.champion_rate):
         get_run_logger().warning("the A/B test of round %d begins: %s", state.round, told)
     state = state.advance(rounds=[*state.rounds, record])
     started = experiments.start(config.data.root, experiment(config, record), record["data_md5"])
@@ -359,7 +359,7 @@ def out_of_budget(config: Config, state: NightState) -> bool:
 def converged(config: Config, records: Sequence[dict[str, Any]]) -> Convergence:
     """Line 9 of Algorithm 1, over the rounds' records."""
     ended = convergence([RoundFigures.of(record) for record in records], config)
-    get_run_logger().info("converged: %s, %s", "yes" if ended.converged else "no", ended.reason)
+    get_run_logger().info("converged: %s", ended.words)
     return ended
 
 

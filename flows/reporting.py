@@ -8,6 +8,7 @@ from typing import Any
 
 from flows.champions import end_void_test, settle
 from iterative_ppo.config import Config
+from iterative_ppo.evaluation.convergence import Convergence
 from tasks import approvals, registry, tracking
 from tasks.state import load_state
 
@@ -35,6 +36,8 @@ def status_lines(config: Config) -> Iterator[str]:
             nats = distance.get("held_out_nats_a_token", float("nan"))
             first = "cloned from the log" if distance.get("cloned", 1.0) else "the base model as it is"
             yield f"the first policy, {first}, is {nats:.2f} nats a token from the log on held-out conversations"
+    if state.phase == "finished" and state.rounds and (ended := state.rounds[-1].get("convergence")):
+        yield f"converged: {Convergence(**ended).words}"
 
 
 def _round_line(record: Mapping[str, Any]) -> str:

@@ -103,6 +103,13 @@ class Speakers:
     before: Spoken
     after: Spoken
 
+    @property
+    def differ(self) -> np.ndarray:
+        """(S,) bool: whether the first response of each, drawn with the same random numbers, is another."""
+        samples = self.before.q.shape[1]
+        first = (said.responses.tokens[::samples] for said in (self.before, self.after))
+        return np.array([ours != theirs for ours, theirs in zip(*first, strict=True)], dtype=bool)
+
 
 def gather(
     config: Config,
@@ -170,6 +177,7 @@ def gather(
         certificate=certify(turns, config.gate, config.seed),
         estimates=estimates(modelled, config.gate, config.seed, model) | refused,
         guardrails=guarded(config.gate.guardrails, said, said_now, config.gate.alpha),
+        differing=int(speakers.differ.sum()),
     )
     return evidence, examples(config, dataset, facts.iloc[rows], speakers)
 
@@ -251,7 +259,7 @@ def _said(policy: LanguagePolicy, spoken: Spoken, group: np.ndarray, log_ratio: 
 
 def examples(config: Config, dataset: Dataset, states: pd.DataFrame, speakers: Speakers) -> list[dict[str, Any]]:
     """What both policies say in a few of the states, for the report."""
-    chosen = np.linspace(0, len(states) - 1, min(EXAMPLES, len(states))).astype(int)
+    chosen = telling(speakers.differ)
     talks = conversations_of(dataset, config, states["conversation_id"].iloc[chosen].astype(str).tolist())
     found, samples = [], config.gate.samples
     for k in chosen:
@@ -264,3 +272,18 @@ def examples(config: Config, dataset: Dataset, states: pd.DataFrame, speakers: S
         history.append({"customer": state.customer_message, "business": None})
         found.append({"messages": history, "champion": before, "challenger": after})
     return found
+
+
+def telling(differ: np.ndarray) -> np.ndarray:
+    """Places of a few states: those in which the policies differ come first, and others where these are too few.
+
+    Args:
+        differ: (S,) bool, whether they do.
+    """
+    there = _spread(np.flatnonzero(differ), EXAMPLES)
+    return np.concatenate([there, _spread(np.flatnonzero(~differ), EXAMPLES - len(there))])
+
+
+def _spread(places: np.ndarray, most: int) -> np.ndarray:
+    """So many of them, evenly spread."""
+    return places[np.linspace(0, len(places) - 1, min(most, len(places))).astype(int)]

@@ -2,8 +2,8 @@
 
 A conversation is assigned when it begins, by its first timestamp. Its outcome counts if it comes within
 `data.outcome_window_hours`. One that is left without an outcome is here only after a silence as long, so what began
-less than two windows ago may lack just those; it is not looked at yet. Traffic without any timestamps, as the
-simulator's, is ordered as it arrived, and all of it has matured.
+less than two windows ago may lack just those; it is not looked at yet. Simulated customers have no clock that a test
+could go by, whatever timestamps they bear: their conversations are ordered as they arrived, and all have matured.
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ class Evidence:
         empty = [name for name, count in zip(("champion", "challenger"), self.arms, strict=True) if not count]
         if not empty:
             return None
+        whose = f"the {empty[0]} arm holds no" if len(empty) == 1 else "neither arm holds a"
         waiting = f"{self.ramp} of the ramp's first stages, {self.maturing} still maturing"
         waiting += f", {self.earlier} from before it began" if self.earlier else ""
-        return f"the {' and the '.join(empty)} arm holds no matured conversation yet ({waiting})"
+        return f"{whose} matured conversation yet ({waiting})"
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     frame, faulty = _sound(frame, config, state)
     strangers = _strangers(frame, tested)
     table = _conversations(frame, tested, config)
+    began = table["start"]
+    if config.source.simulated:
+        table = table.assign(start=pd.Series(pd.NaT, began.index, began.dtype))
     earlier = _of_earlier_tests(table, tested, state)
     table = table[~earlier]
     _check(table, config, state)
@@ -196,7 +200,7 @@ def evidence(config: Config, state: NightState, now: datetime) -> Evidence | Non
     begun = frame[frame["conversation_id"].isin(table.index[times.hours >= 0])]
     ramp, maturing = int((~times.last_stage).sum()), int((times.last_stage & ~due).sum())
     left_out = faulty, strangers, int(earlier.sum())
-    counted = Counted.of(chosen["start"])
+    counted = Counted.of(began[chosen.index])
     return Evidence(history, turns, begun, counted, ramp, maturing, *left_out, _pace(times, config, tested))
 
 

@@ -21,7 +21,7 @@ from iterative_ppo.evaluation.designs import design_of
 from iterative_ppo.evaluation.e_process import confidence_sequence, log_e_process, nearest_pairs
 from iterative_ppo.evaluation.experiment import History, Look, comparable
 from iterative_ppo.evaluation.inference import inference
-from iterative_ppo.evaluation.plan import coarse, fixed_sample, group_sequential_stops, plan
+from iterative_ppo.evaluation.plan import coarse, fixed_sample, group_sequential_stops, plan, too_few
 from iterative_ppo.evaluation.ramp import Ramp
 from iterative_ppo.evaluation.sample_ratio import e_value, mismatch, one_look_p
 from iterative_ppo.evaluation.spending import crossing, obrien_fleming_spent, upper_bounds
@@ -520,6 +520,18 @@ def test_an_mde_of_half_the_rate_is_named_with_one_to_set() -> None:
     assert "3.5 times as many successes may be missed; set abtest.mde to about 0.005" in told
     assert coarse(0.05, 0.1) is not None and "about 0.03" in str(coarse(0.05, 0.1))
     assert coarse(0.05, 0.11) is None and coarse(0.05, None) is None and coarse(0.05, 0.0) is None
+
+
+def test_a_test_too_small_for_its_guardrails_is_named_with_a_size() -> None:
+    gate = load_config().gate
+    told = too_few(gate, config(conversations=400))
+    assert told is not None and "set abtest.conversations to " in told
+    size = int(told.split("set abtest.conversations to ")[1].split()[0])
+    assert told.startswith(f"guardrail pii needs {size:,} conversations") and 700 < size < 900
+    assert too_few(gate, config(conversations=size - 1)) and not too_few(gate, config(conversations=size))
+    assert not too_few(gate, config(conversations=600, design="fixed")), "guardrails are asked once"
+    assert too_few(gate, config(conversations=2 * size, challenger_share=0.2)), "the smaller arm counts"
+    assert too_few(gate, config(conversations=size, unit="business")), "of businesses, more"
 
 
 @pytest.mark.parametrize(("alpha", "power"), [(0.5, 0.5), (0.6, 0.5), (0.05, 0.05), (0.3, 0.99)])

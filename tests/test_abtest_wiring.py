@@ -44,6 +44,7 @@ from tasks.traffic import to_rows
 
 START = datetime(2026, 3, 2, tzinfo=UTC)
 LATER = START + timedelta(days=60)
+SIMULATED: dict[str, Any] = {"source__kind": "renovation", "source__path": None}
 WINDOW = 72.0
 
 
@@ -84,6 +85,8 @@ class Test:
     def __init__(self, root: Path, **settings: Any) -> None:
         self.overrides = {
             "data.root": str(root / "data"),
+            "source.kind": "table",  # real customers, who have a clock
+            "source.path": "log.jsonl",
             "abtest.conversations": 400,
             "abtest.ramp": [],
             "gate.guardrails.pii.margin": 0.02,  # which 200 conversations in an arm can tell
@@ -225,6 +228,9 @@ def test_the_anytime_design_needs_an_order(tmp_path: Path) -> None:
 def test_nothing_and_an_empty_arm_are_no_evidence_yet(tmp_path: Path) -> None:
     test = Test(tmp_path)
     assert looks.evidence(test.config, test.state, LATER) is None
+    test.arrive("none", [talk("before", 1, hour=-1.0)])
+    assert str(test.evidence().missing).startswith("neither arm holds a matured conversation yet")
+    test = Test(tmp_path / "one")
     test.arrive("one", arm(1, 5, 20))
     seen = test.evidence()
     assert seen.arms == (20, 0)
@@ -234,7 +240,7 @@ def test_nothing_and_an_empty_arm_are_no_evidence_yet(tmp_path: Path) -> None:
 
 
 def test_conversations_without_a_clock_have_matured_and_come_as_they_arrived(tmp_path: Path) -> None:
-    test = Test(tmp_path, abtest__ramp=[0.01, 0.1])
+    test = Test(tmp_path, abtest__ramp=[0.01, 0.1], **SIMULATED)
     test.arrive("b", arm(2, 4, 10))
     test.arrive("a", arm(1, 3, 10))
     test.arrive("c", [talk("other", 7)])
@@ -314,6 +320,19 @@ def test_simulated_customers_end_where_a_test_waits_for_more(tmp_path: Path, mon
     monkeypatch.setattr(simulation, "night", lambda params, overrides: "test")
     with pytest.raises(StoreError, match="has all of its simulated conversations and still waits; see `ippo abtest`"):
         simulation.simulated_rounds.fn(None, test.overrides)
+
+
+@pytest.mark.parametrize("design", ["group_sequential", "anytime"])
+def test_simulated_customers_have_no_clock_whatever_their_timestamps(tmp_path: Path, design: str) -> None:
+    test = Test(tmp_path, abtest__ramp=[0.1], abtest__design=design, **SIMULATED)
+    late = talk("late", 2, True, -1000.0, lasts=test.config.data.outcome_window_hours + 1)
+    test.arrive("all", arm(1, 60, 200, -1000.0), arm(2, 150, 199, -1000.0), [late])
+    seen = test.evidence(START)
+    assert (seen.arms, seen.ramp, seen.maturing, seen.earlier) == ((200, 200), 0, 0, 0)
+    assert seen.history.outcome.sum() == 210, "what comes after the outcome window is no outcome"
+    assert test.take(START).look.verdict == "promote"
+    began = seen.turns.groupby("conversation_id")["timestamp"].min()
+    assert seen.counted(began).all() and seen.counted.first == began.min(), "the report finds them"
 
 
 def test_a_few_conversations_that_break_the_tables_rules_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -793,4 +812,7 @@ def test_plan_names_a_size_for_each_design(tmp_path: Path) -> None:
     assert isinstance(ippo(test, "plan", "--base", ".99").exception, ConfigError)
     assert "the smaller arm expects" not in shown and "abtest.mde" not in shown
     assert "set abtest.mde to about 0.005" in ippo(test, "plan", "--base", ".02").stdout
+    small = Test(tmp_path, gate__guardrails__pii__margin=0.01)
+    shown = ippo(small, "plan", "--base", ".3", "--mde", ".14").stdout
+    assert "400 conversations: enough for the outcome\nguardrail pii needs " in shown
     assert "the smaller arm expects 2.0 conversations of the rarer end" in ippo(test, "plan", "--base", ".01").stdout

@@ -195,6 +195,7 @@ def test_a_larger_budget_waits_for_conversations_of_a_champion_who_was_not_teste
     it.set(rounds__max_rounds=1)
     it.arrive("simulated-0001", champion_1=0.2, challenger_2=1.0)
     assert it.step().phase == "finished"
+    assert "converged: no, the budget of 1 rounds is spent" in it.status
     if deleted:
         for version in (1, 2, 3):
             it.store.client.delete_model_version(POLICY, str(version))

@@ -130,6 +130,11 @@ def test_reasons_carry_the_figure(config: Config) -> None:
     assert "customers may gain up to +20.0%" in convergence([replace(FAR, ab_high=0.2)], config).reason
     assert "0.10 nats a response, less than half of 0.5" in convergence([replace(FAR, kl=0.1)], config).reason
     assert "cannot tell" in convergence([MOVED], config).reason
+    assert convergence([replace(FAR, kl=0.12, ab_high=0.013)], config).reason == (
+        "customers gain at most +1.3% from the last challenger, but it moved 0.12 nats a response, too little to show "
+        "what another could gain (half of 0.5 and more does)"
+    )
+    assert "challenger won" in convergence([replace(FAR, kl=0.1, ab_high=0.2, promoted=True)], config).reason
     assert "no round" in convergence([], config).reason
 
 

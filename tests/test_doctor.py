@@ -72,9 +72,16 @@ def test_what_no_night_takes_is_named_and_no_failure(config: Config) -> None:
 def test_an_mde_too_large_for_the_champion_is_warned_of(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     for rate, warned in ((0.3, False), (0.02, True)):
         save_state(config.data.root, NightState(champion=4, outcome_rates={"3": 0.01, "4": rate}))
-        doctor._warn_of_a_coarse_test(config)
+        doctor._warn_of_the_test(config)
         told = capsys.readouterr().out
         assert told.startswith("warn  A/B test: abtest.mde 5.0% beside") == warned == bool(told)
+
+
+def test_a_test_too_small_for_its_guardrails_is_warned_of(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor._warn_of_the_test(
+        config.model_copy(update={"abtest": config.abtest.model_copy(update={"conversations": 400})})
+    )
+    assert capsys.readouterr().out.startswith("warn  A/B test: guardrail pii needs ")
 
 
 def test_every_check_has_a_line(config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

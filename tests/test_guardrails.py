@@ -24,7 +24,16 @@ from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation import pii
 from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams, words
 from iterative_ppo.evaluation.gate import offline_gate, outcome_gate
-from iterative_ppo.evaluation.guardrails import MEASURES, Said, Sample, calibrated, clustered_mean, guarded, measure_of
+from iterative_ppo.evaluation.guardrails import (
+    MEASURES,
+    Said,
+    Sample,
+    calibrated,
+    clustered_mean,
+    guarded,
+    least_conversations,
+    measure_of,
+)
 from iterative_ppo.evaluation.metrics import Calibration, calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority
 from iterative_ppo.mdp.conversation import Conversation, Suggestion, Turn
@@ -168,6 +177,26 @@ def test_rare_events_of_whole_conversations_at_the_margin_pass_about_as_often_as
     at_level = replace(RARE, alpha=alpha)
     held = sum(clustered_mean(at_level, never, spoken(challengers, 0.01, rng)).holds for _ in range(runs))
     assert held / runs < alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+
+
+def test_the_least_conversations_of_a_rate_are_those_from_which_none_seen_holds() -> None:
+    rules = {name: GATE.guardrails[name] for name in ("pii", "abstention", "length")}
+    for size in (1, 5):
+        least = least_conversations(rules, 0.05, size)
+        assert set(least) == {"pii", "abstention"} and least["abstention"] < least["pii"]
+        for count, holds in ((least["pii"], True), (least["pii"] - size, False)):
+            arms = [silent(name, count, size) for name in ("a", "b")]
+            assert guarded({"pii": rules["pii"]}, *arms, 0.05)[0].holds is holds
+
+
+def silent(arm: str, conversations: int, size: int) -> Said:
+    """Conversations of businesses of that size, of one harmless response each."""
+    each = np.arange(conversations)
+    texts = ["which room is it"] * conversations
+    unit = np.array([f"{arm}{one}" for one in each // size], dtype=object)
+    return Said(
+        unit, texts, texts, np.zeros(conversations, dtype=bool), conversation=np.char.add(arm, each.astype(str))
+    )
 
 
 def test_rare_events_are_told_by_the_conversations_of_few_businesses() -> None:

@@ -28,7 +28,7 @@ from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import Conversation
 from iterative_ppo.mdp.turn_table import to_frame
 from tasks.datasets import Dataset
-from tasks.gating import fqe, gate_stage, gather
+from tasks.gating import fqe, gate_stage, gather, telling
 from tasks.learning import PolicyVersion, fit_q_stage
 
 WEIGHTED = ("wis", "per_decision", "doubly_robust", "doubly_robust_gain")
@@ -342,7 +342,8 @@ def test_a_q_of_the_challengers_own_that_the_log_does_not_support_is_refused_and
         | {"q.effective_size_floor": 1e6, "gate.states": 20}
     )
     q = fit_q_stage(config, policy, dataset, tmp_path / "round")
-    evidence, _ = gather(config, policy, policy.path, q.path, dataset, tmp_path)
+    evidence, shown = gather(config, policy, policy.path, q.path, dataset, tmp_path)
+    assert evidence.differing == 0 and all(one["champion"] == one["challenger"] for one in shown)
     refused = evidence.estimates["fqe"]
     assert refused.refusal is not None and "fewer than q.effective_size_floor = 1e+06" in refused.refusal
     assert math.isnan(refused.value) and refused.left_out == evidence.certificate.conversations
@@ -351,6 +352,14 @@ def test_a_q_of_the_challengers_own_that_the_log_does_not_support_is_refused_and
     turn_table.write(frame.assign(part="fit"), tmp_path / "fit" / "turns.parquet", outcomes)
     with pytest.raises(NothingToLearn, match="no held-out conversation"):  # the next round may have some
         gather(config, policy, policy.path, q.path, Dataset(0, tmp_path / "fit", "md5"), tmp_path)
+
+
+def test_the_reports_examples_are_states_in_which_the_policies_differ() -> None:
+    differ = np.isin(np.arange(100), np.arange(30, 90, 3))
+    many, few = telling(differ), telling(np.isin(np.arange(100), [3, 50, 99]))
+    assert len(many) == len(set(many)) == 8 and differ[many].all() and (many[0], many[-1]) == (30, 87)
+    assert list(few[:3]) == [3, 50, 99] and len(set(few)) == 8 and (few[3], few[-1]) == (0, 98)
+    assert list(telling(np.array([False, True]))) == [1, 0] and telling(np.zeros(0, dtype=bool)).size == 0
 
 
 def test_a_killed_gate_goes_on_with_the_challengers_own_q(

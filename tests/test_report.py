@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pandas as pd
 import pytest
 from ab_arms import decided
 from gate_evidence import GOOD
+from matplotlib import rc_context
 
 from iterative_ppo.config import RuleConfig, load_config
 from iterative_ppo.environments.phrases import Act, business_phrases, customer_phrases, openings
@@ -25,16 +27,17 @@ from iterative_ppo.errors import StoreError
 from iterative_ppo.evaluation.ab_test import ABTest, Arm, ab_test, p_in_words
 from iterative_ppo.evaluation.gate import offline_gate
 from iterative_ppo.evaluation.metrics import proportion_interval
-from iterative_ppo.evaluation.non_inferiority import Guardrail, mean
+from iterative_ppo.evaluation.non_inferiority import Guardrail, mean, proportion
 from iterative_ppo.files import write_json
 from iterative_ppo.learning.objective import WITHOUT_COST
 from iterative_ppo.mdp import turn_table
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, Suggestion, Turn
 from iterative_ppo.mdp.returns import monte_carlo, rewards
 from iterative_ppo.mdp.turn_table import to_frame
-from iterative_ppo.report import plots, words
+from iterative_ppo.report import plots, svg, words
 from iterative_ppo.report.page import render, write_report
 from iterative_ppo.report.record import RunRecord
+from iterative_ppo.report.rows import examples
 from iterative_ppo.report.verdict import verdict
 
 CONFIG = load_config()
@@ -152,6 +155,7 @@ class Fake:
             q_r2=0.3,
             state_baseline_r2=float("nan"),
             guardrails=(mean(near, np.zeros(400), kl + np.linspace(-1, 1, 400)), *GOOD.guardrails),
+            differing=300,
         )
         decision, folder = offline_gate(found).as_dict(), self.folder(number) / "gate"
         write_json(folder / "evidence.json", found.as_dict())
@@ -361,6 +365,17 @@ def test_examples_show_both_policies_of_the_last_promoted_round(whole: str) -> N
     assert "2 earlier messages" in said
 
 
+def test_examples_are_of_the_promoted_round_in_which_most_differ_and_those_come_first(tmp_path: Path) -> None:
+    fake = finished(tmp_path / "data")
+    alike = [{**EXAMPLES[0], "challenger": EXAMPLES[0]["champion"]}, *EXAMPLES[1:]]
+    write_json(fake.folder(0) / "gate" / "examples.json", alike)
+    write_json(fake.folder(2) / "gate" / "examples.json", alike[:2])
+    shown = examples(RunRecord.read(fake.root))
+    assert "moments of round 0, once" in shown["lead"] and "They differ in 300 of 400 states" in shown["lead"]
+    same = [talk["before"] == talk["after"] for talk in shown["talks"]]
+    assert same == [False, False, False, True]
+
+
 def test_the_same_run_gives_the_same_page(whole: str, tmp_path: Path) -> None:
     assert page(finished(tmp_path / "data").root, tmp_path) == whole
 
@@ -448,6 +463,27 @@ def rejected_by_customers(fake: Fake) -> str:
     )
 
 
+def held_back_by_a_guardrail(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    found, none = row(0, 1, fake.gate(0), ab_test(Arm(50, 200), Arm(120, 200), 0.05)), Arm(0, 200)
+    rule = Guardrail("pii", "lower", margin=0.01, alpha=0.05)
+    found["decision"] = {"verdict": "reject", "reasons": ["not told: guardrail pii 0", "passed: challenger 60.0%"]}
+    found["experiment"] = {"champion": 1, "challenger": 2, "guardrails": [proportion(rule, none, none).as_dict()]}
+    fake.state("finished", 0, [found, {**found, "round": 1}])
+    return (
+        "After 2 rounds, 2 challengers did better with customers and were not promoted (guardrail pii not told), so "
+        "the assistant stays as it was."
+    )
+
+
+def declined_by_a_person(fake: Fake) -> str:
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    found = row(0, 1, fake.gate(0), ab_test(Arm(50, 200), Arm(120, 200), 0.05))
+    found["decision"] = {"verdict": "reject", "reasons": ["failed: declined by ann: not yet", "better: z 6"]}
+    fake.state("finished", 0, [found])
+    return "After 1 round, 1 challenger did better with customers and was not promoted (declined by ann: not yet), so"
+
+
 def between_rounds(fake: Fake) -> str:
     test = ab_test(*TESTS[0], 0.05)
     fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
@@ -489,6 +525,8 @@ PARTIAL = (
     offline_on_logs,
     rejected_offline,
     rejected_by_customers,
+    held_back_by_a_guardrail,
+    declined_by_a_person,
     between_rounds,
     killed_before_the_state_was_saved,
     without_closing,
@@ -543,12 +581,28 @@ def test_a_policy_is_not_compared_with_itself(tmp_path: Path) -> None:
     assert "Gain" not in said
     assert "first and last" not in said
     assert "shaded" not in said
+    closing = plots.steps(RunRecord.read(fake.root))[-1]
+    assert [(point.role, point.arm) for point in closing.points] == [("champion", Arm(405, 2000))], "one rate on a page"
 
 
 def test_a_rollback_to_the_first_policy_is_told(tmp_path: Path) -> None:
     fake = finished(tmp_path / "data")
     fake.closing(Arm(400, 2000), Arm(405, 2000), 1)
     assert "the first policy serves again" in verdict(RunRecord.read(fake.root)).sentence
+
+
+def test_a_finished_run_says_why_it_ended(tmp_path: Path) -> None:
+    reason = "customers gain at most +2.2% from the last challenger, less than the least worth finding (5.0%)"
+    fake = Fake(tmp_path / "data")
+    fake.learn(0, fake.data(0, talks(1, "champion", FIRST, 0)))
+    found = row(0, 1, fake.gate(0), ab_test(Arm(50, 200), Arm(48, 200), 0.05))
+    found["convergence"] = {"over": True, "converged": True, "reason": reason}
+    for phase, told in (("finished", True), ("collect", False)):
+        fake.state(phase, 0, [found])
+        assert verdict(RunRecord.read(fake.root)).detail.endswith(f"Converged: yes, {reason}.") is told
+    fake.state("finished", 0, [found])
+    fake.closing(Arm(400, 2000), Arm(900, 2000), 2)
+    assert verdict(RunRecord.read(fake.root)).detail.endswith(f"Converged: yes, {reason}.")
 
 
 def trail(fake: Fake, *moves: tuple[str, int]) -> None:
@@ -674,6 +728,25 @@ def test_many_rounds_are_drawn_without_crowding(run_folder: Path) -> None:
     assert len(shown) < 40
 
 
+@pytest.mark.parametrize("rounds", [5, 10])
+def test_labels_of_neighbouring_rates_do_not_overprint(run_folder: Path, rounds: int) -> None:
+    """At a plateau, where the arms of all tests did about as well."""
+    run = RunRecord.read(run_folder)
+    flat = [
+        replace(run.rounds[k % 3], number=k, test=ab_test(Arm(860, 1000), Arm(850 + k, 1000), 0.05))
+        for k in range(rounds)
+    ]
+    found = plots.steps(replace(run, rounds=tuple(flat)))
+    with rc_context(svg.STYLE):
+        figure = plots.drawn(found, True)
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == plots.rates(found) == 2 * rounds + 3
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(axes.get_window_extent().y0 < box.y0 and box.y1 < axes.get_window_extent().y1 for box in boxes)
+
+
 def test_a_gain_that_may_be_chance_is_called_so(tmp_path: Path) -> None:
     fake = finished(tmp_path / "data")
     fake.closing(Arm(400, 2000), Arm(410, 2000), 4)
@@ -784,6 +857,7 @@ def test_a_threshold_of_its_own_is_that_of_the_round(tmp_path: Path) -> None:
 
 
 def test_numbers_are_written_as_readers_expect() -> None:
+    assert (words.times(1), words.times(5)) == ("once", "5 times")
     assert words.percent(0.7134) == "71.3%"
     assert words.span(0.6931, 0.7329) == "69.3–73.3%"
     assert words.points(-0.0123) == "−1.2 points"

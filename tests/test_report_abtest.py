@@ -119,6 +119,14 @@ def test_before_the_first_look_only_bounds_are_shown(tmp_path: Path) -> None:
     assert "Its guardrails" not in html
 
 
+def test_a_test_that_ended_with_its_first_look_has_no_path(tmp_path: Path) -> None:
+    fake, offline = begun(tmp_path)
+    fake.state("finished", 0, [Test(((Arm(240, 1000), Arm(330, 1000)),)).ended(offline)])
+    html = page(fake.root, tmp_path)
+    assert "<svg" not in section(html) and "the test was looked at once, at 100% of them." in text_of(section(html))
+    assert "The A/B test was looked at once, at 100% of its plan" in text_of(html)
+
+
 @pytest.mark.parametrize(("design", "statistic"), [("fixed", "z"), ("anytime", "e-value")])
 def test_each_design_has_its_statistic(tmp_path: Path, design: str, statistic: str) -> None:
     html = section(running(tmp_path, Test((SECOND,), design)))

@@ -35,6 +35,11 @@ class ABTest:
     gain_low: float
     gain_high: float
 
+    @property
+    def better(self) -> bool:
+        """Whether the challenger is shown to be better."""
+        return self.p_value < self.alpha and self.gain > 0
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

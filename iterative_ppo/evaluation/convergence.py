@@ -67,6 +67,11 @@ class Convergence:
     converged: bool
     reason: str
 
+    @property
+    def words(self) -> str:
+        """In plain words."""
+        return f"{'yes' if self.converged else 'no'}, {self.reason}"
+
 
 def convergence(rounds: Sequence[RoundFigures], config: Config) -> Convergence:
     """Converged: the certificate's upper bound below `rounds.converged_below` in two rounds running, or the last A/B
@@ -94,13 +99,15 @@ def _open(last: RoundFigures | None, config: Config) -> str:
         return "no round has ended yet"
     if not last.guardrails_held:
         return f"the last round shows nothing: {NOT_HELD[last.guardrails_broken]}"
-    if not last.counts(config.rounds.kl_budget):
-        moved = "an unknown distance" if last.kl is None else f"{last.kl:.2f} nats a response"
-        return (
-            f"the last round shows nothing: its challenger moved {moved}, less than half of {config.rounds.kl_budget:g}"
-        )
     if last.promoted:
         return "the last round's challenger won: another may gain as well"
+    if not last.counts(config.rounds.kl_budget):
+        moved = "an unknown distance" if last.kl is None else f"{last.kl:.2f} nats a response"
+        budget = f"{config.rounds.kl_budget:g}"
+        if last.ab_high is None:
+            return f"the last round shows nothing: its challenger moved {moved}, less than half of {budget}"
+        found = f"customers gain at most {last.ab_high:+.1%} from the last challenger, but it moved {moved}"
+        return f"{found}, too little to show what another could gain (half of {budget} and more does)"
     if last.ab_high is not None:
         return f"customers may gain up to {last.ab_high:+.1%} (converged below {config.abtest.mde:.1%})"
     if last.certificate_high is not None:

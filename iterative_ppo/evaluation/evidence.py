@@ -19,7 +19,8 @@ class OfflineEvidence:
 
     Attributes:
         certificate: the single-turn gain on held-out conversations. estimates: off-policy values, by estimator.
-        guardrails: those that can be judged on sampled responses.
+        guardrails: those that can be judged on sampled responses. differing: states in which the first response of
+            each, drawn with the same random numbers, is another.
     """
 
     states: int
@@ -39,6 +40,7 @@ class OfflineEvidence:
     certificate: Certificate
     estimates: Mapping[str, Estimate]
     guardrails: tuple[NonInferiority, ...]
+    differing: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: what is not a number becomes null."""

@@ -7,8 +7,10 @@ which are paired by state, and the conversations of an A/B test's arms, which ar
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from iterative_ppo.references import imported
 
 LEAST_UNITS = 10
 """Below this the spread between conversations is itself too uncertain for a bound."""
+MOST_UNITS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +109,13 @@ CALIBRATION, REWARD = "calibration", "reward"
 class Measure:
     """What is compared: the mean of `values`, or a quantile of them; `relative` margins are shares of the champion's.
 
-    `relative` suits lengths, whose usual size is the source's own.
+    `relative` suits lengths, whose usual size is the source's own. `rate`: the values are 0 or 1, and turns tell them.
     """
 
     values: Values
     quantile: float | None = None
     relative: bool = False
+    rate: bool = False
 
 
 def guarded(
@@ -159,11 +163,49 @@ def _guarded(
     if usual is None and new is None:
         return
     usual, new = usual or NOTHING, new or NOTHING  # known of one of them alone, it cannot be compared
+    yield from _both(name, rule, measure, usual, new, alpha)
+
+
+def _both(
+    name: str, rule: GuardrailConfig, measure: Measure, usual: Sample, new: Sample, alpha: float
+) -> Iterator[NonInferiority]:
+    """The guardrail, and its limit where it has one."""
     margin = rule.margin * (abs(_statistic(measure, usual)) if measure.relative else 1.0)
     yield _compared(measure, Guardrail(name, rule.direction, margin, alpha), usual, new)
     if rule.limit is not None:
         limit = replace(new, values=np.full(len(new.values), rule.limit))
         yield _compared(measure, Guardrail(f"{name}{LIMIT}", rule.direction, 0.0, alpha), limit, new)
+
+
+def least_conversations(rules: Mapping[str, GuardrailConfig], alpha: float, size: int = 1) -> dict[str, int]:
+    """Of each guardrail of a rate, by name: conversations an arm from which it holds where neither arm shows any event.
+
+    Fewer never tell that a rare event stays rare, whatever the challenger. Rates that no size up to `MOST_UNITS` units
+    tells are left out, and so are functions of one's own.
+
+    Args:
+        size: conversations of each unit that is assigned; 1 where that is a conversation.
+    """
+    rates = {name: rule for name, rule in rules.items() if rule.function in MEASURES and MEASURES[rule.function].rate}
+
+    def told(units: int, name: str) -> bool:
+        each = np.arange(units * size)
+        none = Sample(np.zeros(len(each)), each // size, each)
+        return all(found.holds for found in _both(name, rates[name], MEASURES[rates[name].function], none, none, alpha))
+
+    least = {name: _least(partial(told, name=name)) for name in rates}
+    return {name: units * size for name, units in least.items() if units}
+
+
+def _least(told: Callable[[int], bool]) -> int | None:
+    """The least number of units that is told; None where `MOST_UNITS` are not."""
+    most = LEAST_UNITS
+    while not told(most):
+        most *= 2
+        if most > MOST_UNITS:
+            return None
+    sizes = range(most // 2, most)
+    return sizes[0] + bisect_left(sizes, True, key=told)
 
 
 def measure_of(name: str, function: str) -> Measure:
@@ -312,11 +354,11 @@ MEASURES: dict[str, Measure] = {
     "unfinished": Measure(lambda said: None if said.finished is None else 1.0 - said.finished),
     "repetition": Measure(_repetition),
     "compression": Measure(_compression),
-    "abstained": Measure(lambda said: said.abstained.astype(float)),
+    "abstained": Measure(lambda said: said.abstained.astype(float), rate=True),
     "acceptance": Measure(_acceptance),
     "reward": Measure(lambda said: said.reward),
-    "pii": Measure(lambda said: pii.by_pattern(said.texts)),
-    "presidio": Measure(lambda said: pii.by_presidio(said.texts)),
+    "pii": Measure(lambda said: pii.by_pattern(said.texts), rate=True),
+    "presidio": Measure(lambda said: pii.by_presidio(said.texts), rate=True),
 }
 """Means over responses, unless said otherwise. kl: nats; lengths: characters; reward: R a conversation, where that is
 more than a success; shares: in [0, 1]."""

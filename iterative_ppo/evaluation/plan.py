@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from iterative_ppo.config import ABTestConfig
+from iterative_ppo.config import ABTestConfig, Config, GateConfig
 from iterative_ppo.errors import ConfigError
 from iterative_ppo.evaluation.e_process import leverages, mixture
 from iterative_ppo.evaluation.experiment import LEAST_BUSINESSES, DesignName
+from iterative_ppo.evaluation.guardrails import least_conversations
 from iterative_ppo.evaluation.spending import crossing, upper_bounds
 
 SIMULATED, OF_BUSINESSES = 5000, 2000
@@ -124,6 +125,33 @@ def coarse(mde: float, base: float | None) -> str | None:
         f"to be gained, so that {(base + mde) / base:.2g} times as many successes may be missed; set abtest.mde to "
         f"about {finer:g}, and abtest.conversations to what `ippo plan --base {base:.2g} --mde {finer:g}` says"
     )
+
+
+def too_few(gate: GateConfig, test: ABTestConfig) -> str | None:
+    """Which guardrail this size of test cannot tell where nothing of it is seen, and what to set; None where it can.
+
+    A design that looks on the way may ask the guardrails twice, at half the level each time.
+    """
+    asked = 1 if test.design == "fixed" else 2
+    size = test.business_conversations if test.unit == "business" else 1
+    share = min(test.challenger_share, 1 - test.challenger_share)
+    needed = least_conversations(gate.guardrails, gate.alpha / asked, size)
+    if not needed:
+        return None
+    name = max(needed, key=needed.__getitem__)
+    most = math.ceil(needed[name] / share)
+    if test.conversations >= most:
+        return None
+    return (
+        f"guardrail {name} needs {most:,} conversations to be told where neither arm shows any, and one that is not "
+        f"told rejects every challenger: set abtest.conversations to {most} or more, or "
+        f"gate.guardrails.{name}.margin above {gate.guardrails[name].margin:g}"
+    )
+
+
+def misgivings(config: Config, base: float | None) -> list[str]:
+    """What speaks against the configured A/B test of a champion of success rate `base`, each with what to set."""
+    return [told for told in (coarse(config.abtest.mde, base), too_few(config.gate, config.abtest)) if told]
 
 
 def fixed_sample(base: float, mde: float, alpha: float, power: float, share: float) -> float:

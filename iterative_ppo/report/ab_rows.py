@@ -22,8 +22,8 @@ VERDICTS = {
     "continue": ("open", "goes on"),
 }
 DESIGNS = {
-    "fixed": "looked at once, at its planned size",
-    "group_sequential": "looked at a few times on the way, each look paid for",
+    "fixed": "is looked at once, at its planned size",
+    "group_sequential": "is looked at a few times on the way, each look paid for",
     "anytime": "may be looked at at any time",
 }
 CAPTION = (
@@ -51,14 +51,22 @@ def ab_section(run: RunRecord) -> dict[str, Any] | None:
 
 
 def path(run: RunRecord) -> str | None:
-    """Bounds and path of that test."""
-    return ab_plot.inline(run.ab.bounds, run.ab.design, run.ab.planned) if run.ab else None
+    """Bounds and path of that test; None where it was looked at once."""
+    if run.ab is None or _looked_at_once(run.ab):
+        return None
+    return ab_plot.inline(run.ab.bounds, run.ab.design, run.ab.planned)
+
+
+def _looked_at_once(test: ABRecord) -> bool:
+    """Whether it ended with its first look, which leaves no path to draw."""
+    return not test.running and len(test.looks) == 1
 
 
 def _lead(test: ABRecord) -> str:
     pair = f"{words.policy(test.challenger)} against {words.policy(test.champion)}, round {test.number}"
     size = words.count(test.planned, "matured conversations")
-    return f"{pair[0].upper()}{pair[1:]}: {size} are planned; the test is {DESIGNS[test.design]}."
+    how = f"was looked at once, at {test.looks[0].fraction:.0%} of them" if _looked_at_once(test) else ""
+    return f"{pair[0].upper()}{pair[1:]}: {size} are planned; the test {how or DESIGNS[test.design]}."
 
 
 def _padded(test: ABRecord) -> list[Look | None]:

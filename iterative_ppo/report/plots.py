@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from iterative_ppo.evaluation.ab_test import Arm
 from iterative_ppo.report import svg, words
@@ -21,7 +22,7 @@ FATE = {
     "rejected": (svg.REJECTED, svg.ON_LIGHT),
     "none": (svg.NONE, svg.ON_LIGHT),
 }
-MOST_BARS, MOST_LABELS, MOST_POINTS, MOST_WRITERS = 14, 12, 3, 6
+MOST_BARS, MOST_LABELS, MOST_NAMES, MOST_POINTS, MOST_WRITERS = 14, 12, 7, 3, 6
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ def steps(run: RunRecord) -> list[Step]:
         found.append(_tested(before))
     if run.closing:
         test, first, last = run.closing.test, run.closing.first, run.closing.last
-        points = (Point(CHAMPION, first, test.champion), Point(CHALLENGER, last, test.challenger))
-        both = Step("Closing:\nfirst and last", points)
-        found.append(both if run.changed else Step("Closing", points[:1]))
+        if run.changed:
+            points = (Point(CHAMPION, first, test.champion), Point(CHALLENGER, last, test.challenger))
+            found.append(Step("Closing:\nfirst and last", points))
+        else:
+            found.append(Step("Closing", (Point(CHAMPION, last, test.challenger),)))
     return found
 
 
@@ -84,20 +87,33 @@ def _tested(one: RoundRecord) -> Step:
 def success(run: RunRecord) -> str | None:
     """Success rate by round with 95 % intervals, once there are two rates to compare."""
     found = steps(run)
-    if sum(len(step.points) for step in found) < 2:
-        return None
+    return svg.inline(drawn(found, run.closing is not None), "success") if rates(found) > 1 else None
+
+
+def rates(found: Sequence[Step]) -> int:
+    return sum(len(step.points) for step in found)
+
+
+def drawn(found: Sequence[Step], closing: bool) -> Figure:
+    """The picture; the last step is shaded where that is the closing comparison. Many steps have fewer labels."""
     figure, (axes,) = svg.panels(9.6, 3.7)
+    top = 125 * max(wilson(point.arm)[1] for step in found for point in step.points)
     for x, step in enumerate(found):
+        lowest = min(step.points, key=lambda point: point.arm.rate)
         for point in step.points:
-            _point(axes, x, point, len(found) <= MOST_LABELS)
-    if run.closing:
+            _point(axes, x, point)
+            if len(found) <= MOST_LABELS:
+                below = point is lowest and len(step.points) > 1
+                _label(axes, x, point, len(found) <= MOST_NAMES, below, top)
+    if closing:
         axes.axvspan(len(found) - 1.5, len(found) - 0.5, color=svg.LINE, alpha=0.35, linewidth=0)
     axes.set_xlim(-0.5, len(found) - 0.5)
-    axes.set_ylim(0, min(100.0, 1.2 * max(100 * wilson(p.arm)[1] for step in found for p in step.points)))
+    axes.set_ylim(0, top)
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= min(100, top)])
     axes.set_xticks(range(len(found)), ticks([step.name for step in found]))
     axes.set_ylabel("successful conversations (%)")
     _legend(axes, found)
-    return svg.inline(figure, "success")
+    return figure
 
 
 def ticks(names: Sequence[str]) -> list[str]:
@@ -106,7 +122,7 @@ def ticks(names: Sequence[str]) -> list[str]:
     return [name.replace(" of ", " of\n") if k % spread == 0 else "" for k, name in enumerate(names)]
 
 
-def _point(axes: Axes, x: int, point: Point, labelled: bool) -> None:
+def _point(axes: Axes, x: int, point: Point) -> None:
     colour, marker, shift = ROLE[point.role]
     low, high = wilson(point.arm)
     axes.plot([x + shift] * 2, [100 * low, 100 * high], color=colour, linewidth=2.2)
@@ -120,13 +136,17 @@ def _point(axes: Axes, x: int, point: Point, labelled: bool) -> None:
         "markeredgewidth": 1.6,
     }
     axes.plot(x + shift, 100 * point.arm.rate, marker=marker, **style)
-    if labelled:
-        left = point.role == CHAMPION
-        name = f"{words.policy(point.policy)}\n" if point.policy else ""
-        text = f"{name}{words.percent(point.arm.rate)}"
-        offset, side = ((-9, 0), "right") if left else ((9, 0), "left")
-        place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
-        axes.annotate(text, (x + shift, 100 * point.arm.rate), fontsize=9.5, **place)
+
+
+def _label(axes: Axes, x: int, point: Point, named: bool, below: bool, top: float) -> None:
+    """Above the interval, or below it; beside it where there is no room above the axis."""
+    low, high = (100 * end for end in wilson(point.arm))
+    y, offset, align = (low, (0, -6), ("center", "top")) if below else (high, (0, 6), ("center", "bottom"))
+    if below and low < 0.2 * top:
+        y, offset, align = 100 * point.arm.rate, (-9, 0), ("right", "center")
+    name = f"{words.policy(point.policy)}\n" if point.policy and named else ""
+    place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": align[0], "va": align[1]}
+    axes.annotate(f"{name}{words.percent(point.arm.rate)}", (x + ROLE[point.role][2], y), fontsize=9.5, **place)
 
 
 def _legend(axes: Axes, found: Sequence[Step]) -> None:

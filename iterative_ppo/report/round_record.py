@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from iterative_ppo.evaluation.ab_test import ABTest
+from iterative_ppo.evaluation.convergence import Convergence
 from iterative_ppo.evaluation.gate import Decision
 from iterative_ppo.evaluation.guardrails import LIMIT
 from iterative_ppo.evaluation.metrics import Calibration
@@ -46,6 +47,10 @@ class Example:
     messages: tuple[tuple[str | None, str | None], ...]
     champion: Said
     challenger: Said
+
+    @property
+    def differs(self) -> bool:
+        return self.champion.text != self.challenger.text
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class RoundRecord:
     decision: Decision | None = None
     counted: bool = False
     """Whether its A/B test says which conversations it counted."""
+    with_customers: Mapping[str, Guarded] = field(default_factory=dict)
+    """The same guardrails of its A/B test."""
     looks: tuple[float, ...] = ()
     """Looks at its A/B test, as shares of the planned conversations."""
     void: str | None = None
@@ -118,6 +125,16 @@ class RoundRecord:
         return self.decision is not None and self.decision.verdict == "promote"
 
     @property
+    def held_back(self) -> tuple[str, ...]:
+        """Why its challenger was not promoted though customers showed it to be better; empty where that is not so."""
+        if self.promoted or self.decision is None or self.test is None or not self.test.better:
+            return ()
+        unheld = [(name, one.found) for name, one in self.with_customers.items() if one.found != "holds"]
+        return tuple(f"guardrail {name} {found}" for name, found in unheld) or (
+            self.decision.reasons[0].removeprefix("failed: "),
+        )
+
+    @property
     def algorithm(self) -> str | None:
         """What improved the policy on sampled responses, where anything did."""
         return next((name for name in SAMPLED if name in self.curves), None)
@@ -126,6 +143,11 @@ class RoundRecord:
     def sampled(self) -> tuple[Numbers, ...]:
         """That algorithm's curve, one entry a rollout."""
         return self.curves[self.algorithm] if self.algorithm else ()
+
+    @property
+    def differing(self) -> int:
+        """Examples in which the two policies say something else."""
+        return sum(example.differs for example in self.examples)
 
     @property
     def kl_margin(self) -> float | None:
@@ -196,19 +218,18 @@ def _gating(folder: Path) -> dict[str, Any]:
     evidence = folder / "gate" / "evidence.json"
     return {
         "evidence": numbers(evidence),
-        "guardrails": _guardrails(evidence),
+        "guardrails": _guardrails(optional(evidence) or {}, evidence),
         "examples": _examples(folder / "gate" / "examples.json"),
     }
 
 
-def _guardrails(path: Path) -> dict[str, Guarded]:
-    values = optional(path) or {}
+def _guardrails(values: Mapping[str, Any], path: Path) -> dict[str, Guarded]:
     found: dict[str, Guarded] = {}
     with shaped(path):
         for one in values.get("guardrails", []):
             name, limit, _ = str(one["measure"]).partition(LIMIT)
             told, value = NonInferiority.from_dict(one).found, finite(one)
-            if limit:
+            if limit and name in found:
                 found[name] = replace(found[name], found=max(found[name].found, told, key=get_args(Found).index))
             else:
                 found[name] = Guarded(value.get("challenger"), value.get("champion"), value.get("margin"), told)
@@ -220,8 +241,9 @@ def _verdicts(folder: Path, row: Mapping[str, Any], state: Path) -> dict[str, An
     with shaped(state):
         offline, decision = decision_of(row.get("offline")), decision_of(row.get("decision"))
         test, ended = test_of(row.get("ab_test")), row.get("convergence")
-        looks = tuple(float(look["fraction"]) for look in (row.get("experiment") or {}).get("looks", []))
-        convergence = f"{'yes' if ended['converged'] else 'no'}, {ended['reason']}" if ended else None
+        experiment = row.get("experiment") or {}
+        looks = tuple(float(look["fraction"]) for look in experiment.get("looks", []))
+        convergence = Convergence(**ended).words if ended else None
     late_test, late_decision = _ab_test(folder / TEST)
     return {
         "offline": offline or _gate(folder / "gate" / "decision.json"),
@@ -229,6 +251,7 @@ def _verdicts(folder: Path, row: Mapping[str, Any], state: Path) -> dict[str, An
         "decision": decision or late_decision,
         "counted": read_tested(folder / TEST) is not None,
         "looks": looks,
+        "with_customers": _guardrails(experiment, state),
         "void": label(row.get("void")),
         "convergence": convergence,
     }

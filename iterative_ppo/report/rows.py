@@ -125,7 +125,7 @@ def _facts(one: RoundRecord) -> Iterator[str]:
         yield f"Quarantined, {words.count(count)}: {reason}"
     if one.looks:
         shares = ", ".join(f"{fraction:.0%}" for fraction in one.looks)
-        yield f"The A/B test was looked at {words.count(len(one.looks), 'times')}, at {shares} of its plan"
+        yield f"The A/B test was looked at {words.times(len(one.looks))}, at {shares} of its plan"
     if one.void:
         yield f"The A/B test ended without a verdict: {one.void}"
     if one.convergence:
@@ -239,21 +239,34 @@ def _margin(found: Guarded | None) -> str:
 
 
 def examples(run: RunRecord) -> dict[str, Any]:
-    """What both policies say in the same states: of the last promoted round, else of the last that has examples."""
+    """What both policies say in the same states, where they differ first.
+
+    Of the promoted round whose examples differ most, the last of those that do; else of any round that has examples.
+    """
     shown = [one for one in run.rounds if one.examples]
     if not shown:
         return {"talks": []}
-    one = ([x for x in shown if x.promoted] or shown)[-1]
+    one = max(reversed([x for x in shown if x.promoted] or shown), key=lambda x: x.differing)
     before, after = _name(one.champion), _name(one.challenger)
     pending = one.decision is None and one.offline is not None and one.offline.verdict == "test"
     fate = "was promoted" if one.promoted else "has yet to prove itself" if pending else "was not promoted"
     return {
-        "talks": [_talk(example) for example in one.examples],
+        "talks": [_talk(example) for example in sorted(one.examples, key=lambda x: not x.differs)],
         "before": f"Before{before}",
         "after": f"After{after}",
         "lead": f"The same held-out moments of round {one.number}, once with the champion{before} and once with its "
-        f"challenger{after}, which {fate}. Q is the return that the model expects after that suggestion.",
+        f"challenger{after}, which {fate}.{_differing(one)} "
+        "Q is the return that the model expects after that suggestion.",
     }
+
+
+def _differing(one: RoundRecord) -> str:
+    """In how many states the policies differ; empty for a gate that did not count them."""
+    count = one.evidence.get("differing")
+    if count is None:
+        return ""
+    first = ", and those come first" if count else ""
+    return f" They differ in {words.count(count)} of {words.count(one.evidence.get('states'), 'states')}{first}."
 
 
 def _name(policy: str | None) -> str:

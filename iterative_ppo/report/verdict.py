@@ -36,16 +36,15 @@ def verdict(run: RunRecord) -> Verdict:
 
 def _closed(run: RunRecord, closing: Closing) -> Verdict:
     test = closing.test
-    better = test.p_value < test.alpha and test.gain > 0
     p = p_in_words(test.p_value)
     began = f"it began at {words.percent(test.champion.rate)}"
-    tail = f"{began} ({p})" if better else f"{began}, and the difference may be chance ({p})"
+    tail = f"{began} ({p})" if test.better else f"{began}, and the difference may be chance ({p})"
     sentence = f"After {_rounds(run)} the assistant {_rate(run, test.challenger)}; {tail}."
     sizes = sorted({test.champion.conversations, test.challenger.conversations})
     each = " each" if len(sizes) == 1 else ""
     fresh = f"Fresh customers, {' and '.join(words.count(n) for n in sizes)} conversations{each}."
     gain = f"The gain is {words.points(test.gain)} (95% interval {words.points_span(test.gain_low, test.gain_high)})."
-    return Verdict("Finished", "good" if better else "plain", sentence, f"{fresh} {gain}")
+    return Verdict("Finished", "good" if test.better else "plain", sentence, f"{fresh} {gain} {_ended(run)}".strip())
 
 
 def _open_test(run: RunRecord, last: RoundRecord) -> Verdict:
@@ -72,7 +71,7 @@ def _finished(run: RunRecord) -> Verdict:
     now = current(run)
     rate = f"; in its last A/B test the assistant {_rate(run, now)}" if now else ""
     sentence = f"After {_rounds(run)}, {kept} proved better with customers{rate}."
-    detail = f"{_tested(run)} The closing comparison with the first policy is not there yet."
+    detail = f"{_tested(run)} The closing comparison with the first policy is not there yet. {_ended(run)}"
     return Verdict("Finished", "good", sentence, detail.strip())
 
 
@@ -80,9 +79,28 @@ def _unchanged(run: RunRecord) -> Verdict:
     tested = any(one.test for one in run.rounds)
     why = "no challenger proved better with customers" if tested else "no challenger passed the offline checks"
     why = "the first policy serves again" if run.promotions else why
-    sentence = f"After {_rounds(run)} {why}, so the assistant stays as it was."
+    held = "" if run.promotions else _held_back(run)
+    found = f", {held}" if held else f" {why}"
+    sentence = f"After {_rounds(run)}{found}, so the assistant stays as it was."
     now = run.closing.test.challenger if run.closing else current(run)
-    return Verdict("Finished, nothing promoted", "plain", sentence, f"It {_rate(run, now)}." if now else "")
+    rate = f"It {_rate(run, now)}. " if now else ""
+    return Verdict("Finished, nothing promoted", "plain", sentence, f"{rate}{_ended(run)}".strip())
+
+
+def _ended(run: RunRecord) -> str:
+    """Why there is no further round, where the run is over."""
+    ended = run.rounds[-1].convergence if run.phase == "finished" else None
+    return f"Converged: {ended}." if ended else ""
+
+
+def _held_back(run: RunRecord) -> str:
+    """How many challengers did better with customers and were not promoted, and why; empty where none did."""
+    found = [one.held_back for one in run.rounds if one.held_back]
+    if not found:
+        return ""
+    why = "; ".join(dict.fromkeys(reason for reasons in found for reason in reasons))
+    were = "was" if len(found) == 1 else "were"
+    return f"{words.count(len(found), 'challengers')} did better with customers and {were} not promoted ({why})"
 
 
 def _under_way(run: RunRecord) -> Verdict:

@@ -132,6 +132,11 @@ def count(value: float | None, noun: str = "") -> str:
     return f"{value:,.0f} {word}".strip()
 
 
+def times(count: int) -> str:
+    """How often: once, or 3 times."""
+    return "once" if count == 1 else f"{count} times"
+
+
 def origin(name: str) -> str:
     """Who says an outcome, as `outcome_origin` names it."""
     return {"rule": "by rule", "none": "that nobody reported"}.get(name, name.replace("classifier:", "by classifier "))
