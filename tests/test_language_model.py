@@ -375,7 +375,7 @@ def test_threads_are_set_for_a_block_alone() -> None:
 def test_a_fresh_tiny_models_last_attention_gives_back_what_it_looks_at(
     tiny_config: Config, tiny_policy: LanguagePolicy, architecture: str
 ) -> None:
-    config = tiny_config.policy.model_copy(update={"architecture": architecture})
+    config = tiny_config.policy.model_copy(update={"architecture": architecture, "copying_start": True})
     model: Any = build_model(tiny_policy.tokenizer, config, 0)
     size = config.hidden_size
     attention = model.transformer.h[-1].attn if architecture == "gpt2" else model.model.layers[-1].self_attn

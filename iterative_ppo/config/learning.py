@@ -46,6 +46,8 @@ class PolicyConfig(Frozen):
     """Tokenizer that is trained for the tiny model."""
     vocabulary: int = Count
     """Largest vocabulary of that tokenizer."""
+    copying_start: bool
+    """Whether a tiny model's last attention begins by saying again what it looks at: it learns to copy sooner."""
     temperature: float = Positive
     """Sampling temperature: part of the policy version."""
     max_prompt_tokens: int = Count

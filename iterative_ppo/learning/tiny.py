@@ -101,7 +101,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: PolicyConfig, seed: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(model_config)
-        begin_by_copying(model)
+        if config.copying_start:
+            begin_by_copying(model)
     return model
 
 
