@@ -39,7 +39,7 @@ SMALL = {
     "policy.heads": 2,
     "policy.layers": 1,
     "policy.tokenizer": "word",
-    "supervised.epochs": 20.0,
+    "supervised.epochs": 60.0,
     "q.epochs": 1.0,
     "improve.ppo.episodes": 64,
     "improve.best_of_n.epochs": 1.0,
