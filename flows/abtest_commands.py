@@ -66,8 +66,7 @@ def plan(
     typer.echo(f"configured: {test.design}, {test.conversations:,} conversations: {enough}")
     for told in misgivings(config, base):
         typer.echo(told)
-    share = min(test.challenger_share, 1 - test.challenger_share)
-    expected = min(base, 1 - base) * share * test.conversations
+    expected = min(base, 1 - base) * test.smaller_share * test.conversations
     if test.design != "anytime" and expected < FEW_SUCCESSES:
         typer.echo(
             f"the smaller arm expects {expected:.1f} conversations of the rarer end; below {FEW_SUCCESSES} the normal "

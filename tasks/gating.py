@@ -214,7 +214,7 @@ def held_out_rows(fit: np.ndarray, actions: np.ndarray, group: np.ndarray, most:
     count = int(code.max()) + 1
     wanted = max(1, min(count, int(count * most / len(rows))))
     chosen = np.zeros(count, bool)
-    chosen[np.linspace(0, count - 1, wanted).astype(int)] = True
+    chosen[_spread(np.arange(count), wanted)] = True
     return rows[chosen[code]]
 
 

@@ -73,6 +73,11 @@ class ABTestConfig(Frozen):
     business_icc: float = Field(ge=0.0, lt=1.0)
     """Likeness (intraclass correlation) of one business's outcomes, for the planner; tests measure it."""
 
+    @property
+    def smaller_share(self) -> float:
+        """Share of units in the smaller arm, in the last stage of the ramp."""
+        return min(self.challenger_share, 1 - self.challenger_share)
+
     @model_validator(mode="after")
     def _rising(self) -> ABTestConfig:
         shares = (0.0, *self.ramp, self.challenger_share)

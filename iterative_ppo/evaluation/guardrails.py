@@ -7,7 +7,6 @@ which are paired by state, and the conversations of an A/B test's arms, which ar
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -23,6 +22,7 @@ from iterative_ppo.evaluation.clusters import equal_businesses
 from iterative_ppo.evaluation.degeneration import compression, repeated_ngrams, words
 from iterative_ppo.evaluation.metrics import Calibration
 from iterative_ppo.evaluation.non_inferiority import Guardrail, NonInferiority, quantile
+from iterative_ppo.mdp.bisection import first_that
 from iterative_ppo.mdp.returns import ACCEPTANCE
 from iterative_ppo.mdp.turn_table import last_rows
 from iterative_ppo.references import imported
@@ -193,19 +193,8 @@ def least_conversations(rules: Mapping[str, GuardrailConfig], alpha: float, size
         none = Sample(np.zeros(len(each)), each // size, each)
         return all(found.holds for found in _both(name, rates[name], MEASURES[rates[name].function], none, none, alpha))
 
-    least = {name: _least(partial(told, name=name)) for name in rates}
-    return {name: units * size for name, units in least.items() if units}
-
-
-def _least(told: Callable[[int], bool]) -> int | None:
-    """The least number of units that is told; None where `MOST_UNITS` are not."""
-    most = LEAST_UNITS
-    while not told(most):
-        most *= 2
-        if most > MOST_UNITS:
-            return None
-    sizes = range(most // 2, most)
-    return sizes[0] + bisect_left(sizes, True, key=told)
+    least = {name: first_that(partial(told, name=name), LEAST_UNITS, MOST_UNITS + 1) for name in rates}
+    return {name: units * size for name, units in least.items() if units <= MOST_UNITS}
 
 
 def measure_of(name: str, function: str) -> Measure:

@@ -134,12 +134,11 @@ def too_few(gate: GateConfig, test: ABTestConfig) -> str | None:
     """
     asked = 1 if test.design == "fixed" else 2
     size = test.business_conversations if test.unit == "business" else 1
-    share = min(test.challenger_share, 1 - test.challenger_share)
     needed = least_conversations(gate.guardrails, gate.alpha / asked, size)
     if not needed:
         return None
     name = max(needed, key=needed.__getitem__)
-    most = math.ceil(needed[name] / share)
+    most = math.ceil(needed[name] / test.smaller_share)
     if test.conversations >= most:
         return None
     return (

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from iterative_ppo.errors import ModelError
+from iterative_ppo.mdp.bisection import first_that
 from iterative_ppo.mdp.chat_template import ChatTemplate, Said
 from iterative_ppo.mdp.conversation import ABSTAIN, Conversation, State, Suggestion, Turn, same_words
 
@@ -319,25 +320,6 @@ def _shares(one: int, other: int, room: int) -> tuple[int, int]:
     room = max(0, room)
     kept = min(one, max(room // 2, room - other))
     return kept, min(other, room - kept)
-
-
-def first_that(holds: Callable[[int], bool], near: int, last: int) -> int:
-    """The least number up to `last` for which `holds` is true, `last` where there is none; what is near is found soon.
-
-    `holds` must stay true once it is.
-    """
-    step = 1
-    if near < last and not holds(near):
-        low, high = near, near + step  # holds(low) is false
-        while high < last and not holds(high):
-            step *= 2
-            low, high = high, high + step
-    else:
-        low, high = near - step, near  # holds(high) is true, or high is last
-        while low >= 0 and holds(low):
-            step *= 2
-            low, high = low - step, low
-    return bisect_left(range(last), True, max(low + 1, 0), min(high, last), key=holds)
 
 
 def _action_of(turn: Turn) -> Suggestion:
