@@ -23,7 +23,7 @@ from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.estimators import Estimator, Transitions, estimator_of
 from iterative_ppo.learning.estimators.network import Log, Network
 from iterative_ppo.learning.estimators.table import Table, enumerated
-from iterative_ppo.learning.forward import backbone
+from iterative_ppo.learning.forward import backbone, last_hidden
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, checked, effective_size, fit_q, logged_rows
 from iterative_ppo.learning.q_model import QModel, QSettings
@@ -629,7 +629,7 @@ def test_the_expected_q_is_the_mean_over_the_policys_responses(
     for k in (0, len(rows) - 1):
         sequences = [prompts[k] + log.responses[2 * k + m].tokens for m in range(2)]
         with torch.no_grad():
-            ends = [torch.sigmoid(q.logits(torch.tensor([s]))[0, -1]).item() for s in sequences]
+            ends = [torch.sigmoid(q.head(last_hidden(q.model, torch.tensor([s]))))[0, -1].item() for s in sequences]
         assert found[rows[k], 0] == pytest.approx(np.mean(ends), abs=1e-5)
     monkeypatch.setattr("iterative_ppo.learning.estimators.network.SAMPLED_STATES", 3)
     assert np.allclose(Network(q, log).expected(), found, atol=1e-5, equal_nan=True)

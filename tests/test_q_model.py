@@ -27,6 +27,7 @@ from iterative_ppo.learning.batching import (
     training_batches,
 )
 from iterative_ppo.learning.estimators.network import joined
+from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.policy_evaluation import Round, bootstrap_weights, fit_q
 from iterative_ppo.learning.q_model import SETTINGS, QModel, QSettings
@@ -108,7 +109,7 @@ def test_v_is_read_at_the_prompts_end_and_q_at_the_responses(
                     (prompt + tiny_policy.renderer.response(turn.suggestion), values.q),
                 ):
                     with torch.no_grad():
-                        logit = q.logits(torch.tensor([tokens]))[0, -1]
+                        logit = q.head(last_hidden(q.model, torch.tensor([tokens])))[0, -1]
                     assert value[row] == pytest.approx(float(torch.sigmoid(logit)), abs=1e-5)
             row += 1
 

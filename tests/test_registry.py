@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from flows import doctor
 from iterative_ppo.config import load_config
 from iterative_ppo.errors import StoreError
+from iterative_ppo.learning.forward import last_hidden
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.q_model import QModel
 from iterative_ppo.mdp.conversation import State
@@ -98,7 +99,7 @@ def test_a_version_loads_in_every_way(tracking: Tracking, models: Path, monkeypa
     check_promotable(tracking, 1)  # MLflow has left a file of its own there
     value = mlflow.pyfunc.load_model("models:/iterative-ppo-q/1").predict(pd.DataFrame({"tokens": [list(prompt)]}))
     with torch.inference_mode():
-        expected = torch.sigmoid(q.logits(torch.tensor([prompt])))[0, -1]
+        expected = torch.sigmoid(q.head(last_hidden(q.model, torch.tensor([prompt]))))[0, -1]
     np.testing.assert_allclose(value, [float(expected)], rtol=1e-6)
 
 

@@ -77,6 +77,6 @@ def branched_hidden(
     reader = CachedReader(model, [group.prompt for group in batch], pad)
     which = np.repeat(np.arange(len(batch)), [group.end - group.begin for group in batch])
     rows = torch.from_numpy(which).to(model.device)
-    before = reader.hidden()[:, -1:][rows]
+    before = reader.last()[rows, None]
     reader.branch(rows, right_padded(responses, pad, model.device))
     return torch.cat([before, reader.hidden()], dim=1), places, np.array([len(response) for response in responses])

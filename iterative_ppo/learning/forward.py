@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -93,3 +93,18 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
+
+
+def holds(check: Callable[[], bool]) -> bool:
+    """Whether what is tried of a family's code holds; what it raises says that it does not."""
+    try:
+        return check()
+    except Exception:  # a family's own code raises what it likes where it does not know an argument
+        return False
+
+
+def alike(found: torch.Tensor, expected: torch.Tensor, model: PreTrainedModel) -> bool:
+    """Equal up to the rounding of the precision that the model computes in."""
+    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(found.device.type)
+    difference = (found.float() - expected.float()).abs().mean()
+    return bool(difference <= (1e-3 if exact else 5e-2) * expected.float().std())

@@ -18,10 +18,11 @@ from transformers.utils import logging
 from iterative_ppo.config import LoRAConfig, PersonaConfig, PolicyConfig
 from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import read_settings, write_json
-from iterative_ppo.learning import adapters, distributed, loading, runtime, sharding
+from iterative_ppo.learning import adapters, distributed, last_layer, loading, runtime, sharding
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches, response_positions
 from iterative_ppo.learning.checkpoint import load_weights, weights_of
-from iterative_ppo.learning.forward import backbone, last_hidden, own_logits, vocabulary_logits
+from iterative_ppo.learning.forward import backbone, own_logits, vocabulary_logits
+from iterative_ppo.learning.last_layer import hidden_at
 from iterative_ppo.learning.runtime import threads
 from iterative_ppo.learning.sampling import (
     CachedReader,
@@ -201,7 +202,9 @@ class LanguagePolicy:
     def abilities(self) -> loading.Abilities:
         """What its model's own code can do. Raises ModelError where it is no causal language model."""
         with self.active(), torch.no_grad():
-            return loading.abilities(self.model, sorted(self.renderer.ordinary), self.pad)
+            found = loading.abilities(self.model, sorted(self.renderer.ordinary), self.pad)
+            last_layer.prepare(self.model)
+            return found
 
     def active(self) -> AbstractContextManager[PreTrainedModel]:
         """The model with this policy's adapter on, for a block (adapters.switched)."""
@@ -349,7 +352,7 @@ class LanguagePolicy:
         said = tokens[row, at].split(size)
         with self.active() as model:
             if self.abilities.plain_head:
-                hidden = last_hidden(model, tokens)[row, at - 1].split(size)
+                hidden = hidden_at(model, tokens, row, at - 1).split(size)
                 logits = (vocabulary_logits(model, part) for part in hidden)
             else:
                 logits = iter(own_logits(model, tokens)[row, at - 1].split(size))

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from iterative_ppo.errors import ModelError, StoreError
 from iterative_ppo.files import content_hash, fingerprint, read_json, write_json
-from iterative_ppo.learning.forward import last_hidden, own_logits, vocabulary_logits
+from iterative_ppo.learning.forward import alike, holds, last_hidden, own_logits, vocabulary_logits
 from iterative_ppo.learning.sampling import CachedReader, right_padded
 
 ADAPTERS = "adapter_config.json"
@@ -266,18 +266,3 @@ def abilities(model: PreTrainedModel, ordinary: list[int], pad: int) -> Abilitie
             "%s: samples without a key-value cache, which is slower; its own does not serve batches here", name
         )
     return Abilities(plain_head, cache)
-
-
-def holds(check: Callable[[], bool]) -> bool:
-    """Whether what is tried of a family's code holds; what it raises says that it does not."""
-    try:
-        return check()
-    except Exception:  # a family's own code raises what it likes where it does not know an argument
-        return False
-
-
-def alike(found: torch.Tensor, expected: torch.Tensor, model: PreTrainedModel) -> bool:
-    """Equal up to the rounding of the precision that the model computes in."""
-    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(found.device.type)
-    difference = (found.float() - expected.float()).abs().mean()
-    return bool(difference <= (1e-3 if exact else 5e-2) * expected.float().std())

@@ -21,12 +21,12 @@ from transformers import AutoConfig, PreTrainedModel
 from iterative_ppo.config import Config
 from iterative_ppo.errors import ConfigError, StoreError, did_you_mean
 from iterative_ppo.files import read_settings, write_json
-from iterative_ppo.learning import branching, distributed
+from iterative_ppo.learning import branching, distributed, last_layer
 from iterative_ppo.learning.batching import Batch, EncodedTable, inference_batches
 from iterative_ppo.learning.checkpoint import load_weights, weights_of
-from iterative_ppo.learning.forward import backbone, last_hidden
+from iterative_ppo.learning.forward import alike, backbone, holds
 from iterative_ppo.learning.language_model import INFERENCE_TOKENS, LanguagePolicy
-from iterative_ppo.learning.loading import alike, holds, tried, with_weights
+from iterative_ppo.learning.loading import tried, with_weights
 from iterative_ppo.learning.objective import head_range, head_weights, own_ranges
 from iterative_ppo.learning.sequences import Chosen
 from iterative_ppo.learning.sharding import full
@@ -135,6 +135,7 @@ class QModel:
         self.model, self.settings, self.pad = model, settings, pad
         self.report: dict[str, float] = {}
         model.eval()
+        last_layer.prepare(model)
 
     @classmethod
     def from_policy(cls, source: LanguagePolicy | QModel, settings: QSettings, seed: int) -> QModel:
@@ -227,11 +228,16 @@ class QModel:
         assert isinstance(found, torch.nn.Linear), f"{type(self.model).__name__} has no linear head"
         return found
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) raw head outputs, in float32 under autocast too."""
-        return self._head_logits(last_hidden(self.model, tokens.to(self.model.device)))
+    def outputs_at(
+        self, tokens: torch.Tensor, sequence: np.ndarray, position: np.ndarray, at_end: np.ndarray
+    ) -> torch.Tensor:
+        """(N, H, bins) outputs at (N,) positions of a batch (B, T)."""
+        row, at, end = (torch.from_numpy(index).to(self.model.device) for index in (sequence, position, at_end))
+        hidden = last_layer.hidden_at(self.model, tokens.to(self.model.device), row, at)
+        return self.outputs(self._head_logits(hidden), end)
 
     def _head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., C) raw head outputs, in float32 under autocast too."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.to(self.head.weight.dtype)).float()
 
@@ -244,10 +250,7 @@ class QModel:
 
     def _values(self, batch: Batch, sequence: np.ndarray, position: np.ndarray, at_end: np.ndarray) -> np.ndarray:
         """(N, H) values at some positions of a batch."""
-        logits = self.logits(batch.tokens)
-        device = logits.device
-        chosen = logits[torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)]
-        outputs = self.outputs(chosen, torch.from_numpy(at_end).to(device))
+        outputs = self.outputs_at(batch.tokens, sequence, position, at_end)
         values: np.ndarray = self.settings.scale.value(outputs).cpu().numpy()
         return values
 

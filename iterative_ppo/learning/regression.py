@@ -178,11 +178,8 @@ def _regression_loss(q: QModel, batch: Batch, targets: Targets, running_weight: 
     weights = weight[:, None] * targets.weight[rows]
     target = np.concatenate([targets.q[batch.row[span]], targets.v[batch.row[spans]]])
     at_end = np.concatenate([last, np.zeros(len(spans), bool)])
-    logits = q.logits(batch.tokens)
-    device = logits.device
-    chosen = logits[torch.from_numpy(sequence).to(device), torch.from_numpy(position).to(device)]
-    outputs = q.outputs(chosen, torch.from_numpy(at_end).to(device))
-    aim, weight_of = torch.from_numpy(target).to(device), torch.from_numpy(weights).float().to(device)
+    outputs = q.outputs_at(batch.tokens, sequence, position, at_end)
+    aim, weight_of = (torch.from_numpy(values).to(outputs.device) for values in (target, weights.astype(np.float32)))
     if targets.expectile is not None:  # the gradient of bce and mse is linear in aim - value, so each finds it
         above = aim[len(span) :] > q.settings.scale.value(outputs[len(span) :].detach())
         weight_of[len(span) :] *= 2 * torch.where(above, targets.expectile, 1 - targets.expectile)

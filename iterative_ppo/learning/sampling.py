@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from iterative_ppo.learning.forward import backbone, last_hidden, own_logits, vocabulary_logits
+from iterative_ppo.learning.forward import backbone, own_logits, vocabulary_logits
+from iterative_ppo.learning.last_layer import hidden_at, read_at
 from iterative_ppo.learning.sequences import Prompts
 
 LogDistribution = Callable[[torch.Tensor], torch.Tensor]
@@ -41,6 +42,13 @@ class CachedReader:
         self.inputs, self.mask = _left_padded(prompts, pad, model.device)
         self.position = (self.mask.cumsum(1) - 1).clamp_min(0)
 
+    def last(self) -> torch.Tensor:
+        """(B, H) of the last token."""
+        wanted = torch.zeros(self.inputs.shape, dtype=torch.bool, device=self.inputs.device)
+        wanted[:, -1] = True
+        with read_at(self.model, wanted):
+            return self.hidden()[:, -1]
+
     def hidden(self) -> torch.Tensor:
         """(B, T, H) of the T tokens that came since it was called last."""
         out: Any = backbone(self.model)(
@@ -55,7 +63,7 @@ class CachedReader:
         return hidden
 
     def logits(self) -> torch.Tensor:
-        return vocabulary_logits(self.model, self.hidden()[:, -1])
+        return vocabulary_logits(self.model, self.last())
 
     def branch(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         """Go on with some rows, each as often as it is named, and append (R, L) tokens; what pads them comes last."""
@@ -90,7 +98,7 @@ class RereadingReader:
     def logits(self) -> torch.Tensor:
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
         if self.plain_head:
-            return vocabulary_logits(self.model, last_hidden(self.model, self.tokens)[rows, self.lengths - 1])
+            return vocabulary_logits(self.model, hidden_at(self.model, self.tokens, rows, self.lengths - 1))
         return own_logits(self.model, self.tokens)[rows, self.lengths - 1]
 
     def repeat(self, count: int) -> None:

@@ -14,8 +14,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForTokenClassification
 
 from iterative_ppo.errors import ModelError
-from iterative_ppo.learning.forward import backbone
-from iterative_ppo.learning.loading import holds
+from iterative_ppo.learning.forward import backbone, holds
 
 
 def value_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -47,9 +47,7 @@ class LearnedCritic:
 
     def _values(self, batch: Batch, sequence: np.ndarray, position: np.ndarray) -> torch.Tensor:
         """(N,) values at some positions: outcomes weighted, the mean over members."""
-        logits = self.q.logits(batch.tokens)
-        row, at = (torch.from_numpy(index).to(logits.device) for index in (sequence, position))
-        outputs = self.q.outputs(logits[row, at], torch.zeros(len(row), dtype=torch.bool, device=logits.device))
+        outputs = self.q.outputs_at(batch.tokens, sequence, position, np.zeros(len(position), dtype=bool))
         settings = self.q.settings
         weights = outputs.new_tensor(list(settings.outcomes.values()))
         values = settings.scale.value(outputs).unflatten(1, (-1, len(weights)))  # N is 0 in a process without a share
