@@ -279,6 +279,14 @@ def test_what_the_policy_has_unlearnt_is_found_again_among_the_candidates_of_pi_
     assert (probability(learnt, "no") > 0.05) == (share > 0)
 
 
+def test_the_best_of_n_is_asked_for_so_many_prompts_alone(bandit: LanguagePolicy) -> None:
+    """A night's work does not grow with its log: as many updates, whatever the round."""
+    for count, updates in ((40, 2 * 20), (500, 2 * 32)):
+        how = best_of(prompts=64, epochs=2.0, batch_size=2)
+        _, curve = improve_by_best(bandit, leans_to(bandit, "no"), [prompt(bandit)] * count, how, 0)
+        assert len(curve) == updates
+
+
 def test_candidates_of_pi_0_need_it_and_its_tokens(bandit: LanguagePolicy, tiny_policy: LanguagePolicy) -> None:
     config = load_config(overrides={"improve.best_of_n.initial_share": 0.5}).improve.best_of_n
     for initial, error, said_so in ((None, TrainingError, "not at hand"), (tiny_policy, ModelError, "other tokens")):

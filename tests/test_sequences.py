@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from iterative_ppo.errors import StoreError
 from iterative_ppo.learning import branching
-from iterative_ppo.learning.sequences import Answered, Beginnings, Chosen, Joined, SequenceFile, lengths_of
+from iterative_ppo.learning.sequences import (
+    Answered,
+    Beginnings,
+    Chosen,
+    Joined,
+    SequenceFile,
+    lengths_of,
+    prompt_lengths,
+    some_of,
+)
 from iterative_ppo.mdp.rendering import Encoded, Span, single
 
 spans = st.builds(Span, st.integers(0, 2**31 - 1), st.integers(0, 500), st.integers(0, 500), st.booleans())
@@ -53,6 +62,16 @@ def test_another_process_has_it_by_its_path(tmp_path: Path) -> None:
     sent = pickle.dumps(found)
     assert len(sent) < (tmp_path / "tokens").stat().st_size / 10
     assert list(pickle.loads(sent)) == some(400)
+
+
+def test_some_prompts_are_others_each_time_and_in_their_order(tmp_path: Path) -> None:
+    prompts = [tuple(range(k, 2 * k)) for k in range(1, 41)]
+    for every in (prompts, Beginnings.whole(tmp_path / "prompts", prompts)):
+        few, again, others = (some_of(every, 10, np.random.default_rng(seed)) for seed in (0, 0, 1))
+        assert list(few) == list(again) != list(others)
+        assert list(few) == sorted(set(few)) and set(few) < set(prompts) and len(few) == 10
+        assert prompt_lengths(few).tolist() == [len(prompt) for prompt in few]
+        assert some_of(every, None, np.random.default_rng(0)) is some_of(every, 40, np.random.default_rng(0)) is every
 
 
 def test_a_file_that_was_cut_short_is_told(tmp_path: Path) -> None:

@@ -891,6 +891,15 @@ def test_table_csv_tells_null_from_empty(tmp_path: Path) -> None:
     assert "expected 7 columns, found 4" in aside.reason
 
 
+def test_table_knows_how_mysql_writes_null(tmp_path: Path) -> None:
+    """Unquoted it is null; a customer who writes it has written it."""
+    log = csv_log(tmp_path, r"a,1,hi,\N,s,\N", r'a,2,"\N",s,s,\N', r"a,3,\N,\N,\N,1")
+    first, second, last = only(log).turns
+    assert first.suggestion == Suggestion(None, "missing") and last.customer_message is None
+    assert second.customer_message == r"\N"
+    assert last.outcomes == (1.0,)
+
+
 @pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC], ids=["all", "nonnumeric"])
 def test_table_reads_a_csv_that_quotes_what_is_missing(tmp_path: Path, quoting: Any) -> None:
     """An empty text is no number, time, status or adoption, so it is null there; among texts it is one."""

@@ -172,6 +172,8 @@ class LoggedConfig(Frozen):
 class BestOfNConfig(Frozen):
     epochs: float = Field(ge=0.0)
     """Passes over the best responses; 0 leaves the sampled pass out."""
+    prompts: int | None = Field(ge=1)
+    """At most so many of a round's, drawn at random, so that a night's work does not grow with its log; null: all."""
     samples: int = Field(ge=2)
     """Responses a state, of which the best by Q is learnt."""
     temperature: float = Positive

@@ -185,6 +185,16 @@ class Beginnings(_OneByOne[tuple[int, ...]]):
         return self.sequences[int(self.places[k])].tokens[: self.lengths[k]]
 
 
+def some_of(prompts: Prompts, count: int | None, rng: np.random.Generator) -> Prompts:
+    """At most so many of the prompts, drawn at random and in their order; those that lie in a file stay there."""
+    if count is None or len(prompts) <= count:
+        return prompts
+    places = np.sort(rng.choice(len(prompts), count, replace=False))
+    if isinstance(prompts, Beginnings):
+        return Beginnings(prompts.sequences, prompts.places[places], prompts.lengths[places])
+    return [prompts[int(k)] for k in places]
+
+
 @dataclass(frozen=True)
 class Answered(_OneByOne[Encoded]):
     """Prompts, each with a response that trains, as sequences of one turn; the k-th is of row k."""

@@ -116,7 +116,7 @@ def _values(file: Path, name: str, column: pa.ChunkedArray) -> list[Any]:
 
 
 def _read_csv(file: Path, log: Rows) -> None:
-    """Nothing between two commas is null, two quotes between them are the empty text."""
+    r"""Nothing between two commas is null, and so is MySQL's \N; two quotes between them are the empty text."""
     text = read_text(file)
     header = fields_of(text.lstrip().splitlines()[0])
     _check_delimiter(file, header)
@@ -137,7 +137,7 @@ def _read_csv(file: Path, log: Rows) -> None:
             arrow_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
             arrow_csv.ConvertOptions(
                 column_types={name: pa.string() for name in header},
-                null_values=[""],
+                null_values=["", r"\N"],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
             ),

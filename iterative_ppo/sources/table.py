@@ -34,15 +34,16 @@ ACTIONS = ("suggestion", "business_message")
 
 
 def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) -> ImportedLog:
-    """Import a Parquet, CSV or JSON Lines file, or a folder of them.
+    r"""Import a Parquet, CSV or JSON Lines file, or a folder of them.
 
     Required columns: those in `record.REQUIRED` and `outcome_<name>` of each outcome (or just `outcome`, where there is
     one; where there are both, they must agree). Optional ones have the turn table's names. Defaults:
     `suggestion_status` by the suggestion (null missing, "" is abstained), `adoption` by similarity, `customer_id` the
     conversation's id. Times are ISO 8601, in UTC where they do not say. Outcomes are numbers, true or false. A 0 in a
     conversation's last row is a report of none; null reports nothing, and `labels` decides. In CSV, quotes within a
-    field are doubled, nothing between two commas is null and "" is the empty text, or null where no text can be; some
-    writers, pandas among them, do not tell the two apart, and then Parquet or JSON Lines is the better choice.
+    field are doubled, nothing between two commas is null, as is MySQL's \N, and "" is the empty text, or null where no
+    text can be; some writers, pandas among them, do not tell the two apart, and then Parquet or JSON Lines is the better
+    choice.
 
     A conversation ends where its outcome is not 0, and what follows is left out (`extra["dropped_turns"]` counts it);
     or with a row whose customer_message is null; or by a silence, up to the log's newest time that is not still to

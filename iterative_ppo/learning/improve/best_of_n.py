@@ -22,7 +22,7 @@ from iterative_ppo.learning.checkpoint import Checkpoint
 from iterative_ppo.learning.improve.episodes import NO_NUMBER, RewardModel, check_prompts, differ, nothing_differs
 from iterative_ppo.learning.language_model import LanguagePolicy
 from iterative_ppo.learning.optimization import set_by
-from iterative_ppo.learning.sequences import Answered, Prompts
+from iterative_ppo.learning.sequences import Answered, Prompts, some_of
 from iterative_ppo.learning.training import Curve, Progress, train
 from iterative_ppo.mdp.rendering import single
 
@@ -59,6 +59,7 @@ def improve_by_best(
     if not config.epochs:
         return policy, []
     check_prompts(policy, prompts)
+    prompts = some_of(prompts, config.prompts, np.random.default_rng((seed, len(prompts))))
     said_by = _speakers(policy, initial, config)
     liked = Answered(prompts, _choose(said_by, q, prompts, seed, progress, checkpoint))
     student = policy.trainable_copy()
