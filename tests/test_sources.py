@@ -895,7 +895,7 @@ def test_table_knows_how_mysql_writes_null(tmp_path: Path) -> None:
     """Unquoted it is null; a customer who writes it has written it."""
     log = csv_log(tmp_path, r"a,1,hi,\N,s,\N", r'a,2,"\N",s,s,\N', r"a,3,\N,\N,\N,1")
     first, second, last = only(log).turns
-    assert first.suggestion == Suggestion(None, "missing") and last.customer_message is None
+    assert first.suggestion and first.suggestion.status == "missing" and last.customer_message is None
     assert second.customer_message == r"\N"
     assert last.outcomes == (1.0,)
 

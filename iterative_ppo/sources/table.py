@@ -42,8 +42,7 @@ def import_table(path: Path, outcomes: Mapping[str, float], data: DataConfig) ->
     conversation's id. Times are ISO 8601, in UTC where they do not say. Outcomes are numbers, true or false. A 0 in a
     conversation's last row is a report of none; null reports nothing, and `labels` decides. In CSV, quotes within a
     field are doubled, nothing between two commas is null, as is MySQL's \N, and "" is the empty text, or null where no
-    text can be; some writers, pandas among them, do not tell the two apart, and then Parquet or JSON Lines is the better
-    choice.
+    text can be; some writers, pandas among them, do not tell the two apart, and then Parquet or JSON Lines is better.
 
     A conversation ends where its outcome is not 0, and what follows is left out (`extra["dropped_turns"]` counts it);
     or with a row whose customer_message is null; or by a silence, up to the log's newest time that is not still to
