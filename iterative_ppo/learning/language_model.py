@@ -202,9 +202,8 @@ class LanguagePolicy:
     def abilities(self) -> loading.Abilities:
         """What its model's own code can do. Raises ModelError where it is no causal language model."""
         with self.active(), torch.no_grad():
-            found = loading.abilities(self.model, sorted(self.renderer.ordinary), self.pad)
-            last_layer.prepare(self.model)
-            return found
+            last_layer.prepare(self.model)  # before what is tried, so that it is tried too
+            return loading.abilities(self.model, sorted(self.renderer.ordinary), self.pad)
 
     def active(self) -> AbstractContextManager[PreTrainedModel]:
         """The model with this policy's adapter on, for a block (adapters.switched)."""

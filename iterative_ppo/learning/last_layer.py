@@ -1,17 +1,19 @@
 """The last layer at the positions that are read.
 
-Of a prompt, the last layer gives a response no more than keys and values: what comes after them is computed where
-somebody reads it, and left out elsewhere. Of a model of two layers that is a third of the work; of forty it is little.
+Of a prompt, the last layer gives a response no more than keys and values: its attention's queries, and what comes after
+attention, are computed where somebody reads them, and left out elsewhere. Of a model of two layers that is a third of
+the work; of forty it is little.
 
-transformers has no interface for it, so each part of a model's last layer is tried once: in the place of what would be
-left out stand values that are no numbers, and a part through which one of them reaches a position that is read, as keys
-and values do, stays whole. What a family's own code makes of it decides, whatever its parts are called.
+transformers has no interface for it, so what comes after attention is tried part by part, once for a model: in the
+place of what would be left out stand values that are no numbers, and a part through which one of them reaches a
+position that is read stays whole. What comes before attention is not tried, for it may choose what attention sees of a
+long text in a way that no short one shows.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,7 +28,6 @@ from iterative_ppo.learning import runtime
 from iterative_ppo.learning.forward import alike, holds, last_hidden
 
 PREPARED = "_last_layer_prepared"
-Hook = Callable[[torch.nn.Module], list[RemovableHandle]]
 _READ: ContextVar[Read | None] = ContextVar("read", default=None)
 
 
@@ -36,11 +37,12 @@ class Read(TorchFunctionMode):
     Args:
         wanted: (B, T) bool, true somewhere.
         left_out: the value elsewhere.
+        whole: parts get and give all positions, of which the others have that value.
     """
 
-    def __init__(self, wanted: torch.Tensor, left_out: float = 0.0) -> None:
+    def __init__(self, wanted: torch.Tensor, left_out: float = 0.0, whole: bool = False) -> None:
         super().__init__()
-        self.shape, self.left_out = wanted.shape, left_out
+        self.wanted, self.shape, self.left_out, self.whole = wanted, wanted.shape, left_out, whole
         self.row, self.at = wanted.nonzero(as_tuple=True)
         count = wanted.sum(dim=1)
         self.slot = torch.arange(len(self.row), device=wanted.device) - (count.cumsum(0) - count)[self.row]
@@ -48,6 +50,8 @@ class Read(TorchFunctionMode):
         """(B, L) the positions of each row, one after the other."""
         self.columns[self.row, self.slot] = self.at
         self.within = self.used = False
+        self.attentions = 0
+        """Of the last layer, so far."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.within and func is scaled_dot_product_attention:
@@ -59,11 +63,17 @@ class Read(TorchFunctionMode):
         if not _begins(value, self.shape):
             return value
         self.used = True
-        return value[self.row, self.at][None]
+        return self._marked(value) if self.whole else value[self.row, self.at][None]
 
     def widen(self, value: Any) -> Any:
         """(1, N, ...) to (B, T, ...); anything else as it is."""
+        if self.whole:
+            return self._marked(value) if _begins(value, self.shape) else value
         return self._spread(value[0]) if _begins(value, (1, len(self.row))) else value
+
+    def _marked(self, value: torch.Tensor) -> torch.Tensor:
+        others = ~self.wanted.reshape(*self.shape, *[1] * (value.ndim - 2))
+        return value.masked_fill(others, self.left_out) if value.is_floating_point() else value
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         whole = values.new_full((*self.shape, *values.shape[1:]), self.left_out)
@@ -89,7 +99,7 @@ class Read(TorchFunctionMode):
         whole = attn_mask is not None and (attn_mask.ndim != 4 or attn_mask.shape[2] != length)
         if query.ndim != 4 or query.shape[0] != batch or query.shape[2] != length or whole:
             return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **how)
-        self.used = True
+        self.attentions += 1
         if is_causal:
             attn_mask = (torch.arange(key.shape[2], device=key.device) <= self.columns[:, :, None])[:, None]
         elif attn_mask is not None:
@@ -138,71 +148,88 @@ def _reading(read: Read) -> Iterator[Read]:
 @torch.no_grad()
 def prepare(model: PreTrainedModel) -> None:
     """Find, once for a model and its copies, what of its last layer may be left out."""
-    if hasattr(model, PREPARED) or (layer := _last(model)) is None:
-        return
+    if not hasattr(model, PREPARED):
+        setattr(model, PREPARED, True)
+        layer = _last(model)
+        if layer is None or not holds(lambda: _prepared(model, layer)):
+            _clear(layer)
+
+
+def _prepared(model: PreTrainedModel, layer: torch.nn.Module) -> bool:
+    """Put hooks on the last layer, and say whether it serves with them."""
     embedding: Any = model.get_input_embeddings()
     drawn = torch.randint(embedding.weight.shape[0], (2, 12), generator=torch.Generator().manual_seed(0))
     tokens, wanted = drawn.to(model.device), torch.zeros(2, 12, dtype=torch.bool, device=model.device)
     wanted[0, [4, 9]] = wanted[1, 7] = True
     expected = last_hidden(model, tokens)[wanted]
 
-    def spares() -> bool:
-        with _reading(Read(wanted, left_out=torch.nan)) as read:
-            return alike(last_hidden(model, tokens)[wanted], expected, model) and read.used
+    def serves(whole: bool) -> Read | None:
+        with _reading(Read(wanted, torch.nan, whole)) as read:
+            same = alike(last_hidden(model, tokens)[wanted], expected, model)
+        return read if same and read.attentions == 1 else None
 
-    def tried(where: torch.nn.Module, hook: Hook) -> bool:
-        hooks = hook(where)
-        found = holds(spares)
+    def spared(part: torch.nn.Module) -> bool:
+        hooks = _leave_out(part)
+        found = holds(lambda: all((read := serves(whole)) and read.used for whole in (True, False)))
         _remove(hooks)
         return found
 
-    def left_out(part: torch.nn.Module) -> list[torch.nn.Module]:
-        if tried(part, _leave_out):
-            return [part]
-        return [found for child in part.children() for found in left_out(child)]
+    layer.register_forward_pre_hook(_enter)
+    layer.register_forward_hook(_leave)
+    after: list[torch.nn.Module] = []
 
-    parts = [part for child in layer.children() for part in left_out(child)]
-    attention = tried(layer, _attend)
-    hooks = [hook for part in parts for hook in _leave_out(part)] + (_attend(layer) if attention else [])
-    if not holds(spares):  # together they do not serve
-        _remove(hooks)
-    setattr(model, PREPARED, True)
+    def note(part: torch.nn.Module, _: Any) -> None:
+        if (read := _READ.get()) and read.attentions and not any(part in one.modules() for one in after):
+            after.append(part)
+
+    hooks = [part.register_forward_pre_hook(note) for part in layer.modules() if part is not layer]
+    attends = serves(False)
+    _remove(hooks)
+    for part in [part for part in after if spared(part)] if attends else []:
+        _leave_out(part)
+    return serves(False) is not None
 
 
 def _last(model: PreTrainedModel) -> torch.nn.Module | None:
-    """The last module of the outermost list of them, which is that of the layers; None where there is no list."""
-    lists = [(name.count("."), part) for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)]
+    """The last module of the outermost list of them, which is that of the layers; None where there is none."""
+    named = ((name.count("."), part) for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList))
+    lists = [(depth, part) for depth, part in named if len(part)]
     return min(lists, key=lambda one: one[0])[1][-1] if lists else None
 
 
 def _leave_out(part: torch.nn.Module) -> list[RemovableHandle]:
     """From now on the part gets and gives the positions that are read alone, while some are."""
-
-    def before(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        read = _READ.get()
-        return None if read is None else tree_map(read.narrow, (args, kwargs))
-
-    def after(_: torch.nn.Module, __: Any, output: Any) -> Any:
-        read = _READ.get()
-        return None if read is None else tree_map(read.widen, output)
-
-    return [part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)]
+    return [part.register_forward_pre_hook(_narrow, with_kwargs=True), part.register_forward_hook(_widen)]
 
 
-def _attend(layer: torch.nn.Module) -> list[RemovableHandle]:
-    """From now on the layer's attention has queries at the positions that are read alone, while some are."""
+def _narrow(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    read = _READ.get()
+    return None if read is None else tree_map(read.narrow, (args, kwargs))
 
-    def enter(*_: Any) -> None:
-        if read := _READ.get():
-            read.within = True
 
-    def leave(*_: Any) -> None:
-        if read := _READ.get():
-            read.within = False
+def _widen(_: torch.nn.Module, __: Any, output: Any) -> Any:
+    read = _READ.get()
+    return None if read is None else tree_map(read.widen, output)
 
-    return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+
+def _enter(_: torch.nn.Module, __: Any) -> None:
+    if read := _READ.get():
+        read.within = True
+
+
+def _leave(_: torch.nn.Module, __: Any, ___: Any) -> None:
+    if read := _READ.get():
+        read.within = False
 
 
 def _remove(hooks: Iterable[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
+
+
+def _clear(layer: torch.nn.Module | None) -> None:
+    """Take all hooks of this file from a layer and its parts."""
+    for part in layer.modules() if layer else ():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_narrow, _widen, _enter, _leave)]:
+                del hooks[key]
