@@ -239,7 +239,8 @@ def test_checkpointed_gradients_are_the_same_where_attention_has_dropout(
         chosen = load_config(overrides={"runtime.gradient_checkpointing": name}).runtime
         with runtime.computing(chosen):
             found.append(improve(dropping, graded(bandit), [prompt(bandit)], c, 0)[0])
-    assert same(*map(parameters, found)) and not same(parameters(found[0]), parameters(bandit))
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*map(parameters, found), strict=True))
+    assert not all(torch.allclose(*p, atol=1e-2) for p in zip(parameters(found[0]), parameters(bandit), strict=True))
 
 
 @pytest.mark.parametrize("algorithm", GROUPED)

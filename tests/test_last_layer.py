@@ -145,15 +145,13 @@ def test_bfloat16_hides_nothing() -> None:
 def test_parts_that_do_not_serve_together_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (tokens, wanted) = model_of("llama"), batch()
     layer: Any = last_layer._last(model)
-    part, handles = layer.mlp, last_layer._leave_out
+    leave_out, asked = last_layer._leave_out, list[torch.nn.Module]()
 
-    def spoiled(one: torch.nn.Module) -> list[Any]:
-        hooks = handles(one)
-        if one is part and part.__dict__.setdefault("tries", []) is not None:
-            part.tries.append(one)
-            if len(part.tries) > 1:  # the first was the trial
-                one.register_forward_hook(lambda *args: args[-1] + 1.0 if last_layer._READ.get() else None)
-        return hooks
+    def spoiled(part: torch.nn.Module) -> list[Any]:
+        asked.append(part)
+        if asked.count(layer.mlp) == 2:  # the first was the trial
+            part.register_forward_hook(lambda *args: args[-1] + 1.0 if last_layer._READ.get() else None)
+        return leave_out(part)
 
     expected = last_hidden(model, tokens)[wanted]
     monkeypatch.setattr(last_layer, "_leave_out", spoiled)

@@ -229,7 +229,7 @@ def _remove(hooks: Iterable[RemovableHandle]) -> None:
 
 def _clear(layer: torch.nn.Module | None) -> None:
     """Take all hooks of this file from a layer and its parts."""
-    for part in layer.modules() if layer else ():
+    for part in layer.modules() if layer is not None else ():
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in (_narrow, _widen, _enter, _leave)]:
                 del hooks[key]
