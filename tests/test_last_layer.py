@@ -83,6 +83,7 @@ def test_what_is_read_is_that_of_a_whole_pass(family: str) -> None:
     aim = {name: value.clone() for name, value in gradients(model, expected).items()}
     last_layer.prepare(model)
     assert LEFT_OUT.get(family, hooked(model)) == hooked(model)
+    assert bool(hooked(model)) == bool(LEFT_OUT.get(family, True))
     read = last_layer.hidden_at(model, tokens, row, at)
     assert torch.allclose(read, expected, atol=1e-5)
     for name, value in gradients(model, read).items():

@@ -150,13 +150,13 @@ def prepare(model: PreTrainedModel) -> None:
     """Find, once for a model and its copies, what of its last layer may be left out."""
     if not hasattr(model, PREPARED):
         setattr(model, PREPARED, True)
-        layer = _last(model)
-        if layer is None or not holds(lambda: _prepared(model, layer)):
-            _clear(layer)
+        layer, hooks = _last(model), list[RemovableHandle]()
+        if layer is not None and not holds(lambda: _prepared(model, layer, hooks)):
+            _remove(hooks)
 
 
-def _prepared(model: PreTrainedModel, layer: torch.nn.Module) -> bool:
-    """Put hooks on the last layer, and say whether it serves with them."""
+def _prepared(model: PreTrainedModel, layer: torch.nn.Module, hooks: list[RemovableHandle]) -> bool:
+    """Put hooks on the last layer, into `hooks` too, and say whether it serves with them; it may raise as well."""
     embedding: Any = model.get_input_embeddings()
     drawn = torch.randint(embedding.weight.shape[0], (2, 12), generator=torch.Generator().manual_seed(0))
     tokens, wanted = drawn.to(model.device), torch.zeros(2, 12, dtype=torch.bool, device=model.device)
@@ -169,24 +169,23 @@ def _prepared(model: PreTrainedModel, layer: torch.nn.Module) -> bool:
         return read if same and read.attentions == 1 else None
 
     def spared(part: torch.nn.Module) -> bool:
-        hooks = _leave_out(part)
+        trial = _leave_out(part)
         found = holds(lambda: all((read := serves(whole)) and read.used for whole in (True, False)))
-        _remove(hooks)
+        _remove(trial)
         return found
 
-    layer.register_forward_pre_hook(_enter)
-    layer.register_forward_hook(_leave)
+    hooks += [layer.register_forward_pre_hook(_enter), layer.register_forward_hook(_leave)]
     after: list[torch.nn.Module] = []
 
     def note(part: torch.nn.Module, _: Any) -> None:
         if (read := _READ.get()) and read.attentions and not any(part in one.modules() for one in after):
             after.append(part)
 
-    hooks = [part.register_forward_pre_hook(note) for part in layer.modules() if part is not layer]
-    attends = serves(False)
-    _remove(hooks)
+    notes = [part.register_forward_pre_hook(note) for part in layer.modules() if part is not layer]
+    attends = holds(lambda: serves(False) is not None)
+    _remove(notes)
     for part in [part for part in after if spared(part)] if attends else []:
-        _leave_out(part)
+        hooks += _leave_out(part)
     return serves(False) is not None
 
 
@@ -225,11 +224,3 @@ def _leave(_: torch.nn.Module, __: Any, ___: Any) -> None:
 def _remove(hooks: Iterable[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def _clear(layer: torch.nn.Module | None) -> None:
-    """Take all hooks of this file from a layer and its parts."""
-    for part in layer.modules() if layer is not None else ():
-        for hooks in (part._forward_pre_hooks, part._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_narrow, _widen, _enter, _leave)]:
-                del hooks[key]
